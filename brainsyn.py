@@ -1,0 +1,1713 @@
+r"""brainsyn: label maps to four-modality brain MRI with a conditional diffusion model, from scratch.
+
+This one file is the library. It reads top to bottom; each section uses only what stands above it:
+
+     1 conventions     modalities, labels, conditions, small helpers
+     2 phantoms        heads with tumours from an integer seed: the data you have when you have none
+     3 reading         folders of BraTS cases -> slices in a memory-mapped cache, split by patient
+     4 noise process   alpha_bar, add_noise, v_target, split_v, loss weights: pure functions
+     5 networks        residual blocks, attention, the U-Net
+     6 devices         the only place that names cpu, cuda, mps
+     7 sampling        DDPM, DDIM, DPM-Solver++(2M) as four numbers a step; guidance; noise along z
+     8 training        batches from (seed, step), EMA, checkpoints, log
+     9 writing         synthetic cases as NIfTI with a sidecar; pictures
+    10 judging         figures that say whether a sample obeys its mask and looks like a scan
+
+    python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10 s)
+
+GLOSSARY (the same names everywhere, in the notebooks too)
+    x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
+    eps         standard normal noise, same shape as x0
+    t           integer noise level (B,), 0 = clean .. T = pure noise
+    alpha_bar   share of signal power that is left at t, (T+1,);  signal = sqrt(alpha_bar)
+    sigma       sqrt(1 - alpha_bar);   snr = alpha_bar / (1 - alpha_bar)
+    x_t         signal * x0 + sigma * eps
+    v           signal * eps - sigma * x0, what the network predicts; a prediction ends in _hat
+    classes     label map (B, H, W) of integers, see CONDITIONS; onehot is the same as (B, K, H, W)
+    position    where along z a slice lies, -1 = lowest .. 1 = highest slice with brain
+    axes        B batch, C modality, D slice (foot to head), H row (front to back), W column
+                (the patient's right is on the left, as radiologists look at it)
+
+SOURCES (the key in brackets is how comments below refer to them)
+    [DDPM]    Ho et al. 2020, arXiv 2006.11239       ancestral sampling
+    [DDIM]    Song et al. 2020, arXiv 2010.02502     deterministic sampling, eta
+    [DPM++]   Lu et al. 2022, arXiv 2211.01095       DPM-Solver++(2M)
+    [VPRED]   Salimans & Ho 2022, arXiv 2202.00512   v-prediction
+    [ZSNR]    Lin et al. 2023, arXiv 2305.08891      zero terminal SNR, guidance rescale
+    [SHIFT]   Hoogeboom et al. 2023, arXiv 2301.11093  noise schedule shifted with resolution
+    [MINSNR]  Hang et al. 2023, arXiv 2303.09556     min-SNR loss weight
+    [CFG]     Ho & Salimans 2022, arXiv 2207.12598   classifier-free guidance
+    [RANGE]   Kynkaanniemi et al. 2024, arXiv 2404.07724  guidance in a limited interval
+    [ADM]     Dhariwal & Nichol 2021, arXiv 2105.05233  scale-shift norm in residual blocks
+    [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning
+    [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
+"""
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__version__ = "0.1.0"
+
+# ================================================================================================
+# 1  CONVENTIONS
+# What is called what, once. Everything that reads, writes or draws takes its names from here.
+# ================================================================================================
+
+MODALITIES = ("t1", "t1ce", "t2", "flair")      # BraTS names up to 2021, the order of axis C
+NAMES_2023 = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}      # names since BraTS 2023
+LABELS = ("NCR", "ED", "ET")                    # values 1, 2, 3: necrotic core, oedema, enhancing
+# What a network is conditioned on: every voxel belongs to exactly one class. "brain" is healthy
+# brain; the brain outline comes free with skull-stripped data and fixes head shape and place.
+CONDITIONS = {
+    "tumour": ("air", "brain", *LABELS),
+    "tissue": ("air", "CSF", "grey", "white", *LABELS),
+}
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used. The message is one sentence: which file, what is wrong,
+    what to do. Scripts print it and exit with status 2."""
+
+
+def run_script(main):
+    """Call main(); print a BadInput as one sentence and leave with status 2."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def replace_file(path, write):
+    """Write a file so that it is either the old one or the whole new one, whatever happens.
+
+    path: where it shall be; write: function of a temporary path in the same folder.
+    A crash leaves at most a file ending in .tmp behind, never half a file under the real name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def label_hash(labels):
+    """sha256 (hex) of a label map: uint8 (X, Y, Z) in canonical axes, values 0..3; shape included.
+
+    It is how a synthetic case says which label map it came from without naming a patient, and how
+    a checkpoint says which ones it was trained on.
+    """
+    labels = np.ascontiguousarray(labels, dtype=np.uint8)
+    return hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
+
+
+# ================================================================================================
+# 2  PHANTOMS
+# Heads with tumours from an integer seed, written as BraTS files and read back by the same reader
+# as real scans. They model anatomy and no person: free to make, safe to publish, truth known.
+# ================================================================================================
+
+# tissue: (T1 ms, T2 ms, proton density relative to water), all at 1.5 T. Round textbook values.
+TISSUES = {
+    "CSF": (4000, 1500, 1.00), "grey": (1150, 97, 0.81), "white": (660, 78, 0.71),
+    "deep": (900, 85, 0.77), "vessel": (1400, 120, 0.80),
+    "NCR": (2100, 210, 0.90), "ED": (1300, 150, 0.86), "ET": (1250, 125, 0.84),
+}
+# What gadolinium adds to the relaxation rate 1/T1, in 1/s: where the blood-brain barrier leaks.
+GADOLINIUM = {"vessel": 4.5, "ET": 2.6, "NCR": 0.15, "grey": 0.06, "deep": 0.05, "white": 0.03}
+# Two centres. field in T; sequence times in ms: spin echo (TR, TE) for t1 and t2, inversion
+# recovery (TR, TE, TI) for flair; noise and shading (bias field) relative to the mean signal 1.
+SCANNERS = {
+    "A": {"field": 1.5, "t1": (550, 12), "t2": (4500, 95), "flair": (9000, 105, 2350),
+          "noise": 0.012, "shading": 0.05},
+    "B": {"field": 3.0, "t1": (750, 9), "t2": (5500, 80), "flair": (10000, 125, 2600),
+          "noise": 0.024, "shading": 0.14},
+}
+PHANTOM_SHAPE = (96, 96, 64)                    # voxels (X, Y, Z)
+PHANTOM_SPACING = (2.0, 2.0, 2.4)               # mm
+# tissue or label: strength of its texture relative to its signal, size of its grain in mm
+TEXTURE = {"white": (.02, 12), "grey": (.03, 9), "NCR": (.10, 14), "ED": (.05, 16), "ET": (.09, 10)}
+
+
+def smooth_noise(rng, wavelength, shape=PHANTOM_SHAPE, spacing=PHANTOM_SPACING):
+    """A random field (X, Y, Z), float32, mean 0, std 1, whose bumps are about `wavelength` mm apart.
+
+    White noise filtered by k^2 exp(1 - k^2), k = wavelength * frequency: a band around k = 1.
+    """
+    freq = np.meshgrid(*[np.fft.fftfreq(n, s) for n, s in zip(shape[:2], spacing)],
+                       np.fft.rfftfreq(shape[2], spacing[2]), indexing="ij", sparse=True)
+    k2 = (wavelength ** 2 * sum(f * f for f in freq)).astype(np.float32)
+    white = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    band = torch.from_numpy(k2 * np.exp(1 - k2))
+    noise = torch.fft.irfftn(torch.fft.rfftn(white) * band, s=shape).numpy()
+    return noise / noise.std()
+
+
+def soft_inside(distance, softness=0.8):
+    """Share of a voxel that lies inside a surface: distance in mm, positive inside -> 0..1."""
+    return 1 / (1 + np.exp(np.clip(-distance / softness, -30, 30)))
+
+
+def ellipsoid_level(point, centre, axes, power=2.0):
+    """0 at the centre, 1 on the surface of an ellipsoid with half-axes in mm, more outside."""
+    return sum(np.abs((q - c) / a) ** power for q, c, a in zip(point, centre, axes)) ** (1 / power)
+
+
+def ellipsoid_depth(point, centre, axes, power=2.0):
+    """Distance in mm to the surface of an ellipsoid along the ray from its centre, + inside."""
+    radius = np.sqrt(sum((q - c) ** 2 for q, c in zip(point, centre)))
+    return radius * (1 / np.maximum(ellipsoid_level(point, centre, axes, power), 1e-3) - 1)
+
+
+def phantom_folds(rng, point, hull):
+    """Distance in mm of every voxel to the nearest sulcus wall of the cerebrum, (X, Y, Z) >= 0.
+
+    Sulci are the zero sheets of a noise field that hardly changes along the line from the surface
+    to the middle of the hemisphere, so that they run inwards as real folds do, and end at a
+    varying depth. point: x, y, z in mm; hull: depth below the surface in mm.
+    """
+    x, y, z = point
+    inward = [np.abs(x) - 24, y + 2, z - 4]     # from the middle of each hemisphere
+    stretch = (58 / (np.sqrt(sum(a * a for a in inward)) + 1e-3)) ** 0.75
+    # read at the signed x: left and right folds differ, as they do in people
+    where = [np.sign(x) * (inward[0] * stretch + 24), inward[1] * stretch, inward[2] * stretch]
+    half = [n * s / 2 for n, s in zip(PHANTOM_SHAPE, PHANTOM_SPACING)]
+    where = np.stack([w / h for w, h in zip(where, half)][::-1], -1).astype(np.float32)
+    field = torch.from_numpy(smooth_noise(rng, 37))[None, None]
+    fold = F.grid_sample(field, torch.from_numpy(where)[None], align_corners=False,
+                         padding_mode="reflection")[0, 0].numpy()
+    slope = np.sqrt(sum(g * g for g in np.gradient(fold, *PHANTOM_SPACING))) + 0.02
+    sheet = np.minimum(np.abs(fold) / slope, 20)            # first-order distance to fold = 0
+    reach = 15 + 5 * smooth_noise(rng, 45)
+    return np.hypot(sheet, np.maximum(hull - reach, 0))
+
+
+def phantom_anatomy(rng, point):
+    """A healthy brain: warped ellipsoids, folded cortex, deep nuclei, ventricles, CSF.
+
+    point: x (left to right), y (back to front), z (foot to head) in mm, each (X, Y, Z), 0 near
+    the middle. Returns {tissue: share of the voxel in 0..1}; depth below the brain surface in mm
+    (+ inside); distance from the midline in mm (+ right), which bends with everything else; and
+    which voxels are ventricle or midline fissure, where no tumour grows.
+    """
+    size = rng.uniform(0.93, 1.02, 3)                       # heads differ in size ...
+    wide = 0.8 + 0.7 * rng.uniform()                        # ... and, with age, in CSF spaces
+    x, y, z = [(q + 2.5 * smooth_noise(rng, 70) + 0.5 * smooth_noise(rng, 30)) / s
+               for q, s in zip(point, size)]
+    x = x * (1 + 0.0012 * (y + 10))                         # narrower in front
+    half = (np.abs(x), y, z)                                # both hemispheres at once
+    # --- the hull: cerebrum (flat below), temporal lobes, cerebellum, brain stem
+    cerebrum = np.where(z > 2, ellipsoid_depth(half, (0, 0, 2), (70, 87, 66), 2.12),
+                        ellipsoid_depth(half, (0, 0, 2), (68, 85, 30), 2.2))
+    cerebrum = np.maximum(cerebrum, ellipsoid_depth(half, (40, 4, -22), (24, 44, 27), 2.2))
+    cerebellum = ellipsoid_depth(half, (22, -46, -40), (30, 30, 24))
+    stem = np.minimum(13 - np.hypot(x, y + 16 - 0.25 * (z + 30)), np.minimum(-5 - z, z + 68))
+    hull = np.maximum(np.maximum(cerebrum, cerebellum), stem)
+    # --- the pial surface: outside, sulci, the fissure between the hemispheres, cerebellar folia
+    fissure = np.hypot(x, np.maximum(cerebrum - 36 - 0.1 * np.abs(y), 0))
+    pial = np.minimum(np.minimum(cerebrum, phantom_folds(rng, (x, y, z), cerebrum)), fissure)
+    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * smooth_noise(rng, 30)) % 7 - 3.5)
+    folia = np.minimum(cerebellum, folia + 0.3 * np.maximum(cerebellum - 8, 0))
+    pial = np.where(cerebellum > np.maximum(cerebrum, 0), folia, pial)
+    pial = np.where(stem > np.maximum(cerebrum, cerebellum), stem + 3, pial)
+
+    def blobs(*centres_and_axes):                           # distance in mm, + inside any of them
+        return np.maximum.reduce([(1 - ellipsoid_level(half, centre, axes)) * min(axes)
+                                  for centre, axes in centres_and_axes])
+
+    ventricle = blobs(((9 + 3 * wide, -2, 20), (6.5 * wide, 34, 8 * wide)),     # lateral: body,
+                      ((17, -34, 8), (7 * wide, 16, 9 * wide)),                 # hind horn,
+                      ((11, 26, 12), (5 * wide, 12, 9 * wide)),                 # front horn,
+                      ((31, -12, -16), (4 * wide, 18, 4 * wide)),               # temporal horn
+                      ((0, -6, 0), (2.2 * wide, 14, 12)), ((0, -32, -36), (6, 6, 8)))  # 3rd, 4th
+    nuclei = blobs(((13, -12, 4), (10, 15, 9)), ((27, 4, 0), (7, 18, 10)), ((15, 18, 10), (5, 11, 8)))
+    wall = pial - 0.2 - 0.45 * wide                         # CSF is wider in older heads
+    share = {"vessel": soft_inside(2.2 - np.hypot(x, 0.8 * np.minimum(hull - 2.5, 12)), 0.6)
+             * (z > -25) * ((y < 20) | (z > 30))}           # the sagittal sinus
+    left = 1 - share["vessel"]
+    for tissue, part in (("CSF", np.maximum(soft_inside(-wall), soft_inside(ventricle))),
+                         ("grey", soft_inside(3.6 - wall)), ("deep", soft_inside(nuclei)),
+                         ("white", 1.0)):                   # each takes its part of what is left
+        share[tissue] = part * left
+        left = left - share[tissue]
+    return share, hull, x, (ventricle > -1) | (fissure < 1.5)
+
+
+def phantom_plan(rng, seed):
+    """What tumour to grow: mL of (NCR, ED, ET) and the centres of its foci in mm.
+
+    Log-normal volumes with the medians of 368 expert label maps of BraTS 2020 (10.5, 49.5 and
+    14.8 mL). ET runs evenly through its distribution as the seed counts up (golden-ratio steps),
+    so that a few dozen consecutive seeds already span 1 to 40 mL. One in ten has no ET (low
+    grade), one in ten no NCR, one in fifteen no tumour at all.
+    """
+    u = (seed * 0.6180339887 + 0.3) % 1
+    et = float(np.clip(14 * np.exp(NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 48))
+    ncr = float(np.clip(rng.lognormal(np.log(10), 0.9), 0.5, 90))
+    ed = float(np.clip(rng.lognormal(np.log(50), 0.6), 6, 150))
+    grade = rng.choice(["full", "no ET", "no NCR", "none"], p=[0.73, 0.1, 0.1, 0.07])
+    ncr, ed, et = {"full": (ncr, ed, et), "no ET": (ncr + et, ed, 0), "no NCR": (0, ed, et),
+                   "none": (0, 0, 0)}[str(grade)]
+    centre = np.array([rng.choice([-1, 1]) * rng.uniform(24, 44), rng.uniform(-52, 46),
+                       rng.uniform(-8, 42)])
+    more = [centre + rng.normal(0, (9, 14, 11)) for _ in range(rng.choice(3, p=[0.72, 0.2, 0.08]))]
+    return (ncr, ed, et), [centre, *more]
+
+
+def phantom_tumour(rng, point, volumes, foci, white, allowed):
+    """Label map (X, Y, Z) uint8 with exactly the asked mL of NCR, ED and ET.
+
+    The core fills the nearest voxels to the foci, in a noise-warped distance; its most central
+    part is NCR, the rim ET; oedema fills what is nearest around it, white matter first.
+    """
+    voxel_ml = float(np.prod(PHANTOM_SPACING)) / 1000
+    n_ncr, n_ed, n_et = [int(round(v / voxel_ml)) for v in volumes]
+    distance = np.min([np.sqrt(sum((q - c) ** 2 for q, c in zip(point, focus))) + 7 * (k > 0)
+                       for k, focus in enumerate(foci)], axis=0)
+    lobed = np.exp(0.24 * smooth_noise(rng, 42) + 0.05 * smooth_noise(rng, 15))
+    reach = np.where(allowed, (distance + 3) * lobed, np.inf).ravel()
+    core = np.argpartition(reach, n_ncr + n_et)[:n_ncr + n_et]
+    depth = reach[core] * np.exp(0.14 * smooth_noise(rng, 22).ravel()[core])
+    core = core[np.argsort(depth)]
+    labels = np.zeros(PHANTOM_SHAPE, np.uint8)
+    labels.reshape(-1)[core[:n_ncr]] = 1
+    labels.reshape(-1)[core[n_ncr:]] = 3
+    swelling = distance * np.exp(0.2 * smooth_noise(rng, 45)) + 22 * (1 - white)
+    swelling = np.where(allowed & (labels == 0), swelling, np.inf).ravel()
+    labels.reshape(-1)[np.argpartition(swelling, n_ed)[:n_ed]] = 2
+    return labels
+
+
+def mr_signal(modality, times, t1, t2, density, leak=0.0):
+    """MR signal of one tissue, relative to fully relaxed water. Times in ms, leak in 1/s.
+
+    spin echo (t1, t1ce, t2):      PD (1 - exp(-TR/T1)) exp(-TE/T2)
+    inversion recovery (flair):    PD |1 - 2 exp(-TI/T1) + exp(-TR/T1)| exp(-TE/T2)
+    Gadolinium (t1ce only) shortens T1: 1/T1 grows by `leak`.
+    """
+    if modality == "t1ce":
+        t1 = 1000 / (1000 / t1 + leak)
+    recovery = 1 - np.exp(-times[0] / t1)
+    if modality == "flair":
+        recovery = abs(1 - 2 * np.exp(-times[2] / t1) + np.exp(-times[0] / t1))
+    return density * recovery * np.exp(-times[1] / t2)
+
+
+def phantom(seed, scanner="A"):
+    """One head. seed: any integer >= 0, everything follows from it; scanner: a key of SCANNERS.
+
+    Returns images float32 (4, X, Y, Z) >= 0 in arbitrary units, 0 outside the brain (as after
+    skull stripping); labels uint8 (X, Y, Z) in 0..3; and the shares of tissue (a dict of
+    (X, Y, Z) in 0..1). Axes are canonical (RAS+: x to the right, y to the front, z up).
+    """
+    rng = np.random.default_rng(seed)
+    axes = [((np.arange(n) - (n - 1) / 2) * s).astype(np.float32)
+            for n, s in zip(PHANTOM_SHAPE, PHANTOM_SPACING)]
+    point = np.meshgrid(*axes, indexing="ij")
+    volumes, foci = phantom_plan(rng, seed)
+    # mass effect: tissue is pushed away from the tumour, so anatomy is looked up nearer to it
+    radius = (3000 * (volumes[0] + volumes[2] + volumes[1] / 4) / (4 * np.pi)) ** (1 / 3)
+    distance = np.sqrt(sum((q - c) ** 2 for q, c in zip(point, foci[0])))
+    push = 0.2 * radius * np.exp(-(distance / (1.5 * radius + 15)) ** 2) / (distance + radius + 1)
+    share, hull, midline, barrier = phantom_anatomy(
+        rng, [q - (q - c) * push - (0, 0, 2)[k] for k, (q, c) in enumerate(zip(point, foci[0]))])
+    brain = hull > 0
+    labels = np.zeros(PHANTOM_SHAPE, np.uint8)
+    if sum(volumes):
+        # a tumour crosses the midline only now and then (through the corpus callosum)
+        side = (midline * foci[0][0] > 0) | (rng.uniform() < 0.15)
+        allowed = (hull > 2) & ~barrier & side
+        labels = phantom_tumour(rng, point, volumes, foci, share["white"], allowed)
+    # partial volume between tumour and tissue: labels blurred by about half a voxel
+    lesions = {name: blur3(labels == k) for k, name in enumerate(LABELS, 1)}
+    healthy = 1 - sum(lesions.values())
+    share = {name: part * healthy for name, part in share.items()} | lesions
+
+    centre = SCANNERS[scanner]
+    texture = {name: 1 + strength * smooth_noise(rng, grain)
+               for name, (strength, grain) in TEXTURE.items()}
+    longer = (centre["field"] / 1.5) ** 0.33                # T1 grows with the field
+    images = []
+    for modality in MODALITIES:
+        times = [t * rng.uniform(0.94, 1.06) for t in centre["t1" if modality == "t1ce" else modality]]
+        image = sum(part * texture.get(name, 1) * mr_signal(
+            modality, times, TISSUES[name][0] * longer, *TISSUES[name][1:], GADOLINIUM.get(name, 0))
+            for name, part in share.items())
+        image = image / image[brain].mean()
+        image = image * (1 + centre["shading"] * rng.uniform(0.5, 1.5) * smooth_noise(rng, 160))
+        noise = centre["noise"] * rng.uniform(0.7, 1.3) * rng.standard_normal((2, *PHANTOM_SHAPE))
+        images.append(np.hypot(image + noise[0], noise[1]) * brain)     # Rician: a magnitude
+    return np.stack(images).astype(np.float32), labels, share
+
+
+def blur3(volume):
+    """A volume smoothed by (0.2, 0.6, 0.2) along each axis, float32."""
+    volume = volume.astype(np.float32)
+    for axis in range(3):
+        volume = 0.6 * volume + 0.2 * (np.roll(volume, 1, axis) + np.roll(volume, -1, axis))
+    return volume
+
+
+def write_phantom(folder, seed, scanner="A"):
+    """Write phantom `seed` as one BraTS case below `folder` and return the case's folder.
+
+    On purpose as varied as the wild: even seeds have the 2023 names and ET = 3, odd seeds the old
+    names and ET = 4; every second pair has an LPS header instead of RAS. Scans are int16 with a
+    gain of their own, as scanners give them. The folder appears at once, whole.
+    """
+    images, labels, _ = phantom(seed, scanner)
+    modern, lps = seed % 2 == 0, seed % 4 >= 2
+    case = f"BraTS-PHA-{seed:05d}-000" if modern else f"BraTS20_Phantom_{seed:05d}"
+    gain = np.random.default_rng([seed, 1]).uniform(300, 1500, len(MODALITIES))
+    volumes = {"seg": np.where(labels == 3, 3 if modern else 4, labels).astype(np.uint8)}
+    for modality, image, g in zip(MODALITIES, images, gain):
+        counts = np.where(image > 0, np.clip(np.rint(image * g), 1, 32767), 0)
+        volumes[NAMES_2023[modality] if modern else modality] = counts.astype(np.int16)
+    affine = np.diag([*PHANTOM_SPACING, 1.0])
+    affine[:3, 3] = -(np.array(PHANTOM_SHAPE) - 1) / 2 * PHANTOM_SPACING
+    target = Path(folder) / case
+    building = Path(folder) / f".{case}.{os.getpid()}.tmp"
+    building.mkdir(parents=True, exist_ok=True)
+    for name, volume in volumes.items():
+        image = nib.Nifti1Image(volume, affine)
+        if lps:                                             # same voxels in mm, other storage order
+            image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
+        image.header["descrip"] = f"brainsyn phantom {seed} scanner {scanner}".encode()
+        nib.save(image, building / f"{case}{'-' if modern else '_'}{name}.nii.gz")
+    os.replace(building, target)
+    return target
+
+
+def make_phantoms(folder, count, first=0, scanner="A"):
+    """Make phantoms first .. first + count - 1 below `folder`; those already there are kept.
+
+    Returns the number of cases newly made. About a second a case.
+    """
+    there = {int(m[1]) for p in Path(folder).glob("BraTS*") if (m := re.search(r"(\d{5,})(-000)?$", p.name))}
+    seeds = [s for s in range(first, first + count) if s not in there]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda seed: write_phantom(folder, seed, scanner), seeds))
+    return len(seeds)
+
+
+# ================================================================================================
+# 3  READING
+# Folders of cases in BraTS naming -> label maps and scaled slices on one grid, in a cache. Most
+# bugs of medical image projects live here, and they are silent; so every doubt is a BadInput.
+# ================================================================================================
+
+MAX_BYTES = 2 ** 31                     # no volume of this field needs more; stops a gzip bomb
+FILE_NAME = re.compile(r"^(?P<case>.+?)[-_](?P<what>t1|t1ce|t2|flair|t1n|t1c|t2w|t2f|seg)\.nii(\.gz)?$")
+MODERN = {modern: name for name, modern in NAMES_2023.items()}
+
+
+def read_nifti(path):
+    """One NIfTI volume in canonical axes (RAS+): array (X, Y, Z) and affine (4, 4), voxel -> mm.
+
+    The whole gzip stream is unpacked and its checksum verified before a voxel is used: readers that
+    stop at the last voxel return wrong values in silence when a bit has flipped.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            stream = zlib.decompressobj(31)
+            raw = stream.decompress(raw, MAX_BYTES)
+            if not stream.eof:
+                raise ValueError("the gzip stream ends early or is too large")
+        image = nib.as_closest_canonical(nib.Nifti1Image.from_bytes(raw))
+        volume = np.asanyarray(image.dataobj)
+    except Exception as error:
+        raise BadInput(f"{path}: cannot be read as NIfTI ({error}); copy or download it again") from error
+    while volume.ndim > 3 and volume.shape[-1] == 1:
+        volume = volume[..., 0]
+    if volume.ndim != 3 or min(volume.shape) < 1 or volume.dtype.kind not in "biuf":
+        raise BadInput(f"{path}: holds {volume.dtype} voxels in shape {volume.shape}, not one 3-D "
+                       "volume of plain numbers; split it into one file per modality")
+    if not np.isfinite(volume).all():
+        raise BadInput(f"{path}: contains NaN or infinite voxels; export it again or repair it")
+    return volume, image.affine
+
+
+@dataclass
+class Case:
+    """A case on disk: nothing is read yet. files: {"t1": path, ..., "seg": path}."""
+    case: str                                   # as in the file names
+    files: dict
+    modern: bool                                # 2023 names: 3 is ET, 4 would be a cavity
+
+    @property
+    def patient(self):
+        """Time points of one patient share it: BraTS-GLI-00012-000 and -001; Brats18_X_1, _2."""
+        if self.case.startswith("BraTS-"):
+            return re.sub(r"-\d{3}$", "", self.case)
+        return re.sub(r"_\d$", "", self.case) if re.match(r"(?i)brats1\d", self.case) else self.case
+
+
+def find_cases(folder):
+    """All cases below `folder`, at any depth, sorted by name: [Case]. Both generations of BraTS
+    names, .nii and .nii.gz. BadInput when there are none, a modality or the labels are missing,
+    or two folders hold the same case."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; --data and --labels want a folder of BraTS cases")
+    found, where = {}, {}
+    for path in sorted(folder.rglob("*.nii*")):
+        match = FILE_NAME.match(path.name)
+        if not match or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        case, what = match["case"], match["what"]
+        if where.setdefault(case, path.parent) != path.parent:
+            raise BadInput(f"{path.parent}: case {case} is also in {where[case]}; keep one of them")
+        files = found.setdefault(case, {})
+        name = MODERN.get(what, what)
+        if name in files:
+            raise BadInput(f"{path}: {name} of case {case} is there twice; keep one of the files")
+        files[name] = path
+        if what in MODERN:
+            files["modern"] = True
+    if not found:
+        raise BadInput(f"{folder}: holds no BraTS case; expected files like CASE/CASE_t1ce.nii.gz or "
+                       "CASE/CASE-t1c.nii.gz")
+    cases = []
+    for case, files in sorted(found.items()):
+        modern = files.pop("modern", False)
+        missing = [name for name in (*MODALITIES, "seg") if name not in files]
+        if missing:
+            raise BadInput(f"{where[case]}: case {case} has no {' and no '.join(missing)}; add the "
+                           "file or move the case away")
+        cases.append(Case(case, files, modern))
+    return cases
+
+
+def standard_labels(labels, modern, path="labels"):
+    """Any BraTS label map -> uint8 with 0, 1 NCR, 2 ED, 3 ET. ET is 4 up to BraTS 2021 and 3 since
+    2023; since 2024, 4 is a resection cavity, which has no place here and is refused."""
+    rounded = np.rint(labels)                   # files written from floats read as 1.992
+    if np.abs(labels - rounded).max() > 0.05:
+        raise BadInput(f"{path}: labels are fractional; resample labels by nearest neighbour")
+    values = set(np.unique(rounded).astype(int).tolist())
+    if not values <= {0, 1, 2, 3, 4}:
+        raise BadInput(f"{path}: label values {sorted(values)}; expected 0, 1 NCR, 2 ED and 3 or 4 ET")
+    if 4 in values and (modern or 3 in values):
+        raise BadInput(f"{path}: label 4 is a resection cavity in this convention, which the model "
+                       "does not know; move the case away or relabel it")
+    return np.where(rounded == 4, 3, rounded).astype(np.uint8)
+
+
+def read_case(case):
+    """Read one Case: scans float32 (C, X, Y, Z) as stored, labels uint8 (X, Y, Z) in 0..3, affine.
+
+    All canonical (RAS+). BadInput when shapes or affines of the files differ.
+    """
+    labels, affine = read_nifti(case.files["seg"])
+    labels = standard_labels(labels, case.modern, case.files["seg"])
+    scans = np.empty((len(MODALITIES), *labels.shape), np.float32)
+    for c, name in enumerate(MODALITIES):
+        scan, its_affine = read_nifti(case.files[name])
+        if scan.shape != labels.shape:
+            raise BadInput(f"{case.files[name]}: shape {scan.shape} differs from the labels' "
+                           f"{labels.shape}; register the case to one grid")
+        if not np.allclose(its_affine, affine, atol=0.02):
+            raise BadInput(f"{case.files[name]}: lies elsewhere in space than the labels (affines "
+                           "differ); register the case to one grid")
+        scans[c] = scan
+        if scans[c].min() == scans[c].max():
+            raise BadInput(f"{case.files[name]}: every voxel has the same value; export it again")
+    return scans, labels, affine
+
+
+def brain_mask(scans, where="scans"):
+    """Voxels inside the brain, bool (X, Y, Z), of skull-stripped scans (C, X, Y, Z): those that
+    differ from the air value in any modality. The air value of a scan is the commonest one on the
+    six faces of the volume (0 in BraTS, some negative number after z-scoring)."""
+    brain = np.zeros(scans.shape[1:], bool)
+    for scan in scans:
+        faces = np.concatenate([np.take(scan, i, axis).ravel() for axis in range(3) for i in (0, -1)])
+        values, counts = np.unique(faces, return_counts=True)
+        if counts.max() < 0.2 * faces.size:
+            raise BadInput(f"{where}: the background is not one value, so the skull seems to be still "
+                           "there; run a skull-stripping tool first")
+        brain |= scan != values[counts.argmax()]
+    return brain
+
+
+def scale_to_bytes(scan, brain, low=0.5, high=99.8):
+    """One scan -> float32 in 0..255: top at a high percentile of its voxels inside the brain, so
+    that one hot voxel does not darken the head. Bottom at 0, the signal of air, where the scan has
+    no negative voxels inside the brain; else (after z-scoring, say) at a low percentile. Air becomes
+    0 where the caller masks it.
+    """
+    inside = scan[brain]
+    bottom, top = np.percentile(inside[:: max(1, inside.size // 200_000)], (low, high))
+    bottom = 0.0 if inside.min() >= 0 else bottom
+    return np.clip((scan - bottom) * (255 / max(float(top - bottom), 1e-6)), 0, 255).astype(np.float32)
+
+
+def area_weights(n_in, n_out, start, step):
+    """Resampling by area as a matrix (n_out, n_in): output pixel i covers the input interval
+    [start + i * step, start + (i+1) * step), in input pixels; its row holds the overlap with
+    every input pixel, divided by step. What lies outside the input counts as zero."""
+    left = start + step * np.arange(n_out)[:, None]
+    pixel = np.arange(n_in)[None]
+    overlap = np.minimum(left + step, pixel + 1) - np.maximum(left, pixel)
+    return (np.clip(overlap, 0, None) / step).astype(np.float32)
+
+
+def linear_weights(n_in, n_out, start, step):
+    """The way back, as a matrix (n_in, n_out): value at every input pixel, linear between the
+    centres of the two nearest output pixels of area_weights with the same arguments."""
+    at = np.clip((np.arange(n_in)[:, None] + 0.5 - start) / step - 0.5, 0, n_out - 1)
+    return np.clip(1 - np.abs(at - np.arange(n_out)[None]), 0, None).astype(np.float32)
+
+
+def to_slices(volume):
+    """(..., X, Y, Z) canonical -> (..., D, H, W): feet first, front up, patient's right at left."""
+    return np.moveaxis(volume[..., ::-1, ::-1, :], (-1, -2), (-3, -2))
+
+
+def from_slices(volume):
+    """The inverse of to_slices."""
+    return np.moveaxis(volume, (-3, -2), (-1, -2))[..., ::-1, ::-1, :]
+
+
+@dataclass
+class Grid:
+    """The model's square pixel grid over a case: `resolution` pixels a side, `fov` mm wide, centred
+    on the brain; slices along z as they are. start, step: (H, W) in source pixels."""
+    shape: tuple                                # of the source, (X, Y, Z)
+    affine: np.ndarray                          # of the source, canonical
+    resolution: int
+    start: tuple
+    step: tuple
+
+    @staticmethod
+    def over(brain, affine, resolution, fov):
+        """brain: bool (X, Y, Z); affine (4, 4) -> Grid."""
+        rows, columns = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        step = tuple(float(fov / resolution / spacing[axis]) for axis in (1, 0))
+        start = tuple(float((at[0] + at[-1] + 1 - resolution * s) / 2)
+                      for at, s in zip((rows, columns), step))
+        return Grid(brain.shape, affine, resolution, start, step)
+
+    def weights(self, matrix):
+        """matrix: area_weights or linear_weights -> (for H, for W)."""
+        return [matrix(self.shape[axis], self.resolution, start, step)
+                for axis, start, step in zip((1, 0), self.start, self.step)]
+
+    def shrink(self, volume):
+        """(D, H, W) on the source grid -> (D, resolution, resolution), by area."""
+        rows, columns = self.weights(area_weights)
+        return rows @ volume.astype(np.float32) @ columns.T
+
+    def grow(self, volume):
+        """(..., D, R, R) on the model's grid -> (..., D, H, W) on the source grid, linear."""
+        rows, columns = self.weights(linear_weights)
+        return rows @ volume @ columns.T
+
+    def model_affine(self):
+        """Affine (4, 4) of from_slices(volume on the model's grid), canonical, voxel -> mm.
+
+        Voxel x' of the model lies at source voxel x = n - start - step (R - x') + step/2 - 1/2: both
+        arrays are reversed between canonical axes and slices.
+        """
+        change = np.eye(4)
+        for axis, size, start, step in zip((1, 0), (self.shape[1], self.shape[0]), self.start, self.step):
+            change[axis, axis] = step
+            change[axis, 3] = size - start - step * self.resolution + step / 2 - 0.5
+        return self.affine @ change
+
+
+def two_means(features, order):
+    """k-means with two means: features (F, N), order (N,) -> bool (N,), True where it is higher.
+
+    Outliers first: each feature is clipped to its 5th..95th percentile and scaled to 0..1 (bright
+    eyes, dura and vessels otherwise become a cluster of their own). The means start from the two
+    sides of the middle of `order`.
+    """
+    low, high = np.percentile(features[:, :: max(1, features.shape[1] // 50_000)], (5, 95), axis=1)
+    features = ((features.T.clip(low, high) - low) / np.maximum(high - low, 1)).T
+    upper = order > (np.percentile(order, 5) + np.percentile(order, 95)) / 2
+    for _ in range(10):
+        if upper.all() or not upper.any():
+            break
+        means = [features[:, upper == side].mean(1, keepdims=True) for side in (False, True)]
+        upper = ((features - means[1]) ** 2).sum(0) < ((features - means[0]) ** 2).sum(0)
+    return upper
+
+
+def tissue_clusters(scans, healthy):
+    """CSF, grey and white matter without training: k-means over the modalities of one case.
+
+    scans: float (C, ...) scaled to 0..255, modalities as in MODALITIES; healthy: bool (...), brain
+    without tumour. Returns uint8 (...): 1 CSF, 2 grey, 3 white, 0 elsewhere.
+    Fluid against tissue first, then grey against white within tissue: three means at once spend
+    one of them on the half-full voxels around CSF. Anatomy fixes the order: on T1 tissue is
+    brighter than CSF and white brighter than grey, on T2 the other way round.
+    """
+    out = np.zeros(healthy.shape, np.uint8)
+    if healthy.sum() < 30:
+        return out
+    t1, t2, flair = [scans[MODALITIES.index(name)][healthy] for name in ("t1", "t2", "flair")]
+    tissue = two_means(np.stack([t1, t2, flair]), t1 - t2)
+    found = np.ones(tissue.shape, np.uint8)
+    t1, t2, flair = t1[tissue], t2[tissue], flair[tissue]
+    if tissue.any():
+        found[tissue] = 2 + two_means(np.stack([t1, t2, flair]), t1 - t2)
+    out[healthy] = found
+    return out
+
+
+def prepare_case(case, resolution, fov, condition):
+    """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
+
+    Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8 (D, R, R), values index
+    CONDITIONS[condition]; position float32 (D,) in [-1, 1] along the brain, beyond it outside;
+    labels uint8 and brain bool (X, Y, Z) as read; grid; cut: share of brain voxels outside the field of view.
+    """
+    scans, labels, affine = read_case(case)
+    where = case.files["seg"].parent
+    brain = brain_mask(scans, where) | (labels > 0)
+    for c in range(len(scans)):
+        scans[c] = scale_to_bytes(scans[c], brain)
+    names = CONDITIONS[condition]
+    classes = np.where(labels > 0, labels + (len(names) - len(LABELS) - 1), brain).astype(np.uint8)
+    if condition == "tissue":
+        tissue = tissue_clusters(scans, brain & (labels == 0))
+        classes = np.where(labels > 0, classes, tissue)
+        classes[brain & (classes == 0)] = names.index("grey")
+    grid = Grid.over(brain, affine, resolution, fov)
+    scans, classes, outline, brain = to_slices(scans), to_slices(classes), brain, to_slices(brain)
+    # labels by majority of area; images as the mean over the brain part of each pixel, so that
+    # the edge of the brain is not darkened by air
+    share = np.stack([grid.shrink(classes == k) for k in range(len(names))])
+    share[0] += 1 - share.sum(0)                # outside the volume is air
+    classes = share.argmax(0).astype(np.uint8)
+    area = np.maximum(grid.shrink(brain), 1e-6)
+    images = np.stack([grid.shrink(scan * brain) / area for scan in scans], 1)
+    images = np.rint(np.where(classes[:, None] > 0, images, 0)).clip(0, 255).astype(np.uint8)
+    with_brain = np.where((classes > 0).any((1, 2)))[0]
+    if not len(with_brain):
+        raise BadInput(f"{where}: no brain is found in the field of view; check the scans")
+    low, high = with_brain[0], with_brain[-1]
+    position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
+    cut = 1 - area.sum() * np.prod(grid.step) / brain.sum()
+    return {"images": images, "classes": classes, "position": position.astype(np.float32),
+            "labels": labels, "brain": outline, "grid": grid, "cut": float(cut)}
+
+
+def split_patients(cases, split_file=None):
+    """Which cases train, validate, test: {"train": [Case], "val": [...], "test": [...]}.
+
+    By patient, never by slice. Of the sorted patients every fifth (0, 5, 10, ...) is for test and
+    number 2 of every ten for validation, whatever the seed, so that a generator and a segmenter
+    trained apart still hold out the same people. split_file: JSON {"train": [...], "val": [...],
+    "test": [...]} of case or patient names overrides; cases it does not name are left out.
+    """
+    split = {"train": [], "val": [], "test": []}
+    if split_file is None:
+        patients = sorted({case.patient for case in cases})
+        for case in cases:
+            at = patients.index(case.patient)
+            split["test" if at % 5 == 0 else "val" if at % 10 == 2 else "train"].append(case)
+    else:
+        try:
+            wanted = json.loads(Path(split_file).read_text())
+            named = {name: part for part in split for name in wanted.get(part, [])}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise BadInput(f"{split_file}: cannot be used as a split ({error}); expected JSON like "
+                           '{"train": ["CASE"], "val": [], "test": []}') from error
+        for case in cases:
+            part = named.get(case.case, named.get(case.patient))
+            if part:
+                split[part].append(case)
+        unknown = set(named) - {c.case for c in cases} - {c.patient for c in cases}
+        if unknown:
+            raise BadInput(f"{split_file}: names {sorted(unknown)[0]}, which is not in the data; "
+                           "correct the name")
+    parts = {}
+    for part, members in split.items():
+        for case in members:
+            if parts.setdefault(case.patient, part) != part:
+                raise BadInput(f"patient {case.patient} is in {parts[case.patient]} and in {part}; "
+                               "keep all time points of a patient on one side of the split")
+    if not split["train"]:
+        raise BadInput(f"{len(cases)} cases leave none for training; add cases or give a split file")
+    return split
+
+
+class Cache:
+    """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
+
+    rows      uint8 (N, C + 1, R, R): C modalities, then the class map; slices without brain left out
+    cases     list of dicts, one a case: case, patient, part (train/val/test), hash (label_hash),
+              first, count (its rows), position [count floats], thickness (mm between slices)
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.meta = json.loads(self.path.with_suffix(".json").read_text())
+        self.rows = np.load(self.path, mmap_mode="r")
+        self.cases = self.meta["cases"]
+        self.position = np.concatenate([np.array(c["position"], np.float32) for c in self.cases])
+
+    def part(self, part):
+        """Row numbers of one part of the split: int array."""
+        rows = [np.arange(c["first"], c["first"] + c["count"]) for c in self.cases if c["part"] == part]
+        return np.concatenate(rows) if rows else np.array([], int)
+
+    def batch(self, rows):
+        """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R),
+        position float32 (B,), all torch tensors on the CPU."""
+        block = torch.from_numpy(self.rows[np.asarray(rows)])
+        return (block[:, :-1].float() / 127.5 - 1, block[:, -1].long(),
+                torch.from_numpy(self.position[np.asarray(rows)]))
+
+
+def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=print):
+    """The Cache of `cases` below `folder`, built once: its name is a fingerprint of every file's
+    name, size and time, of the settings and of the split, so a change of any makes a new one.
+    """
+    split = split_patients(cases, split_file)
+    part_of = {case.case: part for part, members in split.items() for case in members}
+    cases = [case for case in cases if case.case in part_of]
+    stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
+    key = json.dumps([5, resolution, fov, condition, sorted(part_of.items()), stamp])
+    path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+    if path.exists() and path.with_suffix(".json").exists():
+        return Cache(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started, entries, first, cut = time.time(), [], 0, []
+    raw = path.with_suffix(f".{os.getpid()}.tmp")
+
+    def prepare(case):
+        got = prepare_case(case, resolution, fov, condition)
+        keep = (got["classes"] > 0).mean((1, 2)) > 0.01
+        block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
+        thickness = float(np.linalg.norm(got["grid"].affine[:3, 2]))
+        return case, block, got["position"][keep], label_hash(got["labels"]), got["cut"], thickness
+
+    try:
+        with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for at in range(0, len(cases), 8):          # a few at a time: memory stays small
+                for case, block, position, digest, lost, thickness in pool.map(prepare, cases[at:at + 8]):
+                    handle.write(block.tobytes())
+                    entries.append({"case": case.case, "patient": case.patient,
+                                    "part": part_of[case.case], "hash": digest, "first": first,
+                                    "count": len(block), "position": position.round(5).tolist(),
+                                    "thickness": thickness})
+                    first += len(block)
+                    cut += [case.case] * (lost > 0.002)
+        shape = (first, len(MODALITIES) + 1, resolution, resolution)
+
+        def write(temporary):                           # .npy = a header, then the bytes
+            with open(temporary, "wb") as handle, open(raw, "rb") as source:
+                np.lib.format.write_array_header_1_0(
+                    handle, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                shutil.copyfileobj(source, handle, 2 ** 22)
+
+        replace_file(path, write)
+    finally:
+        raw.unlink(missing_ok=True)
+    meta = {"condition": condition, "classes": CONDITIONS[condition], "modalities": MODALITIES,
+            "resolution": resolution, "fov": fov, "cases": entries}
+    replace_file(path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(meta)))
+    if cut:
+        say(f"note: {len(cut)} cases are wider than the field of view of {fov} mm and lose their edge "
+            f"({cut[0]} for one); a larger --fov keeps it")
+    say(f"cache: {len(cases)} cases, {first} slices in {time.time() - started:.0f} s -> {path}")
+    return Cache(path)
+
+
+# ================================================================================================
+# 4  NOISE PROCESS
+# Pure functions of t. No module, no buffer: a schedule that lives in a state_dict gets averaged by
+# the EMA or overwritten by a checkpoint, and the samples turn black. Tables are float64 on the CPU.
+# ================================================================================================
+
+T = 1000                                        # noise levels t = 0 (clean) .. T (pure noise)
+
+
+def cosine_alpha_bar(shift=1.0, steps=T):
+    """alpha_bar, float64 (steps + 1,): signal = cos(angle), sigma = sin(angle), angle = t/steps * pi/2.
+
+    alpha_bar[0] = 1 and alpha_bar[steps] = 0 exactly: at T nothing of the image is left, so that a
+    sampler may start from pure noise and air can come out black [ZSNR].
+    shift: factor on sqrt(snr) at every t. Large pictures survive noise better (their pixels repeat
+    each other), so train a 128-pixel model with shift = 64/128 to see as much noise [SHIFT].
+    DIFFERS: no small offset s near t = 0; v-prediction does not need it.
+    """
+    angle = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (math.pi / 2)
+    signal, sigma = shift * torch.cos(angle), torch.sin(angle)
+    alpha_bar = signal ** 2 / (signal ** 2 + sigma ** 2)
+    alpha_bar[0], alpha_bar[-1] = 1.0, 0.0      # cos(pi/2) is 6e-17 in floating point
+    return alpha_bar
+
+
+def signal_sigma(alpha_bar, t):
+    """signal and sigma at t (B,), each float32 (B, 1, 1, 1), ready to multiply images."""
+    level = alpha_bar[t]
+    return level.sqrt().float().view(-1, 1, 1, 1), (1 - level).sqrt().float().view(-1, 1, 1, 1)
+
+
+def add_noise(x0, eps, signal, sigma):
+    """x_t = signal * x0 + sigma * eps. All (B, C, H, W) or broadcastable."""
+    return signal * x0 + sigma * eps
+
+
+def v_target(x0, eps, signal, sigma):
+    """v = signal * eps - sigma * x0: the derivative of x_t along the angle [VPRED]."""
+    return signal * eps - sigma * x0
+
+
+def split_v(x_t, v, signal, sigma):
+    """x_t and v are (x0, eps) turned by the angle; turn back -> (x0, eps) [VPRED].
+
+    x0 = signal * x_t - sigma * v;  eps = sigma * x_t + signal * v. At T this is x0 = -v: no
+    division, nothing blows up.
+    """
+    return signal * x_t - sigma * v, sigma * x_t + signal * v
+
+
+def min_snr_weight(alpha_bar, t, gamma=5.0, floor=0.05):
+    """Loss weight per sample, float32 (B,): min(snr, gamma) / (snr + 1), the v form of [MINSNR].
+
+    DIFFERS: never below `floor`; at t = T the snr is 0, and a weight of 0 would leave the first
+    sampling step untrained.
+    """
+    level = alpha_bar[t]                        # snr = level / (1 - level), so snr + 1 = 1 / (1 - level)
+    return torch.minimum(level, gamma * (1 - level)).clamp(min=floor).float()
+
+
+def lesion_weight(classes, first_lesion, extra):
+    """Loss weight per pixel, float32 (B, 1, H, W): 1 + extra inside tumour labels, 1 elsewhere.
+
+    classes: int (B, H, W); values from first_lesion on are tumour. Tumours cover a few percent of
+    the picture and get as little of the gradient.
+    """
+    return 1 + extra * (classes >= first_lesion).float().unsqueeze(1)
+
+
+# ================================================================================================
+# 5  NETWORKS
+# A residual U-Net that takes noisy images, a noise level, a label map and a few scalars, and
+# returns v_hat. Widths and group sizes are what ran fastest on CPUs without losing quality.
+# ================================================================================================
+
+GROUP = 16      # channels a normalisation group: small groups fall off the fast CPU kernels
+
+
+def one_hot(classes, n_classes):
+    """Class map int (B, H, W) -> float32 (B, n_classes, H, W). Every pixel has exactly one 1, so
+    all zeros is a state no label map has: the null condition of guidance, see null_condition."""
+    return F.one_hot(classes, n_classes).movedim(-1, 1).float()
+
+
+def sinusoid(value, dim, top=10_000.0):
+    """Position code: value (B,) -> (B, dim), sines and cosines at dim/2 wavelengths 2 pi .. top."""
+    wave = torch.exp(torch.arange(dim // 2, device=value.device) * (-math.log(top) / (dim // 2)))
+    phase = value.float().unsqueeze(1) * wave
+    return torch.cat([phase.sin(), phase.cos()], 1)
+
+
+def zero_init(module):
+    """Set weight and bias to zero: the part starts as if it were not there."""
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def norm(channels):
+    """GroupNorm with GROUP channels a group (one group if channels are fewer or do not divide)."""
+    return nn.GroupNorm(channels // GROUP if channels % GROUP == 0 else 1, channels)
+
+
+def count_parameters(net):
+    """How many numbers are learned."""
+    return sum(p.numel() for p in net.parameters())
+
+
+class ResBlock(nn.Module):
+    """x (B, c_in, H, W), emb (B, E) -> (B, c_out, H, W).
+
+    norm, SiLU, 3x3; norm * (1 + scale) + shift from emb [ADM]; SiLU, 3x3 that starts at zero; plus
+    the input (through a 1x1 where the number of channels changes).
+    """
+
+    def __init__(self, c_in, c_out, emb):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.to_scale_shift = nn.Linear(emb, 2 * c_out)
+        self.norm2, self.conv2 = norm(c_out), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.to_scale_shift(emb)[..., None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels: (B, C, H, W) -> the same; heads of 64 channels; starts as
+    the identity."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 64)
+        self.norm = norm(channels)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.to_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        qkv = self.to_qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)               # (B, heads, H*W, C/heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        return x + self.to_out(y)
+
+
+class UNet(nn.Module):
+    """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, K) -> an image like
+    x_t (or with out_channels), from which precondition makes v_hat. Any H and W: padded inside, cropped after.
+
+    width, mults   channels of level i are width * mults[i]; every level halves height and width
+    blocks         residual blocks a level
+    patch          p x p pixels become channels in front (pixel-unshuffle) and pixels again behind:
+                   the network then works on H/p x W/p, three to four times cheaper at p = 2
+    fine           channels of the one block at full resolution that comes last
+    scalars        K conditions that are one number each, about -1..1; NaN means not given, a state
+                   of its own. They enter the time embedding through a layer that starts at zero.
+    """
+
+    def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 4), blocks=1, patch=2,
+                 fine=32, scalars=1, out_channels=None):
+        super().__init__()
+        self.channels, self.classes, self.out_channels = channels, classes, out_channels or channels
+        self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
+        widths = [width * m for m in mults]
+        self.emb = emb = 4 * width
+        self.time = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.scalar = nn.Sequential(nn.Linear(scalars * 33, emb), nn.SiLU(),
+                                    zero_init(nn.Linear(emb, emb)))
+        self.conv_in = nn.Conv2d((channels + classes) * patch ** 2, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, kept = width, []
+        for i, w in enumerate(widths):
+            level = nn.ModuleDict({"blocks": nn.ModuleList()})
+            for _ in range(blocks):
+                level["blocks"].append(ResBlock(c, w, emb))
+                c = w
+                kept.append(c)
+            if i + 1 < len(widths):
+                level["shrink"] = nn.Conv2d(c, c, 3, stride=2, padding=1)
+            self.down.append(level)
+        self.middle1, self.attention, self.middle2 = ResBlock(c, c, emb), Attention(c), ResBlock(c, c, emb)
+        for i, w in reversed(list(enumerate(widths))):
+            level = nn.ModuleDict({"blocks": nn.ModuleList()})
+            for _ in range(blocks):
+                level["blocks"].append(ResBlock(c + kept.pop(), w, emb))
+                c = w
+            if i > 0:
+                level["grow"] = nn.ConvTranspose2d(c, widths[i - 1], 2, stride=2)
+                c = widths[i - 1]
+            self.up.append(level)
+        # one block at full resolution has the last word: noise is fine-grained, and learning to
+        # remove it through folded pixels takes several times as many steps
+        self.norm_coarse, self.unfold = norm(c), nn.Conv2d(c, fine * patch ** 2, 1)
+        self.fine_in, self.fine = nn.Conv2d(channels + classes, fine, 3, padding=1), ResBlock(fine, fine, emb)
+        self.norm_out, self.conv_out = norm(fine), zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
+
+    def embed(self, t, scalars):
+        """t (B,), scalars (B, K) -> embedding (B, E)."""
+        emb = self.time(sinusoid(t, self.emb))
+        given = (~torch.isnan(scalars)).float()                             # (B, K)
+        value = torch.nan_to_num(scalars)
+        code = sinusoid(value.flatten() * 100, 32).view(*value.shape, 32)   # (B, K, 32)
+        code = torch.cat([code, torch.ones_like(code[..., :1])], -1) * given.unsqueeze(-1)
+        return F.silu(emb + self.scalar(code.flatten(1)))
+
+    def forward(self, x_t, t, onehot, scalars):
+        height, width = x_t.shape[-2:]
+        x = torch.cat([x_t, onehot], 1)                                     # (B, C + K, H, W)
+        x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))                  # (B, width, H/p, W/p)
+        emb, kept = self.embed(t, scalars), []
+        for level in self.down:
+            for block in level["blocks"]:
+                h = block(h, emb)
+                kept.append(h)
+            if "shrink" in level:
+                h = level["shrink"](h)                                      # half the height, width
+        h = self.middle2(self.attention(self.middle1(h, emb)), emb)
+        for level in self.up:
+            for block in level["blocks"]:
+                h = block(torch.cat([h, kept.pop()], 1), emb)
+            if "grow" in level:
+                h = level["grow"](h)                                        # twice the height, width
+        h = F.pixel_shuffle(self.unfold(F.silu(self.norm_coarse(h))), self.patch)     # (B, fine, H, W)
+        h = self.fine(h + self.fine_in(x), emb)
+        return self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]          # (B, C, H, W)
+
+
+def precondition(out, x_t, onehot, signal, sigma, stats):
+    """What the network says on top of what needs no network -> v_hat (B, C, H, W), float32.
+
+    If every voxel were a number from N(mean, std^2) of its class, the best v were known in closed
+    form: sigma (signal (1 - std^2) x_t - mean) / den with den = std^2 signal^2 + sigma^2, and its
+    error were std / sqrt(den). So v_hat = that + that error * out: the network learns how voxels
+    hang together, starts right about air, and its task has unit size at every t. This is the
+    preconditioning of [EDM] with one Gaussian a class instead of one for all.
+
+    out: the network's output (B, C, H, W); signal, sigma: (B, 1, 1, 1); stats: (2, K + 1, C), mean
+    and std of each class in each modality; row K is used where onehot is all zeros.
+    """
+    known = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)         # (B, K + 1, H, W)
+    mean, std = [torch.einsum("bkhw,kc->bchw", known, s) for s in stats]    # (B, C, H, W)
+    den = (std * signal) ** 2 + sigma ** 2
+    return sigma * (signal * (1 - std ** 2) * x_t - mean) / den + std / den.sqrt() * out.float()
+
+
+# ================================================================================================
+# 6  DEVICES
+# The only section that names cpu, cuda or mps; everything else is handed a device.
+# ================================================================================================
+
+
+def pick_device(name="auto"):
+    """"auto", "cpu", "cuda" or "mps" -> torch.device. auto takes the fastest there is; a device
+    asked for by name that is not there is a BadInput, never a silent fall-back."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name):
+        raise BadInput(f"--device {name}: PyTorch {torch.__version__} finds no such device here; "
+                       "use --device auto")
+    if name == "cpu":
+        torch.set_flush_denormal(True)          # tiny numbers cost time and mean nothing
+    return torch.device(name)
+
+
+def to_device(device, *tensors):
+    """The tensors, on the device."""
+    return [tensor.to(device) for tensor in tensors]
+
+
+def has_fast_bf16(device):
+    """Whether bfloat16 arithmetic is faster than float32 there."""
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def fast_math(device, wanted=True):
+    """Context in which layers compute in bfloat16 where the device does that fast; weights, the
+    noise process and the loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_fast_bf16(device))
+
+
+# ================================================================================================
+# 7  SAMPLING
+# Every sampler here is a straight line through what is known: x_s = a x_t + b x0_hat + c (x0_hat of
+# the step before) + d noise. So a sampler is four numbers a step, made in float64 from alpha_bar at
+# the levels really visited ("t minus T // n" is wrong as soon as steps are uneven).
+# ================================================================================================
+
+
+def timesteps(steps, last=T):
+    """Noise levels a sampler visits: `steps` + 1 integers from `last` down to 0, even in t."""
+    return torch.linspace(last, 0, steps + 1, dtype=torch.float64).round().long()
+
+
+def ddpm_step(before, after):
+    """Ancestral sampling: mean and spread of q(x_s | x_t, x0) [DDPM]. alpha_bar before (at t) and
+    after (at s < t) the step -> (a, b, c, d)."""
+    ratio = before / after
+    a = math.sqrt(ratio) * (1 - after) / (1 - before)
+    b = math.sqrt(after) * (1 - ratio) / (1 - before)
+    return a, b, 0.0, math.sqrt((1 - ratio) * (1 - after) / (1 - before))
+
+
+def ddim_step(before, after, eta=0.0):
+    """x_s = signal_s x0 + sqrt(sigma_s^2 - d^2) eps + d noise, with eps = (x_t - signal_t x0)/sigma_t
+    and d = eta sigma_s/sigma_t sqrt(1 - before/after) [DDIM]. eta 0: no noise, eta 1: DDPM."""
+    d = eta * math.sqrt((1 - after) / (1 - before) * (1 - before / after))
+    along_eps = math.sqrt(max(1 - after - d * d, 0.0)) / math.sqrt(1 - before)
+    return along_eps, math.sqrt(after) - along_eps * math.sqrt(before), 0.0, d
+
+
+def dpmpp_step(earlier, before, after):
+    """DPM-Solver++(2M) [DPM++]. earlier: alpha_bar one step before `before`, None in step one.
+
+    x_s = sigma_s/sigma_t x_t + k D,  k = signal_s - signal_t sigma_s/sigma_t,
+    D = (1 + 1/2r) x0_hat - 1/2r x0_hat_earlier,  r = h_earlier / h,  h = step in log(signal/sigma).
+    From T (log-snr is -infinity) and to 0 (+infinity) r has no meaning: those are first order.
+    """
+    ratio = math.sqrt((1 - after) / (1 - before))
+    k = math.sqrt(after) - math.sqrt(before) * ratio
+    if earlier is None or earlier <= 0 or after >= 1:
+        return ratio, k, 0.0, 0.0
+    half_log_snr = [0.5 * math.log(level / (1 - level)) for level in (earlier, before, after)]
+    r = (half_log_snr[1] - half_log_snr[0]) / (half_log_snr[2] - half_log_snr[1])
+    return ratio, k * (1 + 0.5 / r), -k * 0.5 / r, 0.0
+
+
+def sampler_table(levels, sampler="ddim", eta=0.0):
+    """levels: alpha_bar at the S + 1 levels visited, increasing from 0 (noise) to 1 (clean).
+
+    Returns float32 (S, 6): signal and sigma before the step, then a, b, c, d. sampler: "ddpm",
+    "ddim" (eta in 0..1) or "dpmpp". Computed in float64.
+    """
+    levels, rows = [float(level) for level in levels], []
+    for i, (before, after) in enumerate(zip(levels, levels[1:])):
+        step = {"ddpm": lambda: ddpm_step(before, after),
+                "ddim": lambda: ddim_step(before, after, eta),
+                "dpmpp": lambda: dpmpp_step(levels[i - 1] if i else None, before, after)}[sampler]()
+        rows.append([math.sqrt(before), math.sqrt(1 - before), *step])
+    return torch.tensor(rows, dtype=torch.float64).float()
+
+
+@torch.no_grad()
+def sample(predict_v, x, visited, table, noise=None, clip=True):
+    """Walk x from the first level visited to the last. x: (B, C, H, W), at T standard normal noise.
+
+    predict_v  function (x_t, level) -> v_hat; gets the entries of `visited` in turn (S + 1 of them,
+               the last is where the walk ends and is not asked for)
+    table      from sampler_table at these levels
+    noise      function of the step number -> noise shaped like x; needed where a row's d is not 0
+    clip       keep x0_hat in [-1, 1], where images live
+    """
+    x0_earlier = torch.zeros_like(x)
+    for i, (signal, sigma, a, b, c, d) in enumerate(table.to(x.device)):
+        x0_hat, _ = split_v(x, predict_v(x, visited[i]), signal, sigma)
+        if clip:
+            x0_hat = x0_hat.clamp(-1, 1)
+        x = a * x + b * x0_hat + c * x0_earlier
+        if table[i, 5] > 0:                     # the table on the CPU: no wait for the device
+            x = x + d * noise(i)
+        x0_earlier = x0_hat
+    return x
+
+
+@dataclass
+class Denoiser:
+    """A trained network with all that is needed to ask it for v_hat."""
+    net: UNet
+    stats: torch.Tensor                         # (2, K + 1, C), see class_statistics
+    alpha_bar: torch.Tensor                     # (T + 1,)
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, x_t, t, onehot, scalars):
+        """x_t (B, C, H, W), t int (B,), onehot (B, K, H, W), scalars (B, S), all on the CPU ->
+        v_hat float32 (B, C, H, W) on the CPU."""
+        x_t, t, onehot, scalars, stats, signal, sigma = to_device(
+            self.device, x_t, t, onehot, scalars, self.stats, *signal_sigma(self.alpha_bar, t))
+        with fast_math(self.device):
+            out = self.net(x_t, t, onehot, scalars)
+        return precondition(out, x_t, onehot, signal, sigma, stats).cpu()
+
+
+def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
+    """Classifier-free guidance [CFG]: v_null + scale (v_cond - v_null); one call at scale 1.
+
+    denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition drops the label map
+    (all zeros, which no label map is) and keeps the scalars.
+    rescale: share by which the result is brought back to the spread of v_cond per sample, without
+    which large scales blow contrast up and turn air grey [ZSNR].
+    """
+    v_cond = denoiser(x_t, t, onehot, scalars)
+    if scale == 1.0:
+        return v_cond
+    v = denoiser(x_t, t, torch.zeros_like(onehot), scalars)
+    v = v + scale * (v_cond - v)
+    spread = v_cond.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
+    return v * (1 - rescale + rescale * spread)
+
+
+def generator(*key):
+    """A CPU random generator that is a pure function of `key` (seed, what for, step, ...).
+
+    Nothing is ever continued from a stored state: what is drawn at step 700 depends on 700 alone,
+    so a killed run resumes bit for bit and a sample depends on its own number only.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def volume_noise(key, shape, coherence, thickness):
+    """Standard normal noise (D, C, H, W), float32, whose neighbouring slices agree.
+
+    The correlation of two slices dz mm apart is exp(-dz^2 / (2 coherence^2)); each voxel alone is
+    N(0, 1). coherence 0: independent slices. thickness: mm between slices.
+    """
+    white = torch.randn(shape, generator=generator(*key))
+    if coherence <= 0:
+        return white
+    z = torch.arange(shape[0], dtype=torch.float64) * thickness
+    mix = torch.exp(-((z[:, None] - z[None]) / coherence) ** 2)
+    mix = (mix / mix.norm(dim=1, keepdim=True)).float()
+    return (mix @ white.flatten(1)).view(shape)
+
+
+# How sample.py and the pictures of a training run sample unless told otherwise. interval: guidance
+# acts while t / T lies in it [RANGE]; coherence: mm along z, see volume_noise.
+SAMPLING = {"steps": 20, "sampler": "ddim", "eta": 0.0, "guidance": 1.0, "rescale": 0.7,
+            "interval": (0.2, 0.8), "coherence": 4.0}
+
+
+def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING, batch=32):
+    """One whole volume: label map in, images out, slice by slice with noise shared along z.
+
+    classes int (D, H, W); position float (D,); thickness: mm between slices; settings: see
+    SAMPLING; key: (seed, case number), from which all noise follows; batch: slices a network call,
+    which changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
+    """
+    n_classes, channels = denoiser.stats.shape[1] - 1, denoiser.stats.shape[2]
+    shape, visited = (len(classes), channels, *classes.shape[1:]), timesteps(settings["steps"])
+    table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
+
+    def noise(step):
+        return volume_noise((*key, step), shape, settings["coherence"], thickness)
+
+    def predict_v(x, t):
+        low, high = settings["interval"]
+        scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
+        return torch.cat([guided_v(denoiser, x[i:i + batch], t.expand(len(x[i:i + batch])),
+                                   one_hot(classes[i:i + batch], n_classes), position[i:i + batch, None],
+                                   scale, settings["rescale"]) for i in range(0, len(x), batch)])
+
+    return sample(predict_v, noise("start"), visited, table, noise)
+
+
+# ================================================================================================
+# 8  TRAINING
+# What the training scripts share. The step itself is in the script, where it can be seen.
+# ================================================================================================
+
+
+def endless(rows, key, start, count):
+    """Entries start .. start + count - 1 of an endless sequence that runs through `rows` in a new
+    random order every epoch. int array (count,); a pure function of its arguments."""
+    out, end = [], start + count
+    while start < end:
+        epoch, at = divmod(start, len(rows))
+        order = torch.randperm(len(rows), generator=generator(*key, epoch)).numpy()
+        out.append(rows[order[at:at + end - start]])
+        start += len(out[-1])
+    return np.concatenate(out) if out else np.array([], int)
+
+
+def batch_rows(tumour, other, share, seed, step, batch):
+    """Cache rows of the batch of this step, int (batch,): `share` of all draws show tumour.
+
+    Global sample number n = step * batch + i comes from `tumour` where floor(n * share) steps up,
+    else from `other`; each is run through in its own shuffled order.
+    """
+    if not len(tumour) or not len(other):
+        share = float(len(tumour) > 0)
+    taken = np.floor(np.arange(step * batch, (step + 1) * batch + 1) * share + 1e-9).astype(int)
+    from_tumour = np.diff(taken) > 0
+    rows = np.empty(batch, int)
+    n = int(from_tumour.sum())
+    rows[from_tumour] = endless(tumour, (seed, "tumour"), int(taken[0]), n) if n else []
+    rows[~from_tumour] = endless(other, (seed, "other"), step * batch - int(taken[0]), batch - n) if n < batch else []
+    return rows
+
+
+def has_label(cache, rows, first_label):
+    """Which of these cache rows show a class value >= first_label: bool (len(rows),)."""
+    return np.array([(cache.rows[r, -1] >= first_label).any() for r in rows], bool)
+
+
+def class_statistics(cache, rows, n_classes, at_most=400):
+    """Mean and std of every class in every modality, float32 (2, n_classes + 1, C), for precondition;
+    the last row is over all pixels. From at most `at_most` of these cache rows, spread evenly. Std
+    is at least 0.01, mean 0 and std 0.5 where a class does not occur."""
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int))]
+    x0, classes, _ = cache.batch(rows)
+    x0, stats = x0.movedim(1, -1), torch.zeros(2, n_classes + 1, x0.shape[1])
+    for k in range(n_classes + 1):
+        pixels = x0[classes == k] if k < n_classes else x0.flatten(0, 2)
+        stats[0, k], stats[1, k] = (pixels.mean(0), pixels.std(0).clamp(min=0.01)) if len(pixels) > 1 else (0.0, 0.5)
+    return stats
+
+
+def training_noise(seed, step, shape, drop):
+    """All chance of one training step, on the CPU, from (seed, step): shape (B, C, H, W) ->
+
+    t       int64 (B,) in 1..T, one in each of B equal parts of the range, in random order
+    eps     float32 (B, C, H, W)
+    keep    float32 (B,): 0 where the label map is replaced by the null condition (share `drop`)
+    given   bool (B,): False where the slice position is withheld (share `drop`, independent)
+    mirror  bool (B,): True where left and right are swapped (one half)
+    """
+    g, batch = generator(seed, "noise", step), shape[0]
+    place = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
+    t = (place * T).long().clamp(max=T - 1) + 1
+    keep, given, mirror = torch.rand(3, batch, generator=g)
+    return t, torch.randn(shape, generator=g), (keep >= drop).float(), given >= drop, mirror < 0.5
+
+
+def learning_rate(peak, progress, step, warmup=100):
+    """Linear warm-up over `warmup` steps, then half a cosine down to peak / 100.
+
+    progress: share of the run that is over, 0..1, whichever of steps and minutes ends it.
+    """
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+class EMA:
+    """Running mean of a network's parameters, float32 on the CPU, whatever the network runs on.
+
+    Parameters only: no buffer, no schedule. update() every k steps with decay^k equals updating
+    with the k-step-old copy every step. decay(step) = min(decay, (1 + step) / (10 + step)): a
+    short run averages its last tenth instead of remembering its random start.
+    On the host since a bfloat16 copy would lose (1 - decay) * w to rounding, and to free the
+    device's memory; the price is one transfer every k steps.
+    """
+
+    def __init__(self, net, decay=0.999, every=10):
+        self.decay, self.every = decay, every
+        self.weights = {k: p.detach().float().cpu().clone() for k, p in net.named_parameters()}
+
+    def update(self, net, step):
+        """Call after optimiser step number `step` (1, 2, ...); acts on every `every`-th."""
+        if step % self.every:
+            return
+        keep = min(self.decay, (1 + step) / (10 + step)) ** self.every
+        new = [p.detach().float().cpu() for p in net.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), new, 1 - keep)
+
+    def copy_of(self, net):
+        """A copy of `net`, on its device, that carries the averaged weights: what samples best."""
+        twin = copy.deepcopy(net)
+        twin.load_state_dict(self.weights, strict=False)
+        return twin.eval()
+
+
+def save_checkpoint(folder, state):
+    """Write state to folder/checkpoint.pt, whole or not at all; the one before it is kept as
+    checkpoint.previous.pt. Plain tensors, numbers, strings, lists and dicts only."""
+    newest, previous = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.previous.pt"
+
+    def write(temporary):
+        with open(temporary, "wb") as handle:   # a file object: a full disk arrives as an OSError
+            torch.save(state, handle)
+        if newest.exists():
+            previous.unlink(missing_ok=True)
+            os.link(newest, previous)           # a second name: never a moment without a checkpoint
+
+    replace_file(newest, write)
+
+
+def load_checkpoint(path, say=print):
+    """The state in a checkpoint file, or in the newest sound one of a run's folder.
+
+    Every byte is checked (torch.load alone reads flipped bits in silence) and nothing but data is
+    unpickled. BadInput when there is none or none is sound.
+    """
+    path = Path(path)
+    candidates = [path / "checkpoint.pt", path / "checkpoint.previous.pt"] if path.is_dir() else [path]
+    candidates, faults = [p for p in candidates if p.exists()], []
+    for candidate in candidates:
+        try:
+            with zipfile.ZipFile(candidate) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum does not match")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if faults:
+                say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
+            return state
+        except Exception as error:
+            faults.append(f"{candidate} is damaged ({error})")
+    raise BadInput("; ".join(faults) + "; train again or use another checkpoint" if faults else
+                   f"{path}: no checkpoint there; train one first with python train_ddpm.py")
+
+
+class LogBook:
+    """Losses since the last line, one line a time on the screen, the same fields in log.csv.
+
+    The loss is also kept in four bins of t (quarters of the range, clean to noisy): the mean alone
+    hides which noise levels still learn. Nothing is read from the device until a line is due.
+    """
+    FIELDS = ("step", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "images_per_s", "seconds")
+
+    def __init__(self, folder, step):
+        self.path, self.losses, self.since = Path(folder) / "log.csv", [], (step, time.time())
+        old = [r for r in read_log(self.path) if r["step"] <= step]     # after a kill: none twice
+        with open(self.path, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, self.FIELDS)
+            writer.writeheader()
+            writer.writerows(old)
+
+    def add(self, losses, t):
+        """losses float (B,) on any device; t int (B,) on the CPU."""
+        self.losses.append((losses.detach(), t))
+
+    def line(self, step, lr, batch, seconds):
+        """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`)."""
+        losses = torch.cat([loss for loss, _ in self.losses]).float().cpu()
+        quarter = (torch.cat([t for _, t in self.losses]) - 1) * 4 // T
+        means = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
+        speed = (step - self.since[0]) * batch / max(time.time() - self.since[1], 1e-6)
+        self.losses, self.since = [], (step, time.time())
+        row = dict(zip(self.FIELDS, (step, losses.mean().item(), *means, lr, speed, seconds)))
+        with open(self.path, "a", newline="") as handle:
+            csv.DictWriter(handle, self.FIELDS).writerow(
+                {k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+        return row, f"loss {row['loss']:.4f} | lr {lr:.1e} | {speed:.0f} img/s"
+
+
+def read_log(path):
+    """log.csv -> list of dicts of numbers, empty when there is no file yet."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as handle:
+        return [{k: int(v) if k == "step" else float(v) for k, v in row.items()}
+                for row in csv.DictReader(handle)]
+
+
+# ================================================================================================
+# 9  WRITING
+# Synthetic cases as BraTS-2023 folders that say what they are, and pictures.
+# ================================================================================================
+
+LABEL_COLOURS = {"air": "#000000", "brain": "#555555", "CSF": "#303a60", "grey": "#606060",
+                 "white": "#a0a0a0", "NCR": "#3b7dd8", "ED": "#58b368", "ET": "#f2c14e"}
+
+
+def colour_labels(classes, condition):
+    """Class map int (H, W) -> colour picture float (H, W, 3)."""
+    rgb = [[int(LABEL_COLOURS[name][i:i + 2], 16) / 255 for i in (1, 3, 5)] for name in CONDITIONS[condition]]
+    return np.array(rgb)[np.asarray(classes)]
+
+
+def draw_rows(path, rows, titles, condition, headline=""):
+    """A PNG of pictures. rows: list of lists of (H, W) tensors or arrays; integer ones are class
+    maps, float ones images in [-1, 1], None leaves a gap. titles: one per column."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False,
+                                figsize=(1.25 * len(titles), 1.25 * len(rows) + 0.6), dpi=110)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=7)
+    for line, row in zip(axes, rows):
+        for axis, image in zip(line, row):
+            if image is None:
+                continue
+            image = np.asarray(image)
+            if image.dtype.kind in "iu":
+                axis.imshow(colour_labels(image, condition), interpolation="nearest")
+            else:
+                axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
+    figure.suptitle(headline, fontsize=9)
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / (1.25 * len(rows) + 0.6), 0.02, 0.02)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+def draw_curves(path, log):
+    """PNG of the loss over steps in its four noise bins; log from read_log."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 3.6), dpi=110)
+    for q, name in enumerate(("cleanest quarter", "second", "third", "noisiest quarter"), 1):
+        axis.plot([r["step"] for r in log], [r[f"loss_q{q}"] for r in log], label=name, lw=1)
+    axis.set(xlabel="step", ylabel="mean squared error of v", yscale="log")
+    axis.legend(title="noise level t", fontsize=7, title_fontsize=7)
+    figure.tight_layout()
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+def image_counts(images, classes):
+    """Images float (D, C, R, R) in [-1, 1] -> int16 counts 0..1000: 0 in air, at least 1 in the brain.
+
+    The outline is part of the condition, so what lies outside is written as the air it is.
+    """
+    counts = np.clip(np.rint((np.asarray(images) + 1) * 500), 1, 1000)
+    return np.where(np.asarray(classes)[:, None] > 0, counts, 0).astype(np.int16)
+
+
+def write_case(folder, case, images, labels, affine, facts):
+    """Write one synthetic case as a BraTS-2023 folder, whole or not at all; returns the folder.
+
+    images: counts int16 (C, X, Y, Z); labels: uint8 (X, Y, Z) in 0..3; both canonical, with affine
+    (4, 4). facts: what goes into the JSON sidecar beside the volumes. Headers are fresh: nothing of
+    a source file (names, comments, extensions) can travel along. Every file says SYNTHETIC.
+    """
+    target, building = Path(folder) / case, Path(folder) / f".{case}.{os.getpid()}.tmp"
+    building.mkdir(parents=True, exist_ok=True)
+    volumes = dict(zip((NAMES_2023[name] for name in MODALITIES), images)) | {"seg": labels}
+    for name, volume in volumes.items():
+        image = nib.Nifti1Image(np.ascontiguousarray(volume), affine)
+        image.header["descrip"] = f"SYNTHETIC brainsyn {__version__}".encode()
+        image.set_sform(affine, 2)              # 2: aligned to another file, here the label map
+        image.set_qform(affine, 2)
+        nib.save(image, building / f"{case}-{name}.nii.gz")
+    (building / f"{case}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(building, target)
+    return target
+
+
+# ================================================================================================
+# 10  JUDGING
+# Does a sample obey its mask, is air black, is the picture as sharp and as contrasted as a scan?
+# Each figure is computed in the same way on real and on sampled slices.
+# ================================================================================================
+
+
+def erode(mask, times=1):
+    """Bool (N, H, W) without its outermost `times` pixels."""
+    mask = mask.float().unsqueeze(1)
+    for _ in range(times):
+        mask = 1 - F.max_pool2d(1 - mask, 3, 1, 1)
+    return mask[:, 0] > 0.5
+
+
+def lesion_contrast(images, classes, condition, modality, label, voxels=10):
+    """In how many slices is a tumour label brighter than healthy brain? -> (share, slices counted).
+
+    images (N, C, H, W), classes (N, H, W); counted are slices with at least `voxels` of the label;
+    compared are mean signals in `modality` inside the label and in all healthy classes.
+    """
+    names = CONDITIONS[condition]
+    image = images[:, MODALITIES.index(modality)]
+    inside = classes == names.index(label)
+    healthy = (classes > 0) & (classes < names.index(LABELS[0]))
+    wins = [bool(picture[a].mean() > picture[b].mean()) for picture, a, b in zip(image, inside, healthy)
+            if a.sum() >= voxels and b.any()]
+    return (sum(wins) / len(wins) if wins else math.nan), len(wins)
+
+
+def black_air(images, classes, level=-0.95):
+    """Share of air pixels at or below `level` in every modality's picture, over all slices."""
+    air = (classes == 0).unsqueeze(1).expand_as(images)
+    return (images[air] <= level).float().mean().item()
+
+
+def fine_power(images, classes):
+    """Mean squared high-frequency signal per modality (C,): each picture minus its 3x3 mean, inside
+    the brain, two pixels from its edge. Too low is blur, too high is noise."""
+    inside = erode(classes > 0, 2).unsqueeze(1)
+    fine = images - F.avg_pool2d(images, 3, 1, 1)
+    return (fine ** 2 * inside).sum((0, 2, 3)) / inside.sum().clamp(min=1)
+
+
+def grey_white_contrast(images, classes, condition):
+    """How far apart grey and white matter are on T1: mean over slices of (mean of the white cluster
+    minus mean of the grey one), clusters found in each picture by tissue_clusters, since a sampled
+    brain has its own folds. Slices with at least 300 healthy pixels."""
+    healthy = (classes > 0) & (classes < CONDITIONS[condition].index(LABELS[0]))
+    contrast = []
+    for image, mask in zip(images, healthy):
+        if mask.sum() < 300:
+            continue
+        scans = ((image + 1) * 127.5).numpy()
+        tissue, t1 = tissue_clusters(scans, mask.numpy()), image[MODALITIES.index("t1")].numpy()
+        if (tissue == 2).any() and (tissue == 3).any():
+            contrast.append(t1[tissue == 3].mean() - t1[tissue == 2].mean())
+    return float(np.mean(contrast)) if contrast else math.nan
+
+
+def roughness(volume, classes):
+    """Slice-to-slice roughness: mean |difference| of neighbouring slices (D, C, H, W) over voxels
+    that are the same healthy or tumour class in both, divided by the spread of brain voxels."""
+    same = ((classes[1:] == classes[:-1]) & (classes[1:] > 0)).unsqueeze(1)
+    step = (volume[1:] - volume[:-1]).abs() * same
+    brain = volume.movedim(1, 0)[:, classes > 0]
+    return (step.sum() / (same.sum() * volume.shape[1]).clamp(min=1) / brain.std(1).mean()).item()
+
+
+def judge_slices(real, sampled, classes, condition):
+    """The closing figures of a run: {name: value}. real, sampled (N, C, H, W) in [-1, 1] on the
+    same label maps classes (N, H, W); real ones may be None for samples alone."""
+    figures = {}
+    for who, images in (("real", real), ("sampled", sampled)):
+        for modality, label in (("t1ce", "ET"), ("flair", "ED")):
+            share, n = lesion_contrast(images, classes, condition, modality, label)
+            figures[f"{who}_{modality}_{label}_above_brain"] = share
+            figures[f"slices_with_{label}"] = n
+        figures[f"{who}_air_black"] = black_air(images, classes)
+        figures[f"{who}_grey_white"] = grey_white_contrast(images, classes, condition)
+    figures["fine_power_ratio"] = (fine_power(sampled, classes) / fine_power(real, classes)).mean().item()
+    figures["grey_white_ratio"] = figures["sampled_grey_white"] / figures["real_grey_white"]
+    return figures
+
+
+# ================================================================================================
+# python brainsyn.py: a first look
+# ================================================================================================
+
+
+def layer_table(net, size):
+    """Lines of text: every layer that holds parameters with its output shape for one slice of
+    size x size, and how many parameters it has."""
+    lines, total = [f"{'layer':<28} {'output (C, H, W)':<18} parameters"], 0
+    shapes = {}
+    for name, module in net.named_modules():
+        if not list(module.children()) and list(module.parameters()):
+            module.register_forward_hook(lambda m, i, o, n=name: shapes.setdefault(n, tuple(o.shape[1:])))
+    with torch.no_grad():
+        net(torch.zeros(1, net.channels, size, size), torch.ones(1), torch.zeros(1, net.classes, size, size),
+            torch.zeros(1, 1))
+    for name, shape in shapes.items():
+        count = count_parameters(net.get_submodule(name))
+        total += count
+        lines.append(f"{name:<28} {str(shape):<18} {count:>10,}")
+    return lines + [f"{'total':<28} {'':<18} {total:>10,}"]
+
+
+def main():
+    """Draw phantom 0 and its noise ladder into runs/first_look.png, print the layer-shape table."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_phantom(folder, 0)
+        got = prepare_case(find_cases(folder)[0], 96, 192.0, "tumour")
+    best = int((got["classes"] > 1).sum((1, 2)).argmax())
+    x0 = torch.from_numpy(got["images"][best]).float()[None] / 127.5 - 1
+    alpha_bar, eps = cosine_alpha_bar(), torch.randn(x0.shape, generator=generator(0, "ladder"))
+    rows = [[got["classes"][best], *x0[0]]]
+    for t in (100, 300, 500, 700, 900, T):
+        x_t = add_noise(x0, eps, *signal_sigma(alpha_bar, torch.tensor([t])))
+        rows.append([None, *x_t[0]])
+    draw_rows("runs/first_look.png", rows, ["labels", *MODALITIES], "tumour",
+              "phantom 0; below it t = 100, 300, 500, 700, 900, 1000")
+    print("\n".join(layer_table(UNet(), 64)))
+    print("a phantom and its noise ladder -> runs/first_look.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,63 @@
+"""Section 1 and the shape of the code itself."""
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import brainsyn as bs
+
+ROOT = Path(bs.__file__).parent
+SCRIPTS = ("brainsyn.py", "train_ddpm.py", "sample.py")
+
+
+def test_source_keys_used_are_the_keys_defined():
+    """A reader must be able to look up every key in brackets, and none may be listed for show."""
+    text = (ROOT / "brainsyn.py").read_text()
+    listed = set(re.findall(r"^    \[([A-Z+]+)\]", bs.__doc__, re.M))
+    used = set(re.findall(r"\[([A-Z][A-Z+]+)\]", text.split('"""', 2)[2]))
+    assert used == listed, f"only used: {used - listed}, only listed: {listed - used}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_public_functions_are_specified(script):
+    """Every function says what it does: the docstrings are the exercise texts."""
+    tree = ast.parse((ROOT / script).read_text())
+    silent = [node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+              and node in tree.body and script == "brainsyn.py" and not ast.get_docstring(node)]
+    assert not silent, f"no docstring: {silent}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_functions_fit_a_screen_and_lines_a_page(script):
+    """Code is read in an evening: no line over 120 columns, no function over 60 lines of code."""
+    text = (ROOT / script).read_text()
+    long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+    assert not long, f"{script}: lines {long} are longer than 120 columns"
+
+
+def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
+    """A write that fails half-way leaves what was there, and no litter."""
+    path = tmp_path / "a" / "file.txt"
+    bs.replace_file(path, lambda p: p.write_text("old"))
+
+    def broken(p):
+        p.write_text("ne")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        bs.replace_file(path, broken)
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_label_hash_depends_on_labels_and_shape_only():
+    """The hash names a label map: the same labels give the same hash whatever their dtype, and
+    any changed voxel, axis order or shape another."""
+    labels = np.arange(24).reshape(2, 3, 4) % 4
+    same = bs.label_hash(labels.astype(np.uint8))
+    assert bs.label_hash(labels.astype(np.float32)) == same
+    assert bs.label_hash(np.asfortranarray(labels)) == same
+    other = labels.copy()
+    other[1, 2, 3] = (other[1, 2, 3] + 1) % 4
+    assert same not in (bs.label_hash(other), bs.label_hash(labels.reshape(3, 2, 4)))

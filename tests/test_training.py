@@ -1,0 +1,164 @@
+"""Section 8: batches, EMA, checkpoints, log, and whether a network learns at all."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import brainsyn as bs
+
+
+def test_every_row_comes_once_an_epoch():
+    """The endless shuffle visits each row once an epoch, in a new order every epoch, and any
+    stretch of it can be asked for by number."""
+    rows = np.arange(100, 117)
+    whole = bs.endless(rows, (0, "a"), 0, 51)
+    for epoch in range(3):
+        assert sorted(whole[17 * epoch:17 * (epoch + 1)]) == rows.tolist()
+    assert whole[:17].tolist() != whole[17:34].tolist()
+    assert np.array_equal(whole[11:40], bs.endless(rows, (0, "a"), 11, 29))
+    assert not np.array_equal(whole, bs.endless(rows, (1, "a"), 0, 51))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_tumour_share_is_what_was_asked(share):
+    """The flag's share of all draws, and a batch is a function of seed and step alone."""
+    tumour, other = np.arange(10), np.arange(10, 40)
+    batches = [bs.batch_rows(tumour, other, share, 0, step, 8) for step in range(50)]
+    assert abs(np.mean(np.concatenate(batches) < 10) - share) < 0.01
+    assert np.array_equal(batches[33], bs.batch_rows(tumour, other, share, 0, 33, 8))
+    joined = np.concatenate([bs.batch_rows(tumour, other, share, 0, step, 16) for step in range(25)])
+    assert sorted(joined) == sorted(np.concatenate(batches)), "batch size must not change what is drawn"
+
+
+def test_batches_need_only_one_kind_of_slice():
+    """A data set without tumour (or with nothing else) still trains."""
+    rows, none = np.arange(10), np.array([], int)
+    assert set(bs.batch_rows(none, rows, 0.5, 0, 0, 10)) == set(range(10))
+    assert set(bs.batch_rows(rows, none, 0.5, 0, 0, 10)) == set(range(10))
+
+
+def test_training_noise_covers_all_levels_evenly():
+    """t lies in 1..T, one in each of B parts of the range; chance follows from seed and step."""
+    t, eps, keep, given, mirror = bs.training_noise(0, 5, (8, 4, 16, 24), 0.1)
+    assert sorted(((t - 1) * 8 // bs.T).tolist()) == list(range(8))
+    again = bs.training_noise(0, 5, (8, 4, 16, 24), 0.1)
+    assert torch.equal(t, again[0]) and torch.equal(eps, again[1])
+    many = [bs.training_noise(0, step, (64, 1, 1, 1), 0.1) for step in range(200)]
+    assert abs(torch.stack([m[2] for m in many]).mean() - 0.9) < 0.02
+    assert abs(torch.stack([m[3] for m in many]).float().mean() - 0.9) < 0.02
+    assert abs(torch.stack([m[4] for m in many]).float().mean() - 0.5) < 0.02
+    ts = torch.cat([m[0] for m in many])
+    assert ts.min() == 1 and ts.max() == bs.T
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    """Linear warm-up, a cosine that follows progress, 1% of the peak at the end."""
+    assert math.isclose(bs.learning_rate(1.0, 0.0, 0, warmup=100), 0.01)
+    assert math.isclose(bs.learning_rate(1.0, 0.0, 99, warmup=100), 1.0)
+    assert math.isclose(bs.learning_rate(1.0, 0.5, 500), 0.505)
+    assert math.isclose(bs.learning_rate(1.0, 1.0, 500), 0.01)
+
+
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_ema_equals_its_closed_form(every):
+    """EMA after n updates = sum of weights times (1 - keep_i) times the product of later keeps."""
+    net = torch.nn.Linear(2, 2)
+    ema = bs.EMA(net, decay=0.97, every=every)
+    history, keeps = [net.weight.detach().clone().double()], [1.0]
+    for step in range(1, 61):
+        with torch.no_grad():
+            net.weight += torch.randn(2, 2, generator=bs.generator(step))
+        ema.update(net, step)
+        if step % every == 0:
+            history.append(net.weight.detach().clone().double())
+            keeps.append(min(0.97, (1 + step) / (10 + step)) ** every)
+    share = [(1 - k if i else 1.0) * math.prod(keeps[i + 1:]) for i, k in enumerate(keeps)]
+    assert math.isclose(sum(share), 1.0)
+    assert torch.allclose(ema.weights["weight"].double(), sum(s * w for s, w in zip(share, history)), atol=1e-5)
+
+
+def test_ema_forgets_the_random_start_of_a_short_run():
+    """Too young an EMA gives noise: after 300 steps less than 1% of the start is left."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(net.weight, 100.0)
+    ema = bs.EMA(net, decay=0.9999)
+    torch.nn.init.constant_(net.weight, 0.0)
+    for step in range(1, 301):
+        ema.update(net, step)
+    assert 0 <= ema.weights["weight"].item() < 1.0
+
+
+def test_checkpoints_come_back_and_the_one_before_is_kept(tmp_path):
+    """Newest first; when its bytes are damaged the previous one is used, and that is said."""
+    for step in (1, 2):
+        bs.save_checkpoint(tmp_path, {"step": step, "weights": {"a": torch.arange(5.0)}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert bs.load_checkpoint(tmp_path)["step"] == 2
+    raw = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    at = raw.index(torch.arange(5.0).numpy().tobytes())
+    raw[at + 7] ^= 16                            # one bit of one weight
+    (tmp_path / "checkpoint.pt").write_bytes(raw)
+    said = []
+    assert bs.load_checkpoint(tmp_path, said.append)["step"] == 1 and "damaged" in said[0]
+    with pytest.raises(bs.BadInput, match="damaged"):
+        bs.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    """A pickle can call anything on loading; ours refuses all but data."""
+    class Bomb:
+        def __reduce__(self):
+            return print, ("boom",)
+    torch.save({"step": 1, "bomb": Bomb()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(bs.BadInput):
+        bs.load_checkpoint(tmp_path)
+
+
+def test_no_checkpoint_is_one_clear_sentence(tmp_path):
+    """The message says what to run."""
+    with pytest.raises(bs.BadInput, match="train_ddpm.py"):
+        bs.load_checkpoint(tmp_path)
+
+
+def test_log_has_four_noise_bins_and_no_step_twice(tmp_path):
+    """Bins are quarters of t; rows after the step a run resumes from are dropped."""
+    book = bs.LogBook(tmp_path, 0)
+    book.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([250, 251, 750, 751]))
+    row, text = book.line(10, 1e-3, 4, 1.0)
+    assert [row[f"loss_q{q}"] for q in (1, 2, 3, 4)] == [1.0, 2.0, 3.0, 4.0] and row["loss"] == 2.5
+    assert text.startswith("loss 2.5000 | lr 1.0e-03")
+    book.add(torch.ones(4), torch.tensor([1, 300, 600, 1000]))
+    book.line(20, 1e-3, 4, 2.0)
+    bs.LogBook(tmp_path, 10)
+    assert [r["step"] for r in bs.read_log(tmp_path / "log.csv")] == [10]
+
+
+def test_class_statistics_by_hand(tmp_path):
+    """Mean and spread of the pixels of each class; a class that never occurs gets 0 and 0.5."""
+    class Two:
+        def batch(self, rows):
+            x0 = torch.tensor([[[[0.0, 0.2], [1.0, 1.0]]]]).expand(2, 1, 2, 2)
+            return x0, torch.tensor([[[0, 0], [1, 1]]]).expand(2, 2, 2), None
+    stats = bs.class_statistics(Two(), np.arange(2), 3)
+    assert torch.allclose(stats[0, :, 0], torch.tensor([0.1, 1.0, 0.0, 0.55]))
+    assert torch.allclose(stats[1, :3, 0], torch.tensor([torch.tensor([0., .2, 0., .2]).std().item(), 0.01, 0.5]))
+
+
+def test_one_batch_can_be_learned(cache):
+    """If the loss on a single batch does not fall below a tenth, something in the step is wrong."""
+    x0, classes, position = cache.batch(cache.part("train")[10:14])
+    stats, alpha_bar = bs.class_statistics(cache, cache.part("train"), 5), bs.cosine_alpha_bar()
+    t, eps = torch.tensor([150, 400, 700, 950]), torch.randn(x0.shape)
+    signal, sigma = bs.signal_sigma(alpha_bar, t)
+    x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma), bs.one_hot(classes, 5)
+    net = bs.UNet(width=32, mults=(1, 2))
+    optimizer, losses = torch.optim.Adam(net.parameters(), lr=2e-3), []
+    for _ in range(250):
+        out = net(x_t, t, onehot, position[:, None])
+        loss = ((bs.precondition(out, x_t, onehot, signal, sigma, stats) - v) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0], f"{losses[0]:.4f} -> {losses[-1]:.4f}"

@@ -1,0 +1,235 @@
+"""Train the generator: label map -> four MRI modalities, a v-prediction conditional diffusion model.
+
+    python train_ddpm.py                                    phantoms are made, a model is trained
+    python train_ddpm.py --data DIR --resolution 128 --minutes 30 --out runs/real
+    python train_ddpm.py --minutes 1                        rough but complete
+
+Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms
+Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
+          (held-out scans beside samples from their masks) and closing.json with the figures
+Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
+FIGURES_PLACEHOLDER
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import brainsyn as bs
+
+STEPS = 1000                                    # a run's length when neither bound is given
+FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every"}     # on resuming
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
+    data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
+    data.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre the phantoms come from")
+    data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
+    data.add_argument("--fov", type=float, default=192.0, help="width of a slice in mm")
+    data.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour",
+                      help="labels given to the network: tumour and outline, or also CSF, grey, white")
+    data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
+    data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
+    model = parser.add_argument_group("model")
+    model.add_argument("--width", type=int, default=64, help="channels of the first level")
+    model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 4], help="channels of each level / width")
+    model.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
+    model.add_argument("--patch", type=int, default=2, help="p x p pixels folded into channels")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless --minutes is given)")
+    optim.add_argument("--minutes", type=float, help="end after so many minutes in the loop")
+    optim.add_argument("--batch", type=int, default=16, help="slices a step")
+    optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
+    optim.add_argument("--shift", type=float, default=1.0, help="noise schedule: factor on sqrt(snr), 64/resolution for large pictures")
+    optim.add_argument("--min-snr", type=float, default=0.0, help="gamma of the min-SNR loss weight, 0 for none (5 is usual)")
+    optim.add_argument("--lesion-weight", type=float, default=0.0, help="extra loss weight inside tumour labels")
+    optim.add_argument("--ema", type=float, default=0.999, help="decay a step of the averaged weights")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default="runs/ddpm", help="output folder")
+    run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
+    run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    run.add_argument("--guidance", type=float, default=1.0, help="guidance scale of the pictures, 1 for none")
+    run.add_argument("--sample-every", type=int, default=250, help="steps between sample pictures, 0 for none")
+    args = parser.parse_args(argv)
+    if args.steps is None and args.minutes is None:
+        args.steps = STEPS
+    return args
+
+
+def load_data(args):
+    """The cache of --data or of freshly made phantoms, beside the output folder."""
+    beside = Path(args.out).parent
+    folder = Path(args.data) if args.data else beside / "phantoms" / args.scanner
+    if not args.data:
+        started, made = time.time(), bs.make_phantoms(folder, args.phantoms, scanner=args.scanner)
+        if made:
+            print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
+    cases = bs.find_cases(folder)
+    return bs.build_cache(cases if args.data else cases[:args.phantoms], beside / "cache",
+                          args.resolution, args.fov, args.condition, args.split)
+
+
+def resume(args, net, ema, optimizer):
+    """Continue the run in args.out if there is one -> (steps done, seconds spent), else (0, 0.0)."""
+    if not (Path(args.out) / "checkpoint.pt").exists():
+        return 0, 0.0
+    state = bs.load_checkpoint(args.out)
+    asked, had = vars(args), state["args"]
+    differ = [k for k in asked if k not in FREE_TO_CHANGE and asked[k] != had.get(k)]
+    if differ:
+        raise bs.BadInput(f"{args.out} holds a run with " + ", ".join(f"{k} {had.get(k)}" for k in differ)
+                          + ", you ask for " + ", ".join(f"{k} {asked[k]}" for k in differ)
+                          + "; choose another --out, or delete the folder")
+    net.load_state_dict(state["weights"])
+    ema.weights = state["ema"]
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed: {args.out} at step {state['step']}")
+    return state["step"], state["seconds"]
+
+
+def pick_rows(cache, rows, first_lesion, count):
+    """`count` rows spread evenly over those that show tumour (over all if none does)."""
+    ill = rows[bs.has_label(cache, rows, first_lesion)]
+    rows = ill if len(ill) else rows
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
+
+
+def close(args, cache, denoiser, settings, step, seconds):
+    """What a run ends with: samples.png, curves.png, closing.json and the same figures on screen."""
+    out, names = Path(args.out), cache.meta["modalities"]
+    held_out = np.concatenate([cache.part("val"), cache.part("test")])
+    rows = pick_rows(cache, held_out if len(held_out) else cache.part("train"),
+                     bs.CONDITIONS[args.condition].index(bs.LABELS[0]), 64)
+    real, classes, position = cache.batch(rows)
+    sampled = bs.sample_volume(denoiser, classes, position, 1.0, (args.seed, "closing"), settings)
+    figures = bs.judge_slices(real, sampled, classes, args.condition)
+    few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
+    bs.draw_rows(out / "samples.png", [[classes[i], *real[i], None, *sampled[i]] for i in few],
+                 ["labels", *(f"held out\n{n}" for n in names), "", *(f"SYNTHETIC\n{n}" for n in names)],
+                 args.condition)
+    bs.draw_curves(out / "curves.png", bs.read_log(out / "log.csv"))
+    closing = {"steps": step, "minutes": round(seconds / 60, 2), "held_out_slices": len(rows),
+               "sampler_calls": settings["steps"], **figures}
+    bs.replace_file(out / "closing.json", lambda path: path.write_text(json.dumps(closing, indent=1) + "\n"))
+    print(f"--- {len(rows)} slices of held-out cases, sampled from their label maps")
+    for name, value in closing.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
+        print(f"wrote: {out / name}")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = bs.pick_device(args.device)
+    cache = load_data(args)
+    names = bs.CONDITIONS[args.condition]
+    first_lesion, alpha_bar = names.index(bs.LABELS[0]), bs.cosine_alpha_bar(args.shift)
+    rows = {part: cache.part(part) for part in ("train", "val", "test")}
+    ill = bs.has_label(cache, rows["train"], first_lesion)
+    tumour, other = rows["train"][ill], rows["train"][~ill]
+    stats = bs.class_statistics(cache, rows["train"], len(names))
+
+    torch.manual_seed(args.seed)
+    network = {"channels": len(cache.meta["modalities"]), "classes": len(names), "width": args.width,
+               "mults": args.mults, "blocks": args.blocks, "patch": args.patch}
+    net = bs.UNet(**network).to(device, memory_format=torch.channels_last)
+    ema = bs.EMA(net, args.ema)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=device.type != "mps")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    step, seconds = resume(args, net, ema, optimizer)
+    book = bs.LogBook(args.out, step)
+    print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | "
+          f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(rows['train'])} training slices "
+          f"({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
+          f"{len(rows['val']) + len(rows['test'])} held out")
+
+    settings = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}      # slices, not volumes
+    shown = cache.batch(pick_rows(cache, rows["val"] if len(rows["val"]) else rows["train"], first_lesion, 4))
+
+    def draw(step):
+        denoiser = bs.Denoiser(ema.copy_of(net), stats, alpha_bar, device)
+        pictures = bs.sample_volume(denoiser, shown[1], shown[2], 1.0, (args.seed, "shown"), settings)
+        bs.draw_rows(Path(args.out) / f"sample_{step:06d}.png", [[c, *p] for c, p in zip(shown[1], pictures)],
+                     ["labels", *cache.meta["modalities"]], args.condition, f"SYNTHETIC, step {step}")
+
+    def save():
+        bs.save_checkpoint(args.out, {
+            "kind": "ddpm", "version": bs.__version__, "step": step, "seconds": seconds, "args": vars(args),
+            "network": network, "weights": net.state_dict(), "ema": ema.weights,
+            "optimizer": optimizer.state_dict(), "stats": stats, "condition": args.condition, "classes": list(names),
+            "modalities": list(cache.meta["modalities"]), "shift": args.shift,
+            "resolution": args.resolution, "fov": args.fov,
+            "trained_on": sorted({c["hash"] for c in cache.cases if c["part"] == "train"}),
+            "held_out": sorted({c["hash"] for c in cache.cases if c["part"] != "train"})})
+
+    stop = []                                   # a signal lets the step finish, then saves and leaves
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+
+    def progress():
+        return max(step / args.steps if args.steps else 0.0, seconds / (60 * args.minutes) if args.minutes else 0.0)
+
+    lr, clock, saved, logged = 0.0, time.time() - seconds, time.time(), time.time()
+    while progress() < 1 and not stop:
+        # ------------------------------------------------------------------ one training step ---
+        x0, classes, position = cache.batch(bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch))
+        t, eps, keep, given, mirror = bs.training_noise(args.seed, step, x0.shape, args.drop)
+        x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)                 # (B, C, H, W)
+        classes = torch.where(mirror.view(-1, 1, 1), classes.flip(-1), classes)     # (B, H, W)
+        signal_t, sigma_t = bs.signal_sigma(alpha_bar, t)                           # (B, 1, 1, 1)
+        x_t, v = bs.add_noise(x0, eps, signal_t, sigma_t), bs.v_target(x0, eps, signal_t, sigma_t)
+        onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
+        scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
+        weight = bs.lesion_weight(classes, first_lesion, args.lesion_weight)
+        if args.min_snr:
+            weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr).view(-1, 1, 1, 1)
+        x_t, v, t, onehot, scalars, weight, signal_t, sigma_t = bs.to_device(
+            device, x_t, v, t, onehot, scalars, weight, signal_t, sigma_t)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = bs.learning_rate(args.lr, progress(), step)
+        with bs.fast_math(device):
+            out = net(x_t, t, onehot, scalars)
+        v_hat = bs.precondition(out, x_t, onehot, signal_t, sigma_t, stats.to(device))
+        losses = (weight * (v_hat - v) ** 2).mean((1, 2, 3))                        # (B,)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(net, step)
+        # ---------------------------------------------------------------------------------------
+        book.add(losses, t)
+        seconds = time.time() - clock
+        if time.time() - logged > 5 or progress() >= 1:
+            _, text = book.line(step, lr, args.batch, seconds)
+            left = seconds / max(progress(), 1e-6) - seconds
+            print(f"step {step:05d}{f'/{args.steps}' if args.steps else ''} | {text} | "
+                  f"{f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'} left", flush=True)
+            logged = time.time()
+        if args.sample_every and step % args.sample_every == 0:
+            draw(step)
+        if step == 1 or time.time() - saved > 60:
+            save()                              # step 1 finds a full or read-only disk at once
+            saved = time.time()
+    save()
+    if stop:
+        print(f"stopped by signal {stop[0]} after step {step}; the same command continues")
+        sys.exit(128 + stop[0])
+    close(args, cache, bs.Denoiser(ema.copy_of(net), stats, alpha_bar, device), settings, step, seconds)
+
+
+if __name__ == "__main__":
+    bs.run_script(main)

@@ -52,6 +52,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -1017,7 +1018,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.scalar = nn.Sequential(nn.Linear(scalars * 33, emb), nn.SiLU(),
                                     zero_init(nn.Linear(emb, emb)))
-        self.conv_in = nn.Conv2d((channels + classes) * patch ** 2, width, 3, padding=1)
+        self.conv_in = nn.Conv2d((channels + classes + 2) * patch ** 2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c, kept = width, []
         for i, w in enumerate(widths):
@@ -1042,7 +1043,7 @@ class UNet(nn.Module):
         # one block at full resolution has the last word: noise is fine-grained, and learning to
         # remove it through folded pixels takes several times as many steps
         self.norm_coarse, self.unfold = norm(c), nn.Conv2d(c, fine * patch ** 2, 1)
-        self.fine_in, self.fine = nn.Conv2d(channels + classes, fine, 3, padding=1), ResBlock(fine, fine, emb)
+        self.fine_in, self.fine = nn.Conv2d(channels + classes + 2, fine, 3, padding=1), ResBlock(fine, fine, emb)
         self.norm_out, self.conv_out = norm(fine), zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
 
     def embed(self, t, scalars):
@@ -1056,7 +1057,9 @@ class UNet(nn.Module):
 
     def forward(self, x_t, t, onehot, scalars):
         height, width = x_t.shape[-2:]
-        x = torch.cat([x_t, onehot], 1)                                     # (B, C + K, H, W)
+        place = [torch.linspace(-1, 1, n, device=x_t.device) for n in (height, width)]
+        place = torch.stack(torch.meshgrid(place, indexing="ij")).expand(len(x_t), -1, -1, -1)
+        x = torch.cat([x_t, onehot, place.to(x_t.dtype)], 1)                # (B, C + K + 2, H, W)
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))                  # (B, width, H/p, W/p)
         emb, kept = self.embed(t, scalars), []
@@ -1451,6 +1454,20 @@ def load_checkpoint(path, say=print):
             faults.append(f"{candidate} is damaged ({error})")
     raise BadInput("; ".join(faults) + "; train again or use another checkpoint" if faults else
                    f"{path}: no checkpoint there; train one first with python train_ddpm.py")
+
+
+def catch_signals():
+    """From now on SIGINT (Ctrl-C) and SIGTERM are noted in the returned list instead of ending the
+    process, so that a step can be finished and saved; a second one ends it at once."""
+    caught = []
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
 
 
 class LogBook:

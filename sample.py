@@ -40,6 +40,9 @@ def parse_arguments(argv=None):
     model.add_argument("--sampler", choices=["ddim", "ddpm", "dpmpp"], default=default["sampler"])
     model.add_argument("--eta", type=float, default=default["eta"], help="noise added by ddim: 0 none .. 1 as ddpm")
     model.add_argument("--guidance", type=float, default=default["guidance"], help="guidance scale, 1 for none")
+    model.add_argument("--rescale", type=float, default=default["rescale"], help="how far guidance keeps contrast, 0..1")
+    model.add_argument("--interval", type=float, nargs=2, default=default["interval"], metavar=("LOW", "HIGH"),
+                       help="guidance acts while t/T lies between these")
     model.add_argument("--coherence", type=float, default=default["coherence"],
                        help="mm along z over which noise agrees; 0: every slice on its own")
     run = parser.add_argument_group("run")
@@ -88,7 +91,8 @@ def make_case(args, number, case, denoiser, state, facts):
 def sampling(args):
     """The settings of sample_volume that these arguments ask for."""
     return {**bs.SAMPLING, "steps": args.steps, "sampler": args.sampler, "eta": args.eta,
-            "guidance": args.guidance, "coherence": args.coherence}
+            "guidance": args.guidance, "rescale": args.rescale, "interval": list(args.interval),
+            "coherence": args.coherence}
 
 
 def already_there(folder, facts):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -175,14 +174,12 @@ def main(argv=None):
             "trained_on": sorted({c["hash"] for c in cache.cases if c["part"] == "train"}),
             "held_out": sorted({c["hash"] for c in cache.cases if c["part"] != "train"})})
 
-    stop = []                                   # a signal lets the step finish, then saves and leaves
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    stop = bs.catch_signals()
 
     def progress():
         return max(step / args.steps if args.steps else 0.0, seconds / (60 * args.minutes) if args.minutes else 0.0)
 
-    lr, clock, saved, logged = 0.0, time.time() - seconds, time.time(), time.time()
+    clock, saved, logged = time.time() - seconds, time.time(), time.time()
     while progress() < 1 and not stop:
         # ------------------------------------------------------------------ one training step ---
         x0, classes, position = cache.batch(bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch))

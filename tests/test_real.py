@@ -1,0 +1,54 @@
+"""Real cases through reader, a short training and sampling. The folder is named by the environment
+variable BRAINSYN_DATA; without it these tests are skipped."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import brainsyn as bs
+from test_scripts import run
+
+
+def test_real_cases_read_and_tell_tissue_apart(real_folder):
+    """Every fifth case: outline, labels and tissue clusters are sane, also where eyes or dura remain."""
+    for case in bs.find_cases(real_folder)[::5]:
+        got = bs.prepare_case(case, 64, 192.0, "tissue")
+        share = np.bincount(got["classes"].ravel(), minlength=7)[1:] / (got["classes"] > 0).sum()
+        assert (share[:3] > 0.05).all() and share[:3].max() < 0.75, f"{case.case}: CSF, grey, white {share[:3]}"
+        litres = got["brain"].sum() * abs(np.linalg.det(got["grid"].affine[:3, :3])) / 1e6
+        assert 0.8 < litres < 2.0 and got["cut"] < 0.01, case.case
+        t1, t2 = [got["images"][:, bs.MODALITIES.index(m)] for m in ("t1", "t2")]
+        mean = lambda image, k: image[got["classes"] == k].mean()
+        assert mean(t1, 3) > mean(t1, 2) > mean(t1, 1) or mean(t2, 1) > mean(t2, 2) > mean(t2, 3), case.case
+
+
+def test_real_patients_stay_on_one_side(real_folder):
+    """No patient in two parts of the split."""
+    split = bs.split_patients(bs.find_cases(real_folder))
+    patients = [{c.patient for c in part} for part in split.values()]
+    assert not patients[0] & patients[1] and not patients[0] & patients[2] and not patients[1] & patients[2]
+
+
+@pytest.fixture(scope="module")
+def few(real_folder, tmp_path_factory):
+    """A folder with copies of six real cases of different years."""
+    folder = tmp_path_factory.mktemp("few")
+    cases = bs.find_cases(real_folder)
+    for case in cases[:: max(1, len(cases) // 6)][:6]:
+        shutil.copytree(case.files["seg"].parent, folder / case.case)
+    return folder
+
+
+def test_a_short_training_and_sampling_on_real_cases(few, tmp_path):
+    """The researcher's two lines, shortened: a run completes and a case is written on both grids."""
+    text = run(tmp_path, "train_ddpm.py", "--data", few, "--resolution", "32", "--steps", "4", "--width", "16",
+               "--batch", "4", "--condition", "tissue", "--out", "runs/real")
+    assert "step 00004/4" in text
+    run(tmp_path, "sample.py", "--checkpoint", "runs/real", "--labels", few, "--count", "1", "--steps", "2", "--native")
+    made, source = bs.find_cases(tmp_path / "synthetic")[0], bs.find_cases(few)[0]
+    scans, labels, affine = bs.read_case(made)
+    _, truth, truth_affine = bs.read_case(source)
+    assert np.array_equal(labels, truth) and np.allclose(affine, truth_affine, atol=1e-3)
+    facts = json.loads((made.files["seg"].parent / f"{made.case}.json").read_text())
+    assert facts["LabelMapSHA256"] == bs.label_hash(truth) and facts["Condition"] == "tissue"

@@ -1,0 +1,233 @@
+"""Every command of the README, shortened by its own flags, as a user would type it."""
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import brainsyn as bs
+import sample
+import train_ddpm
+
+ROOT = Path(bs.__file__).parent
+SHORT = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch", "4",
+         "--sample-every", "4", "--seed", "3"]
+
+
+def run(folder, script, *arguments, status=0):
+    """Run a script in `folder` as its own process; returns what it printed."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which `python train_ddpm.py` was run for eight steps, and what it printed."""
+    folder = tmp_path_factory.mktemp("work")
+    return folder, run(folder, "train_ddpm.py", *SHORT, "--steps", "8")
+
+
+def test_training_makes_everything_it_promises(trained):
+    """Phantoms, checkpoint, log, curves, pictures and closing figures, directly in the output folder."""
+    folder, text = trained
+    names = {p.name for p in (folder / "runs/ddpm").iterdir()}
+    assert names == {"checkpoint.pt", "checkpoint.previous.pt", "log.csv", "curves.png", "samples.png",
+                     "closing.json", "sample_000004.png", "sample_000008.png"}
+    assert len(list((folder / "runs/phantoms/A").iterdir())) == 8
+    assert re.search(r"step 00008/8 \| loss \d\.\d{4} \| lr \d\.\de-\d\d \| \d+ img/s \| 0s left", text), text
+    assert "\r" not in text and "device cpu" in text or "device" in text
+    closing = json.loads((folder / "runs/ddpm/closing.json").read_text())
+    for name in ("sampled_t1ce_ET_above_brain", "sampled_flair_ED_above_brain", "sampled_air_black",
+                 "fine_power_ratio", "grey_white_ratio", "slices_with_ET"):
+        assert name in closing and f"{name}:" in text
+
+
+def test_the_checkpoint_holds_all_that_sampling_needs(trained):
+    """Network, weights, EMA, schedule, names and grid; loaded without running any code."""
+    state = bs.load_checkpoint(trained[0] / "runs/ddpm")
+    assert state["step"] == 8 and state["classes"] == list(bs.CONDITIONS["tumour"])
+    assert state["modalities"] == list(bs.MODALITIES) and state["args"]["width"] == 16
+    cases = bs.find_cases(trained[0] / "runs/phantoms/A")
+    split = bs.split_patients(cases)
+    hashes = {part: {bs.label_hash(bs.read_case(c)[1]) for c in split[part]} for part in split}
+    assert set(state["trained_on"]) == hashes["train"] and not hashes["test"] & set(state["trained_on"])
+
+
+def test_the_same_command_again_changes_nothing(trained):
+    """A finished run is resumed at its end: same weights, no second set of log lines."""
+    folder, _ = trained
+    digest = lambda: {k: hashlib.sha256(v.numpy().tobytes()).hexdigest()
+                      for k, v in bs.load_checkpoint(folder / "runs/ddpm")["ema"].items()}
+    before = digest()
+    text = run(folder, "train_ddpm.py", *SHORT, "--steps", "8")
+    assert "resumed" in text and "step 00008/8 |" not in text and digest() == before
+    assert [r["step"] for r in bs.read_log(folder / "runs/ddpm/log.csv")] == [8]
+
+
+def test_another_run_is_never_mixed_in(trained):
+    """Other settings in the same folder: one sentence that names them, status 2, nothing touched."""
+    folder, _ = trained
+    before = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
+    text = run(folder, "train_ddpm.py", *SHORT, "--steps", "8", "--width", "32", status=2)
+    assert text.strip().splitlines()[-1].startswith("error: ") and "width 16" in text and "width 32" in text
+    assert (folder / "runs/ddpm/checkpoint.pt").read_bytes() == before and "Traceback" not in text
+
+
+def test_minutes_bound_a_run(trained):
+    """--minutes takes decimals, ends the loop by itself and leaves a complete run."""
+    text = run(trained[0], "train_ddpm.py", *SHORT, "--minutes", "0.03", "--out", "runs/short")
+    closing = json.loads((trained[0] / "runs/short/closing.json").read_text())
+    assert 0.03 <= closing["minutes"] < 0.2 and closing["steps"] >= 1, text
+
+
+class PowerCut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "crash"])
+def test_resume_equals_the_straight_run_bit_for_bit(trained, tmp_path, monkeypatch, how):
+    """Stopped in step 6 by a signal (saves) or a crash (falls back to the step-1 checkpoint), the
+    same command ends with exactly the weights, EMA and optimiser state of the straight run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    os.symlink(trained[0] / "runs/phantoms", tmp_path / "runs/phantoms")
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    real, command = bs.batch_rows, [*SHORT, "--steps", "8"]
+
+    def cut(tumour, other, share, seed, step, batch):
+        if step == 5:
+            if how == "crash":
+                raise PowerCut
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(tumour, other, share, seed, step, batch)
+
+    try:
+        monkeypatch.setattr(bs, "batch_rows", cut)
+        with pytest.raises(PowerCut if how == "crash" else SystemExit) as stopped:
+            train_ddpm.main(command)
+        assert how == "crash" or stopped.value.code == 143
+        assert bs.load_checkpoint("runs/ddpm")["step"] == (1 if how == "crash" else 6)
+        monkeypatch.setattr(bs, "batch_rows", real)
+        train_ddpm.main(command)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    straight, resumed = bs.load_checkpoint(trained[0] / "runs/ddpm"), bs.load_checkpoint("runs/ddpm")
+    for part in ("weights", "ema"):
+        assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part]), part
+    a, b = straight["optimizer"]["state"], resumed["optimizer"]["state"]
+    assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+
+
+@pytest.fixture(scope="module")
+def synthetic(trained):
+    """Two cases sampled from the label maps of the phantoms the run was made from."""
+    folder, _ = trained
+    return folder, run(folder, "sample.py", "--checkpoint", "runs/ddpm", "--labels", "runs/phantoms/A",
+                       "--count", "2", "--steps", "3", "--out", "synthetic")
+
+
+def test_sampling_writes_whole_labelled_volumes(synthetic):
+    """BraTS-2023 layout, the conditioning labels as seg at the right place in mm, a contact sheet."""
+    folder, text = synthetic
+    cases = bs.find_cases(folder / "synthetic")
+    sources = bs.find_cases(folder / "runs/phantoms/A")
+    assert [c.case for c in cases] == ["BraTS-SYN-00000-000", "BraTS-SYN-00001-000"] and all(c.modern for c in cases)
+    assert (folder / "synthetic/contact_sheet.png").exists() and "roughness of real volumes" in text
+    for case, source in zip(cases, sources):
+        scans, labels, affine = bs.read_case(case)
+        truth, truth_affine = bs.read_nifti(source.files["seg"])
+        assert scans.shape == (4, 24, 24, 64) and np.allclose(affine[:3, :3], np.diag([8.0, 8.0, 2.4]))
+        place = lambda volume, a: a[:3, :3] @ np.argwhere(volume).mean(0) + a[:3, 3]
+        assert np.linalg.norm(place(scans[0] > 0, affine) - place(bs.read_nifti(source.files["t1"])[0] > 0, truth_affine)) < 2
+        if (labels > 0).sum() > 20:
+            assert np.linalg.norm(place(labels > 0, affine) - place(truth > 0, truth_affine)) < 5
+        assert nib.load(case.files["t1"]).header.get_data_dtype() == np.int16
+
+
+def test_sidecars_say_how_and_not_from_whom(synthetic):
+    """Synthetic, hashes of the unedited label map and of the checkpoint, all settings; no path, no
+    source name in any file."""
+    folder, _ = synthetic
+    sources = bs.find_cases(folder / "runs/phantoms/A")
+    trained_on = set(bs.load_checkpoint(folder / "runs/ddpm")["trained_on"])
+    for case, source in zip(bs.find_cases(folder / "synthetic"), sources):
+        home = case.files["seg"].parent
+        text = (home / f"{case.case}.json").read_text()
+        facts, digest = json.loads(text), bs.label_hash(bs.read_case(source)[1])
+        assert facts["SyntheticData"] == "YES" and facts["LabelMapSHA256"] == digest
+        assert facts["LabelMapUsedInTraining"] == (digest in trained_on)
+        assert facts["CheckpointSHA256"] == hashlib.sha256((folder / "runs/ddpm/checkpoint.pt").read_bytes()).hexdigest()
+        assert (facts["Seed"], facts["Steps"], facts["Sampler"], facts["Condition"], facts["Edits"]) == (0, 3, "ddim", "tumour", [])
+        assert source.case not in text and "/" not in text and "phantom" not in text.lower()
+
+
+def test_sampling_again_makes_only_what_is_missing(synthetic):
+    """Finished cases are not touched; a deleted one comes back voxel for voxel."""
+    folder, _ = synthetic
+    first, second = [c.files["t2"] for c in bs.find_cases(folder / "synthetic")]
+    kept, voxels = first.stat().st_mtime_ns, bs.read_nifti(second)[0]
+    for path in second.parent.iterdir():
+        path.unlink()
+    second.parent.rmdir()
+    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--count", "2", "--steps", "3")
+    assert "made 1 cases, 1 were there already" in text
+    assert first.stat().st_mtime_ns == kept and np.array_equal(bs.read_nifti(second)[0], voxels)
+    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--count", "2", "--steps", "4", status=2)
+    assert "was made with Steps 3" in text and "Traceback" not in text
+
+
+def test_fresh_phantoms_were_never_trained_on(trained):
+    """Without --labels, label maps come from phantoms no run has seen; --native keeps their grid."""
+    folder, _ = trained
+    run(folder, "sample.py", "--count", "1", "--steps", "2", "--native", "--out", "fresh")
+    case = bs.find_cases(folder / "fresh")[0]
+    facts = json.loads((case.files["seg"].parent / f"{case.case}.json").read_text())
+    truth = bs.phantom(sample.FRESH)[1]
+    assert not facts["LabelMapUsedInTraining"] and facts["LabelMapSHA256"] == bs.label_hash(truth)
+    scans, labels, affine = bs.read_case(case)
+    assert np.array_equal(labels, truth) and scans.shape[1:] == bs.PHANTOM_SHAPE
+    assert np.allclose(np.linalg.norm(affine[:3, :3], axis=0), bs.PHANTOM_SPACING)
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    ("train_ddpm.py", ["--data", "nowhere"], "no such folder"),
+    ("train_ddpm.py", ["--device", "cuda"], "--device cuda"),
+    ("sample.py", ["--checkpoint", "nowhere"], "no checkpoint there"),
+])
+def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):
+    """Which file, what is wrong, what to do; status 2, no traceback, nothing written."""
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    text = run(tmp_path, script, *arguments, status=2)
+    assert words in text and text.startswith("error: ") and len(text.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_first_look(tmp_path):
+    """`python brainsyn.py`: a picture and the layer-shape table."""
+    text = run(tmp_path, "brainsyn.py")
+    assert (tmp_path / "runs/first_look.png").exists() and "conv_in" in text and "total" in text
+
+
+def test_readme_commands_are_commands():
+    """Every python line of the README's code blocks names a script and flags that exist."""
+    readme = (ROOT / "README.md").read_text()
+    lines = [line.split("#")[0].strip() for block in re.findall(r"```[a-z]*\n(.*?)```", readme, re.S)
+             for line in block.splitlines() if re.search(r"python \w+\.py", line)]
+    assert len(lines) >= 5
+    for line in lines:
+        script, *words = re.search(r"python (.*)", line)[1].split()
+        text = (ROOT / script).read_text()
+        for flag in (w for w in words if w.startswith("--")):
+            assert f'"{flag}"' in text, f"README: {line}: {script} has no {flag}"

@@ -73,7 +73,7 @@ __version__ = "0.1.0"
 
 # ================================================================================================
 # 1  CONVENTIONS
-# What is called what, once. Everything that reads, writes or draws takes its names from here.
+# What is called what, once; labels and file names are those of [BRATS]. Everything takes its names from here.
 # ================================================================================================
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")      # BraTS names up to 2021, the order of axis C
@@ -206,7 +206,7 @@ def phantom_folds(rng, point, hull):
                          padding_mode="reflection")[0, 0].numpy()
     slope = np.sqrt(sum(g * g for g in np.gradient(fold, *PHANTOM_SPACING))) + 0.02
     sheet = np.minimum(np.abs(fold) / slope, 20)            # first-order distance to fold = 0
-    reach = 15 + 5 * smooth_noise(rng, 45)
+    reach = 11 + 3.5 * smooth_noise(rng, 45)
     return np.hypot(sheet, np.maximum(hull - reach, 0))
 
 
@@ -270,7 +270,7 @@ def phantom_plan(rng, seed):
     grade), one in ten no NCR, one in fifteen no tumour at all.
     """
     u = (seed * 0.6180339887 + 0.3) % 1
-    et = float(np.clip(14 * np.exp(NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 48))
+    et = float(np.clip(14 * np.exp(1.25 * NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 58))
     ncr = float(np.clip(rng.lognormal(np.log(10), 0.9), 0.5, 90))
     ed = float(np.clip(rng.lognormal(np.log(50), 0.6), 6, 150))
     grade = rng.choice(["full", "no ET", "no NCR", "none"], p=[0.73, 0.1, 0.1, 0.07])
@@ -784,10 +784,13 @@ class Cache:
         rows = [np.arange(c["first"], c["first"] + c["count"]) for c in self.cases if c["part"] == part]
         return np.concatenate(rows) if rows else np.array([], int)
 
-    def batch(self, rows):
+    def batch(self, rows, mirror=None):
         """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R),
-        position float32 (B,), all torch tensors on the CPU."""
+        position float32 (B,), all torch tensors on the CPU. mirror: bool (B,), left and right are
+        swapped where it is True."""
         block = torch.from_numpy(self.rows[np.asarray(rows)])
+        if mirror is not None:
+            block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
         return (block[:, :-1].float() / 127.5 - 1, block[:, -1].long(),
                 torch.from_numpy(self.position[np.asarray(rows)]))
 
@@ -898,13 +901,15 @@ def split_v(x_t, v, signal, sigma):
 
 
 def min_snr_weight(alpha_bar, t, gamma=5.0, floor=0.05):
-    """Loss weight per sample, float32 (B,): min(snr, gamma) / (snr + 1), the v form of [MINSNR].
+    """Loss weight per sample, float32 (B, 1, 1, 1): min(snr, gamma) / (snr + 1), the v form of
+    [MINSNR]; 1 everywhere where gamma is 0.
 
     DIFFERS: never below `floor`; at t = T the snr is 0, and a weight of 0 would leave the first
     sampling step untrained.
     """
-    level = alpha_bar[t]                        # snr = level / (1 - level), so snr + 1 = 1 / (1 - level)
-    return torch.minimum(level, gamma * (1 - level)).clamp(min=floor).float()
+    level = alpha_bar[t].view(-1, 1, 1, 1)      # snr = level / (1 - level), so snr + 1 = 1 / (1 - level)
+    weight = torch.minimum(level, gamma * (1 - level)).clamp(min=floor) if gamma else torch.ones_like(level)
+    return weight.float()
 
 
 def lesion_weight(classes, first_lesion, extra):
@@ -1008,7 +1013,7 @@ class UNet(nn.Module):
                    of its own. They enter the time embedding through a layer that starts at zero.
     """
 
-    def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 4), blocks=1, patch=2,
+    def __init__(self, channels=4, classes=5, width=128, mults=(1, 2, 2), blocks=1, patch=4,
                  fine=32, scalars=1, out_channels=None):
         super().__init__()
         self.channels, self.classes, self.out_channels = channels, classes, out_channels or channels
@@ -1080,20 +1085,37 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]          # (B, C, H, W)
 
 
-def precondition(out, x_t, onehot, signal, sigma, stats):
-    """What the network says on top of what needs no network -> v_hat (B, C, H, W), float32.
+def expected(prior, onehot, position):
+    """What the prior expects of every pixel before any network is asked: mean and std, (B, C, H, W).
 
-    If every voxel were a number from N(mean, std^2) of its class, the best v were known in closed
-    form: sigma (signal (1 - std^2) x_t - mean) / den with den = std^2 signal^2 + sigma^2, and its
-    error were std / sqrt(den). So v_hat = that + that error * out: the network learns how voxels
-    hang together, starts right about air, and its task has unit size at every t. This is the
-    preconditioning of [EDM] with one Gaussian a class instead of one for all.
-
-    out: the network's output (B, C, H, W); signal, sigma: (B, 1, 1, 1); stats: (2, K + 1, C), mean
-    and std of each class in each modality; row K is used where onehot is all zeros.
+    prior: from measure_prior; onehot (B, K, H, W), the last row of its tables is used where that is
+    all zeros; position (B,), between whose two nearest slabs the atlas is interpolated. Where the
+    position is NaN, and outside healthy brain, the tables alone speak.
     """
     known = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)         # (B, K + 1, H, W)
-    mean, std = [torch.einsum("bkhw,kc->bchw", known, s) for s in stats]    # (B, C, H, W)
+    mean, std = [torch.einsum("bkhw,kc->bchw", known, table) for table in prior["classes"]]
+    if "atlas" in prior:
+        slabs = prior["atlas"].shape[1]
+        at = ((torch.nan_to_num(position) + 1) / 2 * slabs - 0.5).clamp(0, slabs - 1)
+        low = at.long()
+        high, share = (low + 1).clamp(max=slabs - 1), (at - low).view(-1, 1, 1, 1)
+        there = onehot[:, 1:2] * (~torch.isnan(position)).view(-1, 1, 1, 1)
+        mean, std = [flat + there * (torch.lerp(atlas[low], atlas[high], share) - table[1].view(1, -1, 1, 1))
+                     for flat, atlas, table in zip((mean, std), prior["atlas"], prior["classes"])]
+    return mean, std
+
+
+def precondition(out, x_t, signal, sigma, mean, std):
+    """What the network says on top of what needs no network -> v_hat (B, C, H, W), float32.
+
+    If every pixel were a number from N(mean, std^2), the best v were known in closed form:
+    sigma (signal (1 - std^2) x_t - mean) / den with den = std^2 signal^2 + sigma^2, and its error
+    were std / sqrt(den). So v_hat = that + that error * out: the network learns how pixels hang
+    together, starts right about air and the mean brain, and its task has about unit size at every t.
+    This is the preconditioning of [EDM] with a Gaussian for each pixel instead of one for all.
+
+    out: the network's output (B, C, H, W); signal, sigma (B, 1, 1, 1); mean, std: from expected.
+    """
     den = (std * signal) ** 2 + sigma ** 2
     return sigma * (signal * (1 - std ** 2) * x_t - mean) / den + std / den.sqrt() * out.float()
 
@@ -1224,7 +1246,7 @@ def sample(predict_v, x, visited, table, noise=None, clip=True):
 class Denoiser:
     """A trained network with all that is needed to ask it for v_hat."""
     net: UNet
-    stats: torch.Tensor                         # (2, K + 1, C), see class_statistics
+    prior: dict                                 # from measure_prior
     alpha_bar: torch.Tensor                     # (T + 1,)
     device: torch.device
 
@@ -1232,11 +1254,12 @@ class Denoiser:
     def __call__(self, x_t, t, onehot, scalars):
         """x_t (B, C, H, W), t int (B,), onehot (B, K, H, W), scalars (B, S), all on the CPU ->
         v_hat float32 (B, C, H, W) on the CPU."""
-        x_t, t, onehot, scalars, stats, signal, sigma = to_device(
-            self.device, x_t, t, onehot, scalars, self.stats, *signal_sigma(self.alpha_bar, t))
+        mean, std = expected(self.prior, onehot, scalars[:, 0])
+        x_t, t, onehot, scalars, mean, std, signal, sigma = to_device(
+            self.device, x_t, t, onehot, scalars, mean, std, *signal_sigma(self.alpha_bar, t))
         with fast_math(self.device):
             out = self.net(x_t, t, onehot, scalars)
-        return precondition(out, x_t, onehot, signal, sigma, stats).cpu()
+        return precondition(out, x_t, signal, sigma, mean, std).cpu()
 
 
 def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
@@ -1294,7 +1317,7 @@ def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING
     SAMPLING; key: (seed, case number), from which all noise follows; batch: slices a network call,
     which changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
     """
-    n_classes, channels = denoiser.stats.shape[1] - 1, denoiser.stats.shape[2]
+    n_classes, channels = denoiser.net.classes, denoiser.net.channels
     shape, visited = (len(classes), channels, *classes.shape[1:]), timesteps(settings["steps"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
 
@@ -1351,17 +1374,38 @@ def has_label(cache, rows, first_label):
     return np.array([(cache.rows[r, -1] >= first_label).any() for r in rows], bool)
 
 
-def class_statistics(cache, rows, n_classes, at_most=400):
-    """Mean and std of every class in every modality, float32 (2, n_classes + 1, C), for precondition;
-    the last row is over all pixels. From at most `at_most` of these cache rows, spread evenly. Std
-    is at least 0.01, mean 0 and std 0.5 where a class does not occur."""
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int))]
-    x0, classes, _ = cache.batch(rows)
-    x0, stats = x0.movedim(1, -1), torch.zeros(2, n_classes + 1, x0.shape[1])
-    for k in range(n_classes + 1):
-        pixels = x0[classes == k] if k < n_classes else x0.flatten(0, 2)
-        stats[0, k], stats[1, k] = (pixels.mean(0), pixels.std(0).clamp(min=0.01)) if len(pixels) > 1 else (0.0, 0.5)
-    return stats
+def measure_prior(cache, rows, condition, slabs=16):
+    """What training slices look like on average, for `expected`: a dict of float32 tensors.
+
+    classes  (2, K + 1, C): mean and std of every class in every modality; row K is over all pixels.
+             Mean 0 and std 0.5 where a class does not occur; std at least 0.01.
+    atlas    (2, slabs, C, R, R): mean and std of healthy brain at every place, in `slabs` parts of
+             position -1..1, left and right alike, smoothed by 3x3 and leaning on the class's own
+             where few brains reach. Only with the condition "tumour": tissue labels say it better.
+             A mean over few brains shows them: with a handful of cases the atlas is no secret.
+    """
+    names = CONDITIONS[condition]
+    total = torch.zeros(3, len(names) + 1, cache.rows.shape[1] - 1)         # count, sum, sum of squares
+    place = torch.zeros(3, slabs, total.shape[2], *cache.rows.shape[2:])
+    for i in range(0, len(rows), 128):
+        x0, classes, position = cache.batch(rows[i:i + 128])
+        slab = ((position + 1) / 2 * slabs).long().clamp(0, slabs - 1)
+        for k in range(len(names) + 1):
+            here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
+            parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
+            total[:, k] += torch.stack([p.sum((0, 2, 3)) for p in parts])
+            if k == 1:
+                place.index_add_(1, slab, torch.stack(parts))
+    n, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
+    std = torch.where(n > 1, (total[2] / n.clamp(min=1) - mean ** 2).clamp(min=1e-4).sqrt(), 0.5)
+    prior = {"classes": torch.stack([mean, std])}
+    if condition == "tumour":
+        place = F.avg_pool2d((place + place.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(place)
+        m, s = mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1)
+        mean = (place[1] + 2 * m) / (place[0] + 2)
+        std = ((place[2] + 2 * (s ** 2 + m ** 2)) / (place[0] + 2) - mean ** 2).clamp(min=1e-4).sqrt()
+        prior["atlas"] = torch.stack([mean, std])
+    return prior
 
 
 def training_noise(seed, step, shape, drop):
@@ -1380,7 +1424,7 @@ def training_noise(seed, step, shape, drop):
     return t, torch.randn(shape, generator=g), (keep >= drop).float(), given >= drop, mirror < 0.5
 
 
-def learning_rate(peak, progress, step, warmup=100):
+def learning_rate(peak, progress, step, warmup=50):
     """Linear warm-up over `warmup` steps, then half a cosine down to peak / 100.
 
     progress: share of the run that is over, 0..1, whichever of steps and minutes ends it.
@@ -1487,13 +1531,13 @@ class LogBook:
             writer.writerows(old)
 
     def add(self, losses, t):
-        """losses float (B,) on any device; t int (B,) on the CPU."""
+        """losses float (B,) and t int (B,), on any device."""
         self.losses.append((losses.detach(), t))
 
     def line(self, step, lr, batch, seconds):
         """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`)."""
         losses = torch.cat([loss for loss, _ in self.losses]).float().cpu()
-        quarter = (torch.cat([t for _, t in self.losses]) - 1) * 4 // T
+        quarter = (torch.cat([t for _, t in self.losses]).cpu() - 1) * 4 // T
         means = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
         speed = (step - self.since[0]) * batch / max(time.time() - self.since[1], 1e-6)
         self.losses, self.since = [], (step, time.time())
@@ -1694,13 +1738,21 @@ def layer_table(net, size):
     """Lines of text: every layer that holds parameters with its output shape for one slice of
     size x size, and how many parameters it has."""
     lines, total = [f"{'layer':<28} {'output (C, H, W)':<18} parameters"], 0
-    shapes = {}
+    shapes, hooks = {}, []
+
+    def note(name):
+        def hook(module, inputs, output):
+            shapes.setdefault(name, tuple(output.shape[1:]))
+        return hook
+
     for name, module in net.named_modules():
         if not list(module.children()) and list(module.parameters()):
-            module.register_forward_hook(lambda m, i, o, n=name: shapes.setdefault(n, tuple(o.shape[1:])))
+            hooks.append(module.register_forward_hook(note(name)))
     with torch.no_grad():
         net(torch.zeros(1, net.channels, size, size), torch.ones(1), torch.zeros(1, net.classes, size, size),
             torch.zeros(1, 1))
+    for hook in hooks:
+        hook.remove()
     for name, shape in shapes.items():
         count = count_parameters(net.get_submodule(name))
         total += count

@@ -69,7 +69,7 @@ def make_case(args, number, case, denoiser, state, facts):
     thickness = float(np.linalg.norm(grid.affine[:3, 2]))
     brain = torch.where((classes > 0).any(2).any(1))[0]
     brain = slice(int(brain[0]), int(brain[-1]) + 1)        # slices below and above are air
-    images = torch.full((len(classes), len(state["modalities"]), *classes.shape[1:]), -1.0)     # (D, C, R, R)
+    images = torch.full((len(classes), len(state["modalities"]), *classes.shape[1:]), -1.0)
     images[brain] = bs.sample_volume(denoiser, classes[brain], torch.from_numpy(got["position"][brain]),
                                      thickness, (args.seed, number), sampling(args), args.batch)
     if args.native:
@@ -131,7 +131,7 @@ def main(argv=None):
     net = bs.UNet(**state["network"])
     net.load_state_dict(state["ema"])
     net = net.to(device, memory_format=torch.channels_last).eval()
-    denoiser = bs.Denoiser(net, state["stats"], bs.cosine_alpha_bar(state["shift"]), device)
+    denoiser = bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device)
     path = Path(args.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
     common = {"SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",

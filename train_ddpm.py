@@ -23,8 +23,10 @@ import torch
 
 import brainsyn as bs
 
-STEPS = 1000                                    # a run's length when neither bound is given
-FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every"}     # on resuming
+STEPS = 800                                     # a run's length when neither bound is given
+# What may differ when a run is resumed; the data are compared by the label maps' hashes instead, so
+# that a checkpoint holds no path.
+FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every", "data", "split"}
 
 
 def parse_arguments(argv=None):
@@ -41,18 +43,20 @@ def parse_arguments(argv=None):
     data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
     data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=int, default=64, help="channels of the first level")
-    model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 4], help="channels of each level / width")
+    model.add_argument("--width", type=int, default=128, help="channels of the first level")
+    model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 2], help="channels of each level / width")
     model.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
-    model.add_argument("--patch", type=int, default=2, help="p x p pixels folded into channels")
+    model.add_argument("--patch", type=int, default=4, help="p x p pixels folded into channels")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless --minutes is given)")
     optim.add_argument("--minutes", type=float, help="end after so many minutes in the loop")
     optim.add_argument("--batch", type=int, default=16, help="slices a step")
-    optim.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    optim.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
-    optim.add_argument("--shift", type=float, default=1.0, help="noise schedule: factor on sqrt(snr), 64/resolution for large pictures")
-    optim.add_argument("--min-snr", type=float, default=0.0, help="gamma of the min-SNR loss weight, 0 for none (5 is usual)")
+    optim.add_argument("--shift", type=float, default=2.0,
+                       help="noise schedule: factor on sqrt(snr); 128/resolution suits larger pictures")
+    optim.add_argument("--min-snr", type=float, default=0.0,
+                       help="gamma of the min-SNR loss weight, 0 for none (5 is usual)")
     optim.add_argument("--lesion-weight", type=float, default=0.0, help="extra loss weight inside tumour labels")
     optim.add_argument("--ema", type=float, default=0.999, help="decay a step of the averaged weights")
     run = parser.add_argument_group("run")
@@ -80,8 +84,9 @@ def load_data(args):
                           args.resolution, args.fov, args.condition, args.split)
 
 
-def resume(args, net, ema, optimizer):
-    """Continue the run in args.out if there is one -> (steps done, seconds spent), else (0, 0.0)."""
+def resume(args, trained_on, net, ema, optimizer):
+    """Continue the run in args.out if there is one -> (steps done, seconds spent), else (0, 0.0).
+    BadInput where that run had other settings or other training cases."""
     if not (Path(args.out) / "checkpoint.pt").exists():
         return 0, 0.0
     state = bs.load_checkpoint(args.out)
@@ -91,6 +96,8 @@ def resume(args, net, ema, optimizer):
         raise bs.BadInput(f"{args.out} holds a run with " + ", ".join(f"{k} {had.get(k)}" for k in differ)
                           + ", you ask for " + ", ".join(f"{k} {asked[k]}" for k in differ)
                           + "; choose another --out, or delete the folder")
+    if state["trained_on"] != trained_on:
+        raise bs.BadInput(f"{args.out} holds a run on other training cases; choose another --out, or delete the folder")
     net.load_state_dict(state["weights"])
     ema.weights = state["ema"]
     optimizer.load_state_dict(state["optimizer"])
@@ -135,10 +142,11 @@ def main(argv=None):
     cache = load_data(args)
     names = bs.CONDITIONS[args.condition]
     first_lesion, alpha_bar = names.index(bs.LABELS[0]), bs.cosine_alpha_bar(args.shift)
-    rows = {part: cache.part(part) for part in ("train", "val", "test")}
-    ill = bs.has_label(cache, rows["train"], first_lesion)
-    tumour, other = rows["train"][ill], rows["train"][~ill]
-    stats = bs.class_statistics(cache, rows["train"], len(names))
+    train, val, test = [cache.part(part) for part in ("train", "val", "test")]
+    ill = bs.has_label(cache, train, first_lesion)
+    tumour, other = train[ill], train[~ill]
+    prior = bs.measure_prior(cache, train, args.condition)
+    picture = (len(cache.meta["modalities"]), *cache.rows.shape[2:])            # (C, R, R)
 
     torch.manual_seed(args.seed)
     network = {"channels": len(cache.meta["modalities"]), "classes": len(names), "width": args.width,
@@ -148,30 +156,32 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=device.type != "mps")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    step, seconds = resume(args, net, ema, optimizer)
+    trained_on = sorted({c["hash"] for c in cache.cases if c["part"] == "train"})
+    step, seconds = resume(args, trained_on, net, ema, optimizer)
     book = bs.LogBook(args.out, step)
     print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | "
-          f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(rows['train'])} training slices "
+          f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices "
           f"({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
-          f"{len(rows['val']) + len(rows['test'])} held out")
+          f"{len(val) + len(test)} held out")
 
     settings = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}      # slices, not volumes
-    shown = cache.batch(pick_rows(cache, rows["val"] if len(rows["val"]) else rows["train"], first_lesion, 4))
+    shown = cache.batch(pick_rows(cache, val if len(val) else train, first_lesion, 4))
 
     def draw(step):
-        denoiser = bs.Denoiser(ema.copy_of(net), stats, alpha_bar, device)
+        denoiser = bs.Denoiser(ema.copy_of(net), prior, alpha_bar, device)
         pictures = bs.sample_volume(denoiser, shown[1], shown[2], 1.0, (args.seed, "shown"), settings)
         bs.draw_rows(Path(args.out) / f"sample_{step:06d}.png", [[c, *p] for c, p in zip(shown[1], pictures)],
                      ["labels", *cache.meta["modalities"]], args.condition, f"SYNTHETIC, step {step}")
 
     def save():
         bs.save_checkpoint(args.out, {
-            "kind": "ddpm", "version": bs.__version__, "step": step, "seconds": seconds, "args": vars(args),
+            "kind": "ddpm", "version": bs.__version__, "step": step, "seconds": seconds,
+            "args": {k: v for k, v in vars(args).items() if k not in ("data", "split", "out")},
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
-            "optimizer": optimizer.state_dict(), "stats": stats, "condition": args.condition, "classes": list(names),
+            "optimizer": optimizer.state_dict(), "prior": prior, "condition": args.condition, "classes": list(names),
             "modalities": list(cache.meta["modalities"]), "shift": args.shift,
             "resolution": args.resolution, "fov": args.fov,
-            "trained_on": sorted({c["hash"] for c in cache.cases if c["part"] == "train"}),
+            "trained_on": trained_on,
             "held_out": sorted({c["hash"] for c in cache.cases if c["part"] != "train"})})
 
     stop = bs.catch_signals()
@@ -182,24 +192,22 @@ def main(argv=None):
     clock, saved, logged = time.time() - seconds, time.time(), time.time()
     while progress() < 1 and not stop:
         # ------------------------------------------------------------------ one training step ---
-        x0, classes, position = cache.batch(bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch))
-        t, eps, keep, given, mirror = bs.training_noise(args.seed, step, x0.shape, args.drop)
-        x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)                 # (B, C, H, W)
-        classes = torch.where(mirror.view(-1, 1, 1), classes.flip(-1), classes)     # (B, H, W)
-        signal_t, sigma_t = bs.signal_sigma(alpha_bar, t)                           # (B, 1, 1, 1)
-        x_t, v = bs.add_noise(x0, eps, signal_t, sigma_t), bs.v_target(x0, eps, signal_t, sigma_t)
+        rows = bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)
+        t, eps, keep, given, mirror = bs.training_noise(args.seed, step, (args.batch, *picture), args.drop)
+        x0, classes, position = cache.batch(rows, mirror)                           # (B, C, H, W), (B, H, W), (B,)
         onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
         weight = bs.lesion_weight(classes, first_lesion, args.lesion_weight)
-        if args.min_snr:
-            weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr).view(-1, 1, 1, 1)
-        x_t, v, t, onehot, scalars, weight, signal_t, sigma_t = bs.to_device(
-            device, x_t, v, t, onehot, scalars, weight, signal_t, sigma_t)
+        weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr)             # (B, 1, H, W)
+        x0, eps, t, onehot, scalars, weight, signal, sigma, mean, std = bs.to_device(
+            device, x0, eps, t, onehot, scalars, weight, *bs.signal_sigma(alpha_bar, t),
+            *bs.expected(prior, onehot, scalars[:, 0]))
+        x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
         for group in optimizer.param_groups:
             group["lr"] = lr = bs.learning_rate(args.lr, progress(), step)
         with bs.fast_math(device):
             out = net(x_t, t, onehot, scalars)
-        v_hat = bs.precondition(out, x_t, onehot, signal_t, sigma_t, stats.to(device))
+        v_hat = bs.precondition(out, x_t, signal, sigma, mean, std)
         losses = (weight * (v_hat - v) ** 2).mean((1, 2, 3))                        # (B,)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -225,7 +233,7 @@ def main(argv=None):
     if stop:
         print(f"stopped by signal {stop[0]} after step {step}; the same command continues")
         sys.exit(128 + stop[0])
-    close(args, cache, bs.Denoiser(ema.copy_of(net), stats, alpha_bar, device), settings, step, seconds)
+    close(args, cache, bs.Denoiser(ema.copy_of(net), prior, alpha_bar, device), settings, step, seconds)
 
 
 if __name__ == "__main__":

@@ -98,30 +98,38 @@ def test_parameters_reported_are_parameters_counted():
     assert rows[-1] == sum(rows[:-1]) == bs.count_parameters(net) == sum(p.numel() for p in net.parameters())
 
 
-def test_precondition_is_the_best_v_for_gaussian_classes():
-    """With out = 0, v_hat must be the posterior mean of v where voxels are N(mean, std^2) a class;
-    checked by drawing: no other linear guess has a smaller error, and `std / sqrt(den)` is it."""
-    stats = torch.tensor([[[-0.4], [0.5], [0.1]], [[0.3], [0.1], [0.6]]])      # (2, K + 1, C)
-    classes = torch.randint(0, 2, (4, 128, 128))
-    onehot, eps = bs.one_hot(classes, 2), torch.randn(4, 1, 128, 128)
-    x0 = stats[0, classes].movedim(-1, 1) + stats[1, classes].movedim(-1, 1) * torch.randn(4, 1, 128, 128)
+def test_precondition_is_the_best_v_for_gaussian_pixels():
+    """With out = 0, v_hat must be the posterior mean of v where pixels are N(mean, std^2): checked by
+    drawing, its error is `std / sqrt(den)` and has no mean, at every level."""
+    mean, std = torch.tensor([-0.4, 0.5]).view(1, 2, 1, 1), torch.tensor([0.3, 0.1]).view(1, 2, 1, 1)
+    eps = torch.randn(4, 2, 128, 128)
+    x0 = mean + std * torch.randn(4, 2, 128, 128)
     for t in (1, 100, 500, 900, bs.T):
         signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(), torch.full((4,), t))
         x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
-        v_hat = bs.precondition(torch.zeros_like(x_t), x_t, onehot, signal, sigma, stats)
-        for k, std in ((0, 0.3), (1, 0.1)):
-            error = (v_hat - v)[classes.unsqueeze(1) == k]
-            expected = std / (std ** 2 * signal[0].item() ** 2 + sigma[0].item() ** 2) ** 0.5
-            assert abs(error.std().item() / expected - 1) < 0.03, f"t {t}, class {k}"
-            assert abs(error.mean().item()) < 0.05 * expected + 1e-3
+        error = bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma, mean, std) - v
+        expected = (std / ((std * signal) ** 2 + sigma ** 2).sqrt())[0].flatten()
+        assert ((error.std((0, 2, 3)) / expected) - 1).abs().max() < 0.03, f"t {t}"
+        assert (error.mean((0, 2, 3)).abs() < 0.05 * expected + 1e-3).all(), f"t {t}"
+        more = bs.precondition(torch.ones_like(x_t), x_t, signal, sigma, mean, std) - v - error
+        assert torch.allclose(more.mean((0, 2, 3)), expected, rtol=1e-3), "out enters with that size"
 
 
-def test_precondition_knows_the_null_condition():
-    """Without labels the last row of stats is used, and out enters with unit size."""
-    stats = torch.tensor([[[-1.0], [0.5], [0.1]], [[0.01], [0.1], [0.6]]])
-    x_t, one = torch.randn(2, 1, 16, 24), torch.ones(2, 1, 1, 1)
-    null = torch.zeros(2, 2, 16, 24)
-    at_T = bs.precondition(torch.zeros(2, 1, 16, 24), x_t, null, 0 * one, one, stats)
-    assert torch.allclose(at_T, torch.full_like(at_T, -0.1)), "at T the best guess of x0 is the mean"
-    with_out = bs.precondition(torch.ones(2, 1, 16, 24), x_t, null, 0 * one, one, stats)
-    assert torch.allclose(with_out - at_T, torch.full_like(at_T, 0.6))
+PRIOR = {"classes": torch.tensor([[[-1.0], [0.2], [0.6], [0.1]], [[0.01], [0.3], [0.2], [0.5]]]),
+         "atlas": torch.stack([torch.full((4, 1, 16, 24), 0.4), torch.full((4, 1, 16, 24), 0.15)])
+         * torch.arange(1, 5).view(1, 4, 1, 1, 1)}
+
+
+def test_expected_takes_classes_atlas_and_null_apart():
+    """Air and tumour from the class table, healthy brain from the atlas at this height, the table's
+    last row without labels, the class table where the height is not given."""
+    classes = torch.tensor([0, 1, 2]).view(1, 1, 3).expand(2, 16, 3).repeat(1, 1, 8)
+    onehot = bs.one_hot(classes, 3)
+    mean, std = bs.expected(PRIOR, onehot, torch.tensor([-1.0, torch.nan]))
+    assert torch.allclose(mean[0, 0, 0, :3], torch.tensor([-1.0, 0.4, 0.6]))
+    assert torch.allclose(std[0, 0, 0, :3], torch.tensor([0.01, 0.15, 0.2]))
+    assert torch.allclose(mean[1, 0, 0, :3], torch.tensor([-1.0, 0.2, 0.6]))
+    mean, _ = bs.expected(PRIOR, onehot, torch.tensor([0.0, 1.0]))
+    assert torch.allclose(mean[:, 0, 0, 1], torch.tensor([0.4 * 2.5, 0.4 * 4])), "between slabs, and at the end"
+    mean, std = bs.expected(PRIOR, 0 * onehot, torch.tensor([0.0, 1.0]))
+    assert (mean == 0.1).all() and (std == 0.5).all()

@@ -29,7 +29,7 @@ def test_a_phantom_follows_from_its_seed():
     assert not np.allclose(first[0], other[0])
 
 
-@pytest.mark.parametrize("label, name", enumerate(bs.LABELS, 1))
+@pytest.mark.parametrize("label, name", list(enumerate(bs.LABELS, 1)))
 def test_median_volumes_are_those_of_real_tumours(heads, label, name):
     """Within a factor of two of the real label maps, or segmenters learn another disease."""
     median = np.median(volumes(heads, label))
@@ -69,7 +69,7 @@ def test_tissue_brightness_is_in_the_order_of_life(scanner):
     """T1: white > grey > CSF. T2: CSF > grey > white. FLAIR: ED > grey > CSF. T1ce: ET > white."""
     for seed in range(4):
         images, labels, share = bs.phantom(seed, scanner)
-        mean = {m: {k: images[c][part > 0.9].mean() for k, part in share.items() if (part > 0.9).sum() > 50}
+        mean = {m: {k: images[c][part > 0.75].mean() for k, part in share.items() if (part > 0.75).sum() > 50}
                 for c, m in enumerate(bs.MODALITIES)}
         assert mean["t1"]["white"] > mean["t1"]["grey"] > mean["t1"]["CSF"]
         assert mean["t2"]["CSF"] > mean["t2"]["grey"] > mean["t2"]["white"]

@@ -134,29 +134,40 @@ def test_log_has_four_noise_bins_and_no_step_twice(tmp_path):
     assert [r["step"] for r in bs.read_log(tmp_path / "log.csv")] == [10]
 
 
-def test_class_statistics_by_hand(tmp_path):
-    """Mean and spread of the pixels of each class; a class that never occurs gets 0 and 0.5."""
-    class Two:
-        def batch(self, rows):
-            x0 = torch.tensor([[[[0.0, 0.2], [1.0, 1.0]]]]).expand(2, 1, 2, 2)
-            return x0, torch.tensor([[[0, 0], [1, 1]]]).expand(2, 2, 2), None
-    stats = bs.class_statistics(Two(), np.arange(2), 3)
-    assert torch.allclose(stats[0, :, 0], torch.tensor([0.1, 1.0, 0.0, 0.55]))
-    assert torch.allclose(stats[1, :3, 0], torch.tensor([torch.tensor([0., .2, 0., .2]).std().item(), 0.01, 0.5]))
+class TwoSlices:
+    """A cache of two slices, one modality: half brain (class 1, values 0 and 0.2), half ET (1.0)."""
+    rows = np.zeros((2, 2, 4, 6), np.uint8)
+
+    def batch(self, rows):
+        x0, classes = torch.ones(len(rows), 1, 4, 6), torch.full((len(rows), 4, 6), 4)
+        x0[..., :3], classes[..., :3] = torch.tensor([[[[0.0]]], [[[0.2]]]])[rows], 1
+        return x0, classes, torch.tensor([-1.0, 1.0])[rows]
+
+
+def test_prior_by_hand():
+    """Mean and spread of the pixels of each class; 0 and 0.5 for one that never occurs; the atlas
+    knows the two heights apart, and both sides alike."""
+    prior = bs.measure_prior(TwoSlices(), np.arange(2), "tumour", slabs=2)
+    mean, std = prior["classes"][:, :, 0]
+    assert torch.allclose(mean, torch.tensor([0.0, 0.1, 0, 0, 1.0, 0.55])) and std[0] == 0.5
+    assert torch.allclose(std[[1, 4]], torch.tensor([0.1, 0.01]), atol=1e-5)
+    atlas = prior["atlas"][0, :, 0]
+    assert (atlas[0] < 0.09).all() and (atlas[1] > 0.11).all() and torch.allclose(atlas, atlas.flip(-1))
+    assert "atlas" not in bs.measure_prior(TwoSlices(), np.arange(2), "tissue")
 
 
 def test_one_batch_can_be_learned(cache):
     """If the loss on a single batch does not fall below a tenth, something in the step is wrong."""
     x0, classes, position = cache.batch(cache.part("train")[10:14])
-    stats, alpha_bar = bs.class_statistics(cache, cache.part("train"), 5), bs.cosine_alpha_bar()
+    prior, alpha_bar = bs.measure_prior(cache, cache.part("train"), "tumour"), bs.cosine_alpha_bar()
     t, eps = torch.tensor([150, 400, 700, 950]), torch.randn(x0.shape)
     signal, sigma = bs.signal_sigma(alpha_bar, t)
     x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma), bs.one_hot(classes, 5)
-    net = bs.UNet(width=32, mults=(1, 2))
+    net, (mean, std) = bs.UNet(width=32, mults=(1, 2), patch=2), bs.expected(prior, onehot, position)
     optimizer, losses = torch.optim.Adam(net.parameters(), lr=2e-3), []
     for _ in range(250):
         out = net(x_t, t, onehot, position[:, None])
-        loss = ((bs.precondition(out, x_t, onehot, signal, sigma, stats) - v) ** 2).mean()
+        loss = ((bs.precondition(out, x_t, signal, sigma, mean, std) - v) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -264,13 +264,13 @@ def phantom_anatomy(rng, point):
 def phantom_plan(rng, seed):
     """What tumour to grow: mL of (NCR, ED, ET) and the centres of its foci in mm.
 
-    Log-normal volumes with the medians of 368 expert label maps of BraTS 2020 (10.5, 49.5 and
-    14.8 mL). ET runs evenly through its distribution as the seed counts up (golden-ratio steps),
+    Log-normal volumes near those of 368 expert label maps of BraTS 2020, whose medians are 10.5,
+    49.5 and 14.8 mL. ET runs evenly through its distribution as the seed counts up (golden-ratio steps),
     so that a few dozen consecutive seeds already span 1 to 40 mL. One in ten has no ET (low
     grade), one in ten no NCR, one in fifteen no tumour at all.
     """
     u = (seed * 0.6180339887 + 0.3) % 1
-    et = float(np.clip(14 * np.exp(1.25 * NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 58))
+    et = float(np.clip(20 * np.exp(1.25 * NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 58))
     ncr = float(np.clip(rng.lognormal(np.log(10), 0.9), 0.5, 90))
     ed = float(np.clip(rng.lognormal(np.log(50), 0.6), 6, 150))
     grade = rng.choice(["full", "no ET", "no NCR", "none"], p=[0.73, 0.1, 0.1, 0.07])
@@ -614,7 +614,8 @@ class Grid:
         rows, columns = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         step = tuple(float(fov / resolution / spacing[axis]) for axis in (1, 0))
-        start = tuple(float((at[0] + at[-1] + 1 - resolution * s) / 2)
+        # whole source pixels: where one step is one pixel (or two), nothing is blurred
+        start = tuple(float(round((at[0] + at[-1] + 1 - resolution * s) / 2))
                       for at, s in zip((rows, columns), step))
         return Grid(brain.shape, affine, resolution, start, step)
 
@@ -646,16 +647,21 @@ class Grid:
         return self.affine @ change
 
 
-def two_means(features, order):
-    """k-means with two means: features (F, N), order (N,) -> bool (N,), True where it is higher.
+def two_means(first, second, third):
+    """k-means with two means over three scans of the same voxels, each (N,) -> bool (N,): True in the
+    cluster where `first` is brighter than the other two.
 
-    Outliers first: each feature is clipped to its 5th..95th percentile and scaled to 0..1 (bright
-    eyes, dura and vessels otherwise become a cluster of their own). The means start from the two
-    sides of the middle of `order`.
+    Outliers first: each scan is clipped to its 5th..95th percentile and scaled to 0..1 (bright eyes,
+    dura and vessels otherwise become a cluster of their own). The features are the differences
+    first - second and first - third, in which shading that all scans share cancels.
     """
-    low, high = np.percentile(features[:, :: max(1, features.shape[1] // 50_000)], (5, 95), axis=1)
-    features = ((features.T.clip(low, high) - low) / np.maximum(high - low, 1)).T
-    upper = order > (np.percentile(order, 5) + np.percentile(order, 95)) / 2
+    scaled = []
+    for scan in (first, second, third):
+        low, high = np.percentile(scan[:: max(1, scan.size // 50_000)], (5, 95))
+        scaled.append((np.clip(scan, low, high) - low) / max(high - low, 1e-6))
+    features = np.stack([scaled[0] - scaled[1], scaled[0] - scaled[2]])
+    score = features.sum(0)
+    upper = score > (np.percentile(score, 2) + np.percentile(score, 98)) / 2
     for _ in range(10):
         if upper.all() or not upper.any():
             break
@@ -669,19 +675,18 @@ def tissue_clusters(scans, healthy):
 
     scans: float (C, ...) scaled to 0..255, modalities as in MODALITIES; healthy: bool (...), brain
     without tumour. Returns uint8 (...): 1 CSF, 2 grey, 3 white, 0 elsewhere.
-    Fluid against tissue first, then grey against white within tissue: three means at once spend
-    one of them on the half-full voxels around CSF. Anatomy fixes the order: on T1 tissue is
-    brighter than CSF and white brighter than grey, on T2 the other way round.
+    Fluid against tissue first (T2 against T1 and FLAIR), then white against grey within tissue (T1
+    against T2 and FLAIR): three means at once spend one of them on the half-full voxels around CSF.
+    Which cluster is which follows from anatomy, not from their sizes.
     """
     out = np.zeros(healthy.shape, np.uint8)
     if healthy.sum() < 30:
         return out
     t1, t2, flair = [scans[MODALITIES.index(name)][healthy] for name in ("t1", "t2", "flair")]
-    tissue = two_means(np.stack([t1, t2, flair]), t1 - t2)
-    found = np.ones(tissue.shape, np.uint8)
-    t1, t2, flair = t1[tissue], t2[tissue], flair[tissue]
-    if tissue.any():
-        found[tissue] = 2 + two_means(np.stack([t1, t2, flair]), t1 - t2)
+    fluid = two_means(t2, t1, flair)
+    found = np.ones(fluid.shape, np.uint8)
+    if not fluid.all():
+        found[~fluid] = 2 + two_means(t1[~fluid], t2[~fluid], flair[~fluid])
     out[healthy] = found
     return out
 
@@ -803,7 +808,7 @@ def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
     stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
-    key = json.dumps([5, resolution, fov, condition, sorted(part_of.items()), stamp])
+    key = json.dumps([6, resolution, fov, condition, sorted(part_of.items()), stamp])
     path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if path.exists() and path.with_suffix(".json").exists():
         return Cache(path)

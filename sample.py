@@ -40,7 +40,7 @@ def parse_arguments(argv=None):
     model.add_argument("--sampler", choices=["ddim", "ddpm", "dpmpp"], default=default["sampler"])
     model.add_argument("--eta", type=float, default=default["eta"], help="noise added by ddim: 0 none .. 1 as ddpm")
     model.add_argument("--guidance", type=float, default=default["guidance"], help="guidance scale, 1 for none")
-    model.add_argument("--rescale", type=float, default=default["rescale"], help="how far guidance keeps contrast, 0..1")
+    model.add_argument("--rescale", type=float, default=default["rescale"], help="how far guidance keeps contrast")
     model.add_argument("--interval", type=float, nargs=2, default=default["interval"], metavar=("LOW", "HIGH"),
                        help="guidance acts while t/T lies between these")
     model.add_argument("--coherence", type=float, default=default["coherence"],

@@ -22,10 +22,10 @@ SHORT = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1
          "--sample-every", "4", "--seed", "3"]
 
 
-def run(folder, script, *arguments, status=0):
+def run(folder, script, *arguments, status=0, timeout=300):
     """Run a script in `folder` as its own process; returns what it printed."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=folder, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
     assert done.returncode == status, done.stdout
     return done.stdout
 

@@ -1,0 +1,18 @@
+"""The default run, shortened to what a slow test may take: it must pass its own closing figures."""
+import json
+
+import pytest
+
+from test_scripts import run
+
+
+@pytest.mark.slow
+def test_default_training_obeys_masks_and_looks_like_scans(tmp_path):
+    """On held-out phantoms: ET lights up on T1ce and ED on FLAIR in 95% of slices, air is black in
+    99% of voxels, fine detail and grey-white contrast lie within 30% of the phantoms' own."""
+    run(tmp_path, "train_ddpm.py", "--steps", "400", "--sample-every", "0", timeout=900)
+    closing = json.loads((tmp_path / "runs/ddpm/closing.json").read_text())
+    assert closing["slices_with_ET"] >= 20 and closing["slices_with_ED"] >= 30
+    assert closing["sampled_t1ce_ET_above_brain"] >= 0.95 and closing["sampled_flair_ED_above_brain"] >= 0.95
+    assert closing["sampled_air_black"] >= 0.99
+    assert 0.7 <= closing["fine_power_ratio"] <= 1.3 and 0.7 <= closing["grey_white_ratio"] <= 1.3, closing

@@ -15,7 +15,7 @@ This one file is the library. It reads top to bottom; each section uses only wha
 
     python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10 s)
 
-GLOSSARY (the same names everywhere, in the notebooks too)
+GLOSSARY (the same names everywhere)
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
     eps         standard normal noise, same shape as x0
     t           integer noise level (B,), 0 = clean .. T = pure noise
@@ -93,12 +93,19 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Call main(); print a BadInput as one sentence and leave with status 2."""
+    """Call main(); print a BadInput, or what the disk refused, as one sentence; leave with status 2."""
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def require_positive(args, *names):
+    """BadInput unless each of these arguments is above 0 (or None, where it was left out)."""
+    for name in names:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
 
 
 def replace_file(path, write):
@@ -123,7 +130,7 @@ def label_hash(labels):
     """sha256 (hex) of a label map: uint8 (X, Y, Z) in canonical axes, values 0..3; shape included.
 
     It is how a synthetic case says which label map it came from without naming a patient, and how
-    a checkpoint says which ones it was trained on.
+    a checkpoint says which ones it was trained on. Maps without any tumour all look alike.
     """
     labels = np.ascontiguousarray(labels, dtype=np.uint8)
     return hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
@@ -270,7 +277,7 @@ def phantom_plan(rng, seed):
     grade), one in ten no NCR, one in fifteen no tumour at all.
     """
     u = (seed * 0.6180339887 + 0.3) % 1
-    et = float(np.clip(20 * np.exp(1.25 * NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 58))
+    et = float(np.clip(20 * np.exp(1.45 * NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8, 58))
     ncr = float(np.clip(rng.lognormal(np.log(10), 0.9), 0.5, 90))
     ed = float(np.clip(rng.lognormal(np.log(50), 0.6), 6, 150))
     grade = rng.choice(["full", "no ET", "no NCR", "none"], p=[0.73, 0.1, 0.1, 0.07])
@@ -406,13 +413,19 @@ def write_phantom(folder, seed, scanner="A"):
     return target
 
 
-def make_phantoms(folder, count, first=0, scanner="A"):
-    """Make phantoms first .. first + count - 1 below `folder`; those already there are kept.
+def phantom_seed(name):
+    """The seed in the name of a phantom case, None for any other name."""
+    match = re.fullmatch(r"BraTS(-PHA-|20_Phantom_)(\d+)(-000)?", name)
+    return int(match[2]) if match else None
+
+
+def make_phantoms(folder, count, scanner="A"):
+    """Make phantoms 0 .. count - 1 below `folder`; those already there are kept.
 
     Returns the number of cases newly made. About a second a case.
     """
-    there = {int(m[1]) for p in Path(folder).glob("BraTS*") if (m := re.search(r"(\d{5,})(-000)?$", p.name))}
-    seeds = [s for s in range(first, first + count) if s not in there]
+    there = {phantom_seed(path.name) for path in Path(folder).glob("BraTS*")}
+    seeds = [seed for seed in range(count) if seed not in there]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda seed: write_phantom(folder, seed, scanner), seeds))
     return len(seeds)
@@ -559,16 +572,20 @@ def brain_mask(scans, where="scans"):
     return brain
 
 
-def scale_to_bytes(scan, brain, low=0.5, high=99.8):
-    """One scan -> float32 in 0..255: top at a high percentile of its voxels inside the brain, so
-    that one hot voxel does not darken the head. Bottom at 0, the signal of air, where the scan has
-    no negative voxels inside the brain; else (after z-scoring, say) at a low percentile. Air becomes
-    0 where the caller masks it.
+def scale_to_bytes(scan, brain, top=99.8):
+    """One scan -> float32 in 0..255: air's signal to 0, the median of the brain to 100, a high
+    percentile of it to 255, straight lines between, clipped beyond.
+
+    The median as a second landmark takes away the scanner's gain and what one bright vessel or tumour
+    does to the percentile: in BraTS the median of a brain lies anywhere from a fifth to four fifths of
+    its top, and a network would spend itself on that. Air's signal is 0 where no voxel of the brain
+    is negative; else (after z-scoring, say) the 0.5th percentile takes its place.
     """
     inside = scan[brain]
-    bottom, top = np.percentile(inside[:: max(1, inside.size // 200_000)], (low, high))
-    bottom = 0.0 if inside.min() >= 0 else bottom
-    return np.clip((scan - bottom) * (255 / max(float(top - bottom), 1e-6)), 0, 255).astype(np.float32)
+    low, middle, high = np.percentile(inside[:: max(1, inside.size // 200_000)], (0.5, 50, top))
+    low = 0.0 if inside.min() >= 0 else low
+    middle = max(middle, low + 1e-6)
+    return np.interp(scan, (low, middle, max(high, middle + 1e-6)), (0, 100, 255)).astype(np.float32)
 
 
 def area_weights(n_in, n_out, start, step):
@@ -673,7 +690,7 @@ def two_means(first, second, third):
 def tissue_clusters(scans, healthy):
     """CSF, grey and white matter without training: k-means over the modalities of one case.
 
-    scans: float (C, ...) scaled to 0..255, modalities as in MODALITIES; healthy: bool (...), brain
+    scans: float (C, ...) in any units, modalities as in MODALITIES; healthy: bool (...), brain
     without tumour. Returns uint8 (...): 1 CSF, 2 grey, 3 white, 0 elsewhere.
     Fluid against tissue first (T2 against T1 and FLAIR), then white against grey within tissue (T1
     against T2 and FLAIR): three means at once spend one of them on the half-full voxels around CSF.
@@ -701,14 +718,14 @@ def prepare_case(case, resolution, fov, condition):
     scans, labels, affine = read_case(case)
     where = case.files["seg"].parent
     brain = brain_mask(scans, where) | (labels > 0)
-    for c in range(len(scans)):
-        scans[c] = scale_to_bytes(scans[c], brain)
     names = CONDITIONS[condition]
     classes = np.where(labels > 0, labels + (len(names) - len(LABELS) - 1), brain).astype(np.uint8)
     if condition == "tissue":
         tissue = tissue_clusters(scans, brain & (labels == 0))
         classes = np.where(labels > 0, classes, tissue)
         classes[brain & (classes == 0)] = names.index("grey")
+    for c in range(len(scans)):
+        scans[c] = scale_to_bytes(scans[c], brain)
     grid = Grid.over(brain, affine, resolution, fov)
     scans, classes, outline, brain = to_slices(scans), to_slices(classes), brain, to_slices(brain)
     # labels by majority of area; images as the mean over the brain part of each pixel, so that
@@ -746,10 +763,14 @@ def split_patients(cases, split_file=None):
     else:
         try:
             wanted = json.loads(Path(split_file).read_text())
-            named = {name: part for part in split for name in wanted.get(part, [])}
+            pairs = [(name, part) for part in split for name in wanted.get(part, [])]
+            named = dict(pairs)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise BadInput(f"{split_file}: cannot be used as a split ({error}); expected JSON like "
                            '{"train": ["CASE"], "val": [], "test": []}') from error
+        twice = [name for name, part in pairs if named[name] != part]
+        if twice:
+            raise BadInput(f"{split_file}: names {twice[0]} in two parts; keep it in one")
         for case in cases:
             part = named.get(case.case, named.get(case.patient))
             if part:
@@ -774,7 +795,7 @@ class Cache:
 
     rows      uint8 (N, C + 1, R, R): C modalities, then the class map; slices without brain left out
     cases     list of dicts, one a case: case, patient, part (train/val/test), hash (label_hash),
-              first, count (its rows), position [count floats], thickness (mm between slices)
+              first, count (its rows), position [count floats]
     """
 
     def __init__(self, path):
@@ -808,10 +829,12 @@ def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
     stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
-    key = json.dumps([6, resolution, fov, condition, sorted(part_of.items()), stamp])
+    key = json.dumps([8, resolution, fov, condition, sorted(part_of.items()), stamp])
     path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
-    if path.exists() and path.with_suffix(".json").exists():
+    try:
         return Cache(path)
+    except (OSError, ValueError):               # not there, or damaged: built (again)
+        pass
     path.parent.mkdir(parents=True, exist_ok=True)
     started, entries, first, cut = time.time(), [], 0, []
     raw = path.with_suffix(f".{os.getpid()}.tmp")
@@ -820,20 +843,20 @@ def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=
         got = prepare_case(case, resolution, fov, condition)
         keep = (got["classes"] > 0).mean((1, 2)) > 0.01
         block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-        thickness = float(np.linalg.norm(got["grid"].affine[:3, 2]))
-        return case, block, got["position"][keep], label_hash(got["labels"]), got["cut"], thickness
+        return case, block, got["position"][keep], label_hash(got["labels"]), got["cut"]
 
     try:
         with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for at in range(0, len(cases), 8):          # a few at a time: memory stays small
-                for case, block, position, digest, lost, thickness in pool.map(prepare, cases[at:at + 8]):
+                for case, block, position, digest, lost in pool.map(prepare, cases[at:at + 8]):
                     handle.write(block.tobytes())
                     entries.append({"case": case.case, "patient": case.patient,
                                     "part": part_of[case.case], "hash": digest, "first": first,
-                                    "count": len(block), "position": position.round(5).tolist(),
-                                    "thickness": thickness})
+                                    "count": len(block), "position": position.round(5).tolist()})
                     first += len(block)
                     cut += [case.case] * (lost > 0.002)
+        if not first:
+            raise BadInput(f"no slice shows enough brain in a field of view of {fov} mm; use a smaller --fov")
         shape = (first, len(MODALITIES) + 1, resolution, resolution)
 
         def write(temporary):                           # .npy = a header, then the bytes
@@ -869,8 +892,9 @@ def cosine_alpha_bar(shift=1.0, steps=T):
 
     alpha_bar[0] = 1 and alpha_bar[steps] = 0 exactly: at T nothing of the image is left, so that a
     sampler may start from pure noise and air can come out black [ZSNR].
-    shift: factor on sqrt(snr) at every t. Large pictures survive noise better (their pixels repeat
-    each other), so train a 128-pixel model with shift = 64/128 to see as much noise [SHIFT].
+    shift: factor on sqrt(snr) at every t; the first line holds at 1. Healthy brain spans about a third
+    of the range of x0, so noise hides it early: 2 suits slices of 64 pixels. Large pictures survive
+    noise better (their pixels repeat each other): keep shift = 128 / resolution [SHIFT].
     DIFFERS: no small offset s near t = 0; v-prediction does not need it.
     """
     angle = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (math.pi / 2)
@@ -937,12 +961,13 @@ GROUP = 16      # channels a normalisation group: small groups fall off the fast
 
 def one_hot(classes, n_classes):
     """Class map int (B, H, W) -> float32 (B, n_classes, H, W). Every pixel has exactly one 1, so
-    all zeros is a state no label map has: the null condition of guidance, see null_condition."""
+    all zeros is a state no label map has: the null condition of guidance, see guided_v."""
     return F.one_hot(classes, n_classes).movedim(-1, 1).float()
 
 
 def sinusoid(value, dim, top=10_000.0):
-    """Position code: value (B,) -> (B, dim), sines and cosines at dim/2 wavelengths 2 pi .. top."""
+    """Position code: value (B,) -> (B, dim), sines and cosines at dim/2 wavelengths from
+    2 pi to about 2 pi top."""
     wave = torch.exp(torch.arange(dim // 2, device=value.device) * (-math.log(top) / (dim // 2)))
     phase = value.float().unsqueeze(1) * wave
     return torch.cat([phase.sin(), phase.cos()], 1)
@@ -987,12 +1012,12 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels: (B, C, H, W) -> the same; heads of 64 channels; starts as
-    the identity."""
+    """Self-attention over all pixels: (B, C, H, W) -> the same; heads of 64 channels (one head where
+    that does not divide C); starts as the identity."""
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = channels // 64 if channels % 64 == 0 else 1
         self.norm = norm(channels)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = zero_init(nn.Conv2d(channels, channels, 1))
@@ -1006,7 +1031,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, K) -> an image like
+    """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> an image like
     x_t (or with out_channels), from which precondition makes v_hat. Any H and W: padded inside, cropped after.
 
     width, mults   channels of level i are width * mults[i]; every level halves height and width
@@ -1014,7 +1039,7 @@ class UNet(nn.Module):
     patch          p x p pixels become channels in front (pixel-unshuffle) and pixels again behind:
                    the network then works on H/p x W/p, three to four times cheaper at p = 2
     fine           channels of the one block at full resolution that comes last
-    scalars        K conditions that are one number each, about -1..1; NaN means not given, a state
+    scalars        conditions that are one number each, about -1..1; NaN means not given, a state
                    of its own. They enter the time embedding through a layer that starts at zero.
     """
 
@@ -1057,11 +1082,11 @@ class UNet(nn.Module):
         self.norm_out, self.conv_out = norm(fine), zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
 
     def embed(self, t, scalars):
-        """t (B,), scalars (B, K) -> embedding (B, E)."""
+        """t (B,), scalars (B, S) -> embedding (B, E)."""
         emb = self.time(sinusoid(t, self.emb))
-        given = (~torch.isnan(scalars)).float()                             # (B, K)
+        given = (~torch.isnan(scalars)).float()                             # (B, S)
         value = torch.nan_to_num(scalars)
-        code = sinusoid(value.flatten() * 100, 32).view(*value.shape, 32)   # (B, K, 32)
+        code = sinusoid(value.flatten() * 100, 32).view(*value.shape, 32)   # (B, S, 32)
         code = torch.cat([code, torch.ones_like(code[..., :1])], -1) * given.unsqueeze(-1)
         return F.silu(emb + self.scalar(code.flatten(1)))
 
@@ -1158,10 +1183,10 @@ def has_fast_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def fast_math(device, wanted=True):
+def fast_math(device):
     """Context in which layers compute in bfloat16 where the device does that fast; weights, the
     noise process and the loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
 # ================================================================================================
@@ -1172,9 +1197,9 @@ def fast_math(device, wanted=True):
 # ================================================================================================
 
 
-def timesteps(steps, last=T):
-    """Noise levels a sampler visits: `steps` + 1 integers from `last` down to 0, even in t."""
-    return torch.linspace(last, 0, steps + 1, dtype=torch.float64).round().long()
+def timesteps(steps):
+    """Noise levels a sampler visits: `steps` + 1 integers from T down to 0, even in t; steps in 1..T."""
+    return torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long()
 
 
 def ddpm_step(before, after):
@@ -1369,8 +1394,10 @@ def batch_rows(tumour, other, share, seed, step, batch):
     from_tumour = np.diff(taken) > 0
     rows = np.empty(batch, int)
     n = int(from_tumour.sum())
-    rows[from_tumour] = endless(tumour, (seed, "tumour"), int(taken[0]), n) if n else []
-    rows[~from_tumour] = endless(other, (seed, "other"), step * batch - int(taken[0]), batch - n) if n < batch else []
+    if n:
+        rows[from_tumour] = endless(tumour, (seed, "tumour"), int(taken[0]), n)
+    if n < batch:
+        rows[~from_tumour] = endless(other, (seed, "other"), step * batch - int(taken[0]), batch - n)
     return rows
 
 
@@ -1399,7 +1426,7 @@ def measure_prior(cache, rows, condition, slabs=16):
             here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
             parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
             total[:, k] += torch.stack([p.sum((0, 2, 3)) for p in parts])
-            if k == 1:
+            if k == 1 and condition == "tumour":
                 place.index_add_(1, slab, torch.stack(parts))
     n, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
     std = torch.where(n > 1, (total[2] / n.clamp(min=1) - mean ** 2).clamp(min=1e-4).sqrt(), 0.5)
@@ -1440,9 +1467,10 @@ def learning_rate(peak, progress, step, warmup=50):
 class EMA:
     """Running mean of a network's parameters, float32 on the CPU, whatever the network runs on.
 
-    Parameters only: no buffer, no schedule. update() every k steps with decay^k equals updating
-    with the k-step-old copy every step. decay(step) = min(decay, (1 + step) / (10 + step)): a
-    short run averages its last tenth instead of remembering its random start.
+    Parameters only: no buffer, no schedule. Every k-th step counts the newest copy k times, with
+    decay^k: where weights move slowly the same as every step, at 1/k of the cost. The decay at a
+    step is min(decay, (1 + step) / (10 + step)): a short run averages its last tenth instead of
+    remembering its random start.
     On the host since a bfloat16 copy would lose (1 - decay) * w to rounding, and to free the
     device's memory; the price is one transfer every k steps.
     """
@@ -1453,16 +1481,20 @@ class EMA:
 
     def update(self, net, step):
         """Call after optimiser step number `step` (1, 2, ...); acts on every `every`-th."""
-        if step % self.every:
-            return
-        keep = min(self.decay, (1 + step) / (10 + step)) ** self.every
-        new = [p.detach().float().cpu() for p in net.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), new, 1 - keep)
+        if step % self.every == 0:
+            self.weights = self.advanced(net, step, self.every)
 
-    def copy_of(self, net):
-        """A copy of `net`, on its device, that carries the averaged weights: what samples best."""
+    def advanced(self, net, step, count):
+        """The averaged weights after `count` more steps that ended at `net`: {name: tensor}."""
+        keep = min(self.decay, (1 + step) / (10 + step)) ** count
+        return {name: torch.lerp(p.detach().float().cpu(), self.weights[name], keep)
+                for name, p in net.named_parameters()}
+
+    def copy_of(self, net, step):
+        """A copy of `net`, on its device, that carries the averaged weights: what samples best. Steps
+        since the last update are counted in; the average itself is left as it is."""
         twin = copy.deepcopy(net)
-        twin.load_state_dict(self.weights, strict=False)
+        twin.load_state_dict(self.advanced(net, step, step % self.every))
         return twin.eval()
 
 
@@ -1476,13 +1508,17 @@ def save_checkpoint(folder, state):
             torch.save(state, handle)
         if newest.exists():
             previous.unlink(missing_ok=True)
-            os.link(newest, previous)           # a second name: never a moment without a checkpoint
+            try:
+                os.link(newest, previous)       # a second name: never a moment without a checkpoint
+            except OSError:                     # a file system without hard links
+                shutil.copy2(newest, previous)
 
     replace_file(newest, write)
 
 
-def load_checkpoint(path, say=print):
-    """The state in a checkpoint file, or in the newest sound one of a run's folder.
+def load_checkpoint(path, kind="ddpm", say=print):
+    """The state in a checkpoint file, or in the newest sound one of a run's folder; its entry "file"
+    says which was read. kind: what script it must come from.
 
     Every byte is checked (torch.load alone reads flipped bits in silence) and nothing but data is
     unpickled. BadInput when there is none or none is sound.
@@ -1496,11 +1532,13 @@ def load_checkpoint(path, say=print):
                 if archive.testzip():
                     raise ValueError("a checksum does not match")
             state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or state.get("kind") != kind:
+                raise ValueError(f"it is no checkpoint of kind {kind}")
             if faults:
                 say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
-            return state
+            return {**state, "file": str(candidate)}
         except Exception as error:
-            faults.append(f"{candidate} is damaged ({error})")
+            faults.append(f"{candidate} cannot be used ({str(error).splitlines()[0]})")
     raise BadInput("; ".join(faults) + "; train again or use another checkpoint" if faults else
                    f"{path}: no checkpoint there; train one first with python train_ddpm.py")
 
@@ -1720,7 +1758,7 @@ def roughness(volume, classes):
 
 def judge_slices(real, sampled, classes, condition):
     """The closing figures of a run: {name: value}. real, sampled (N, C, H, W) in [-1, 1] on the
-    same label maps classes (N, H, W); real ones may be None for samples alone."""
+    same label maps classes (N, H, W). NaN where there is nothing to measure."""
     figures = {}
     for who, images in (("real", real), ("sampled", sampled)):
         for modality, label in (("t1ce", "ET"), ("flair", "ED")):

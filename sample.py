@@ -26,6 +26,7 @@ FRESH = 500_000                                 # phantoms for labels come from 
 
 
 def parse_arguments(argv=None):
+    """All flags; argv: list of words, the command line by default."""
     default = bs.SAMPLING
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -50,15 +51,19 @@ def parse_arguments(argv=None):
     run.add_argument("--seed", type=int, default=0, help="noise follows from it and the case number")
     run.add_argument("--batch", type=int, default=32, help="slices a network call, for memory only")
     run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    bs.require_positive(args, "count", "steps", "batch")
+    if args.steps > bs.T or not 0 <= args.eta <= 1:
+        raise bs.BadInput(f"--steps goes up to {bs.T}, --eta from 0 to 1")
+    return args
 
 
-def label_source(number, sources, scratch):
+def label_source(number, sources, scratch, scanner):
     """The Case whose label map synthetic case `number` gets: one of --labels, or a fresh phantom."""
     if sources:
         return sources[number % len(sources)]
     folder = Path(scratch) / str(number)
-    bs.write_phantom(folder, FRESH + number)
+    bs.write_phantom(folder, FRESH + number, scanner)
     return bs.find_cases(folder)[0]
 
 
@@ -80,8 +85,9 @@ def make_case(args, number, case, denoiser, state, facts):
         labels = np.clip(got["classes"].astype(int) - first_lesion + 1, 0, None)
         written, outline, affine = images, got["classes"], grid.model_affine()
     counts = bs.image_counts(written, outline)
-    digest = bs.label_hash(got["labels"])
-    facts = {**facts, "LabelMapSHA256": digest, "LabelMapUsedInTraining": digest in state["trained_on"]}
+    digest = bs.label_hash(got["labels"])                   # maps without tumour are all the same one
+    facts = {**facts, "LabelMapSHA256": digest,
+             "LabelMapUsedInTraining": bool(got["labels"].any()) and digest in state["trained_on"]}
     bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)),
                   bs.from_slices(labels).astype(np.uint8), affine, facts)
     source = torch.from_numpy(got["images"]).float() / 127.5 - 1
@@ -104,6 +110,8 @@ def already_there(folder, facts):
         had = json.loads(sidecar.read_text())
     except (OSError, ValueError) as error:
         raise bs.BadInput(f"{sidecar}: cannot be read ({error}); delete the case's folder to make it again") from error
+    if not isinstance(had, dict):
+        raise bs.BadInput(f"{sidecar}: is not a sidecar; delete the case's folder to make it again")
     differ = [k for k in facts if had.get(k) != facts[k]]
     if differ:
         raise bs.BadInput(f"{sidecar.parent} was made with {differ[0]} {had.get(differ[0])}, you ask for "
@@ -125,6 +133,7 @@ def contact_sheet(folder):
 
 
 def main(argv=None):
+    """Make the cases that are missing, then draw the contact sheet of all."""
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
     state = bs.load_checkpoint(args.checkpoint)
@@ -132,22 +141,25 @@ def main(argv=None):
     net.load_state_dict(state["ema"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     denoiser = bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device)
-    path = Path(args.checkpoint)
-    path = path / "checkpoint.pt" if path.is_dir() else path
     common = {"SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",
-              "CheckpointSHA256": hashlib.sha256(path.read_bytes()).hexdigest(), "Seed": args.seed,
+              "CheckpointSHA256": hashlib.sha256(Path(state["file"]).read_bytes()).hexdigest(), "Seed": args.seed,
               **{k.capitalize(): v for k, v in sampling(args).items()},
-              "Condition": state["condition"], "Grid": "native" if args.native else "model", "Edits": []}
+              "Condition": state["condition"], "Grid": "native" if args.native else "model",
+              "LabelMaps": "cases" if args.labels else "phantoms", "Edits": []}
     common = json.loads(json.dumps(common))                 # as it will be read back
     sources = bs.find_cases(args.labels) if args.labels else None
     rough, made = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(args.count):
             facts = {"Case": f"BraTS-SYN-{number:05d}-000", **common}
+            if sources:                                     # another --labels must not pass for this one
+                case = sources[number % len(sources)]
+                labels = bs.standard_labels(bs.read_nifti(case.files["seg"])[0], case.modern, case.files["seg"])
+                facts["LabelMapSHA256"] = bs.label_hash(labels)
             if already_there(args.out, facts):
                 continue
             started = time.time()
-            case = label_source(number, sources, scratch)
+            case = label_source(number, sources, scratch, state["args"]["scanner"])
             rough.append(make_case(args, number, case, denoiser, state, facts))
             made += 1
             print(f"{facts['Case']}: {time.time() - started:.0f} s, slice-to-slice roughness "
@@ -156,7 +168,7 @@ def main(argv=None):
     print(f"made {made} cases, {args.count - made} were there already")
     if rough:
         real, synthetic = np.mean(rough, 0)
-        print(f"slice-to-slice roughness: {synthetic:.3f}\nslice-to-slice roughness of real volumes: {real:.3f}")
+        print(f"slice-to-slice roughness: {synthetic:.3f}\nslice-to-slice roughness of the source volumes: {real:.3f}")
     print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'contact_sheet.png'}")
 
 

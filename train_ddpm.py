@@ -4,7 +4,7 @@
     python train_ddpm.py --data DIR --resolution 128 --minutes 30 --out runs/real
     python train_ddpm.py --minutes 1                        rough but complete
 
-Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms
+Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
 Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
           (held-out scans beside samples from their masks) and closing.json with the figures
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
@@ -30,6 +30,7 @@ FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every
 
 
 def parse_arguments(argv=None):
+    """All flags; argv: list of words, the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
@@ -63,11 +64,14 @@ def parse_arguments(argv=None):
     run.add_argument("--out", default="runs/ddpm", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
     run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    run.add_argument("--guidance", type=float, default=1.0, help="guidance scale of the pictures, 1 for none")
+    run.add_argument("--guidance", type=float, default=1.0,
+                     help="guidance scale of pictures and closing figures, 1 for none")
     run.add_argument("--sample-every", type=int, default=250, help="steps between sample pictures, 0 for none")
     args = parser.parse_args(argv)
     if args.steps is None and args.minutes is None:
         args.steps = STEPS
+    bs.require_positive(args, "phantoms", "resolution", "fov", "width", "blocks", "patch", "steps", "minutes",
+                        "batch", "lr", "shift")
     return args
 
 
@@ -80,14 +84,15 @@ def load_data(args):
         if made:
             print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
     cases = bs.find_cases(folder)
-    return bs.build_cache(cases if args.data else cases[:args.phantoms], beside / "cache",
-                          args.resolution, args.fov, args.condition, args.split)
+    if not args.data:                           # a folder may hold more than this run asks for
+        cases = [case for case in cases if bs.phantom_seed(case.case) in range(args.phantoms)]
+    return bs.build_cache(cases, beside / "cache", args.resolution, args.fov, args.condition, args.split)
 
 
 def resume(args, trained_on, net, ema, optimizer):
     """Continue the run in args.out if there is one -> (steps done, seconds spent), else (0, 0.0).
     BadInput where that run had other settings or other training cases."""
-    if not (Path(args.out) / "checkpoint.pt").exists():
+    if not list(Path(args.out).glob("checkpoint*.pt")):
         return 0, 0.0
     state = bs.load_checkpoint(args.out)
     asked, had = vars(args), state["args"]
@@ -116,6 +121,7 @@ def close(args, cache, denoiser, settings, step, seconds):
     """What a run ends with: samples.png, curves.png, closing.json and the same figures on screen."""
     out, names = Path(args.out), cache.meta["modalities"]
     held_out = np.concatenate([cache.part("val"), cache.part("test")])
+    who = "held-out" if len(held_out) else "training"       # a split file may hold out nobody
     rows = pick_rows(cache, held_out if len(held_out) else cache.part("train"),
                      bs.CONDITIONS[args.condition].index(bs.LABELS[0]), 64)
     real, classes, position = cache.batch(rows)
@@ -123,13 +129,14 @@ def close(args, cache, denoiser, settings, step, seconds):
     figures = bs.judge_slices(real, sampled, classes, args.condition)
     few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
     bs.draw_rows(out / "samples.png", [[classes[i], *real[i], None, *sampled[i]] for i in few],
-                 ["labels", *(f"held out\n{n}" for n in names), "", *(f"SYNTHETIC\n{n}" for n in names)],
+                 ["labels", *(f"{who}\n{n}" for n in names), "", *(f"SYNTHETIC\n{n}" for n in names)],
                  args.condition)
     bs.draw_curves(out / "curves.png", bs.read_log(out / "log.csv"))
-    closing = {"steps": step, "minutes": round(seconds / 60, 2), "held_out_slices": len(rows),
+    closing = {"steps": step, "minutes": round(seconds / 60, 2), "slices": f"{len(rows)} {who}",
                "sampler_calls": settings["steps"], **figures}
-    bs.replace_file(out / "closing.json", lambda path: path.write_text(json.dumps(closing, indent=1) + "\n"))
-    print(f"--- {len(rows)} slices of held-out cases, sampled from their label maps")
+    bs.replace_file(out / "closing.json", lambda path: path.write_text(json.dumps(
+        {k: None if v != v else v for k, v in closing.items()}, indent=1) + "\n"))      # NaN is not JSON
+    print(f"--- slices of {who} cases, sampled from their label maps")
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
@@ -137,6 +144,7 @@ def close(args, cache, denoiser, settings, step, seconds):
 
 
 def main(argv=None):
+    """One training run, start to end, resumed where one was begun."""
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
     cache = load_data(args)
@@ -168,7 +176,7 @@ def main(argv=None):
     shown = cache.batch(pick_rows(cache, val if len(val) else train, first_lesion, 4))
 
     def draw(step):
-        denoiser = bs.Denoiser(ema.copy_of(net), prior, alpha_bar, device)
+        denoiser = bs.Denoiser(ema.copy_of(net, step), prior, alpha_bar, device)
         pictures = bs.sample_volume(denoiser, shown[1], shown[2], 1.0, (args.seed, "shown"), settings)
         bs.draw_rows(Path(args.out) / f"sample_{step:06d}.png", [[c, *p] for c, p in zip(shown[1], pictures)],
                      ["labels", *cache.meta["modalities"]], args.condition, f"SYNTHETIC, step {step}")
@@ -180,9 +188,7 @@ def main(argv=None):
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
             "optimizer": optimizer.state_dict(), "prior": prior, "condition": args.condition, "classes": list(names),
             "modalities": list(cache.meta["modalities"]), "shift": args.shift,
-            "resolution": args.resolution, "fov": args.fov,
-            "trained_on": trained_on,
-            "held_out": sorted({c["hash"] for c in cache.cases if c["part"] != "train"})})
+            "resolution": args.resolution, "fov": args.fov, "trained_on": trained_on})
 
     stop = bs.catch_signals()
 
@@ -233,7 +239,7 @@ def main(argv=None):
     if stop:
         print(f"stopped by signal {stop[0]} after step {step}; the same command continues")
         sys.exit(128 + stop[0])
-    close(args, cache, bs.Denoiser(ema.copy_of(net), prior, alpha_bar, device), settings, step, seconds)
+    close(args, cache, bs.Denoiser(ema.copy_of(net, step), prior, alpha_bar, device), settings, step, seconds)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """What several test files share: phantom cases on disk, made once, and a cache of them."""
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import brainsyn as bs
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)

@@ -37,9 +37,13 @@ def test_median_volumes_are_those_of_real_tumours(heads, label, name):
 
 
 def test_enhancing_volumes_span_1_to_40_ml(heads):
-    """Small and large enhancing tumours both occur within a few dozen seeds."""
+    """Small and large enhancing tumours both occur: in the label maps of two dozen heads nearly so,
+    in sixty plans (which are grown exactly, see below) from below 1.5 to above 40 mL."""
     et = volumes(heads, 3)
-    assert 0 < et[et > 0].min() <= 2 and et.max() >= 35, f"{et[et > 0].min():.1f} .. {et.max():.1f} mL"
+    assert 0 < et[et > 0].min() <= 3 and et.max() >= 35, f"{et[et > 0].min():.1f} .. {et.max():.1f} mL"
+    for first in (0, 100, 5000):
+        et = [bs.phantom_plan(np.random.default_rng(seed), seed)[0][2] for seed in range(first, first + 60)]
+        assert 0 < min(ml for ml in et if ml) <= 1.5 and max(et) >= 40
 
 
 def test_planned_volumes_are_grown_exactly():
@@ -102,8 +106,7 @@ def test_heads_have_the_size_of_heads(heads):
 
 
 def test_cortex_is_folded(heads):
-    """Sulci: CSF well below the brain's surface, away from ventricles, in every head; and grey
-    matter touches far more voxels than a smooth shell of its thickness would hold."""
+    """Sulci: CSF well below the brain's surface, away from ventricles, in every head."""
     for images, _, share in heads[:6]:
         brain = images[0] > 0
         inner = brain.copy()

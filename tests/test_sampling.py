@@ -1,4 +1,4 @@
-"""Section 6 and 7: samplers, guidance, noise along z.
+"""Section 7: samplers, guidance, noise along z.
 
 Data N(mu, c^2) a voxel has its best v in closed form, so a sampler can be checked against the
 distribution it must return, without any training.
@@ -44,7 +44,8 @@ def test_samplers_return_the_distribution(sampler, eta):
 def test_ancestral_sampling_is_ddim_with_eta_one():
     """Two derivations of the same step: their four numbers agree at every pair of levels."""
     for t, s in ((1000, 600), (950, 949), (400, 13), (20, 0)):
-        assert np.allclose(bs.ddpm_step(*map(float, ALPHA_BAR[[t, s]])), bs.ddim_step(*map(float, ALPHA_BAR[[t, s]]), 1.0))
+        levels = [float(level) for level in ALPHA_BAR[[t, s]]]
+        assert np.allclose(bs.ddpm_step(*levels), bs.ddim_step(*levels, eta=1.0))
 
 
 def ratios(errors):
@@ -54,12 +55,13 @@ def ratios(errors):
 def test_ddim_is_first_order():
     """A first-order method's error halves when its steps double."""
     x = torch.linspace(-2, 2, 101)
-    errors = [(walk(ALPHA_BAR[bs.timesteps(n)], "ddim", x) - exact(x, 0.0, 1.0)).abs().max().item() for n in (50, 100, 200)]
+    walks = [walk(ALPHA_BAR[bs.timesteps(n)], "ddim", x) for n in (50, 100, 200)]
+    errors = [(end - exact(x, 0.0, 1.0)).abs().max().item() for end in walks]
     assert all(1.7 < r < 2.3 for r in ratios(errors)), f"errors {errors}"
 
 
 def finite_levels(n):
-    """alpha_bar at n + 1 levels whose log-snr falls evenly from... -3 up to 3 (noisy to clean)."""
+    """alpha_bar at n + 1 levels whose log-snr rises evenly from -3 (noisy) to 3 (clean)."""
     return torch.sigmoid(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 

@@ -89,10 +89,22 @@ def test_ema_forgets_the_random_start_of_a_short_run():
     assert 0 <= ema.weights["weight"].item() < 1.0
 
 
+def test_samples_of_a_run_of_any_length_use_all_of_it():
+    """Pictures drawn between two updates count the steps since, and leave the average alone."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(net.weight, 1.0)
+    ema = bs.EMA(net, every=10)
+    torch.nn.init.constant_(net.weight, 0.0)
+    ema.update(net, 4)
+    assert ema.weights["weight"].item() == 1.0
+    assert math.isclose(ema.copy_of(net, 4).weight.item(), (5 / 14) ** 4, rel_tol=1e-5)
+    assert ema.weights["weight"].item() == 1.0 and ema.copy_of(net, 10).weight.item() == 1.0
+
+
 def test_checkpoints_come_back_and_the_one_before_is_kept(tmp_path):
     """Newest first; when its bytes are damaged the previous one is used, and that is said."""
     for step in (1, 2):
-        bs.save_checkpoint(tmp_path, {"step": step, "weights": {"a": torch.arange(5.0)}})
+        bs.save_checkpoint(tmp_path, {"kind": "ddpm", "step": step, "weights": {"a": torch.arange(5.0)}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
     assert bs.load_checkpoint(tmp_path)["step"] == 2
     raw = bytearray((tmp_path / "checkpoint.pt").read_bytes())
@@ -100,8 +112,8 @@ def test_checkpoints_come_back_and_the_one_before_is_kept(tmp_path):
     raw[at + 7] ^= 16                            # one bit of one weight
     (tmp_path / "checkpoint.pt").write_bytes(raw)
     said = []
-    assert bs.load_checkpoint(tmp_path, said.append)["step"] == 1 and "damaged" in said[0]
-    with pytest.raises(bs.BadInput, match="damaged"):
+    assert bs.load_checkpoint(tmp_path, say=said.append)["step"] == 1 and "cannot be used" in said[0]
+    with pytest.raises(bs.BadInput, match="checksum"):
         bs.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
@@ -110,7 +122,7 @@ def test_checkpoints_run_no_code(tmp_path):
     class Bomb:
         def __reduce__(self):
             return print, ("boom",)
-    torch.save({"step": 1, "bomb": Bomb()}, tmp_path / "checkpoint.pt")
+    torch.save({"kind": "ddpm", "step": 1, "bomb": Bomb()}, tmp_path / "checkpoint.pt")
     with pytest.raises(bs.BadInput):
         bs.load_checkpoint(tmp_path)
 

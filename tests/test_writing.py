@@ -14,13 +14,14 @@ def write(folder, affine=None):
     labels[2:4, 3:6, 1:4] = rng.integers(1, 4, (2, 3, 3))
     counts = rng.integers(0, 1000, (4, 6, 8, 5)).astype(np.int16)
     affine = np.diag([2.0, 2.0, 3.0, 1.0]) if affine is None else affine
-    return bs.write_case(folder, "BraTS-SYN-00000-000", counts, labels, affine, {"SyntheticData": "YES"}), counts, labels, affine
+    home = bs.write_case(folder, "BraTS-SYN-00000-000", counts, labels, affine, {"SyntheticData": "YES"})
+    return home, counts, labels
 
 
 def test_written_cases_read_back_as_written(tmp_path):
     """Voxels, labels and affine survive, also through our own reader."""
     affine = np.array([[-2.0, 0, 0, 11], [0, 1.5, 0, -7], [0, 0, 3, 5], [0, 0, 0, 1]])
-    folder, counts, labels, _ = write(tmp_path, affine)
+    folder, counts, labels = write(tmp_path, affine)
     for c, name in enumerate(("t1n", "t1c", "t2w", "t2f")):
         image = nib.load(folder / f"BraTS-SYN-00000-000-{name}.nii.gz")
         assert np.array_equal(np.asanyarray(image.dataobj), counts[c]) and np.allclose(image.affine, affine)

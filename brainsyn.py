@@ -572,20 +572,25 @@ def brain_mask(scans, where="scans"):
     return brain
 
 
-def scale_to_bytes(scan, brain, top=99.8):
-    """One scan -> float32 in 0..255: air's signal to 0, the median of the brain to 100, a high
+# Where the median of a brain goes in 0..255: where it lies on average over BraTS cases of 2018 to
+# 2023 when scans are scaled by their 99.8th percentile alone (there it varies by 20 to 35).
+MEDIAN_LANDMARK = {"t1": 175, "t1ce": 140, "t2": 90, "flair": 135}
+
+
+def scale_to_bytes(scan, brain, middle, top=99.8):
+    """One scan -> float32 in 0..255: air's signal to 0, the median of the brain to `middle`, a high
     percentile of it to 255, straight lines between, clipped beyond.
 
-    The median as a second landmark takes away the scanner's gain and what one bright vessel or tumour
-    does to the percentile: in BraTS the median of a brain lies anywhere from a fifth to four fifths of
-    its top, and a network would spend itself on that. Air's signal is 0 where no voxel of the brain
-    is negative; else (after z-scoring, say) the 0.5th percentile takes its place.
+    The second landmark takes away what one bright vessel or tumour does to the percentile: without
+    it the same tissue is twice as bright in one case as in the next, and a network spends itself on
+    that. Air's signal is 0 where no voxel of the brain is negative; else (after z-scoring, say) the
+    0.5th percentile takes its place.
     """
     inside = scan[brain]
-    low, middle, high = np.percentile(inside[:: max(1, inside.size // 200_000)], (0.5, 50, top))
+    low, median, high = np.percentile(inside[:: max(1, inside.size // 200_000)], (0.5, 50, top))
     low = 0.0 if inside.min() >= 0 else low
-    middle = max(middle, low + 1e-6)
-    return np.interp(scan, (low, middle, max(high, middle + 1e-6)), (0, 100, 255)).astype(np.float32)
+    median = max(median, low + 1e-6)
+    return np.interp(scan, (low, median, max(high, median + 1e-6)), (0, middle, 255)).astype(np.float32)
 
 
 def area_weights(n_in, n_out, start, step):
@@ -724,8 +729,8 @@ def prepare_case(case, resolution, fov, condition):
         tissue = tissue_clusters(scans, brain & (labels == 0))
         classes = np.where(labels > 0, classes, tissue)
         classes[brain & (classes == 0)] = names.index("grey")
-    for c in range(len(scans)):
-        scans[c] = scale_to_bytes(scans[c], brain)
+    for c, name in enumerate(MODALITIES):
+        scans[c] = scale_to_bytes(scans[c], brain, MEDIAN_LANDMARK[name])
     grid = Grid.over(brain, affine, resolution, fov)
     scans, classes, outline, brain = to_slices(scans), to_slices(classes), brain, to_slices(brain)
     # labels by majority of area; images as the mean over the brain part of each pixel, so that
@@ -829,7 +834,7 @@ def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
     stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
-    key = json.dumps([8, resolution, fov, condition, sorted(part_of.items()), stamp])
+    key = json.dumps([9, resolution, fov, condition, sorted(part_of.items()), stamp])
     path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     try:
         return Cache(path)

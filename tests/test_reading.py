@@ -139,17 +139,17 @@ def test_scaling_is_robust_and_ignores_units():
     rng = np.random.default_rng(0)
     scan = rng.normal(100, 20, (20, 20, 20)).clip(1).astype(np.float32)
     brain = np.ones(scan.shape, bool)
-    plain = bs.scale_to_bytes(scan, brain)
+    plain = bs.scale_to_bytes(scan, brain, 100)
     hot = scan.copy()
     hot[0, 0, 0] = 1e6
-    assert np.abs(bs.scale_to_bytes(hot, brain) - plain)[1:].max() < 2
-    assert np.allclose(bs.scale_to_bytes(scan * 7, brain), plain, atol=0.05)
+    assert np.abs(bs.scale_to_bytes(hot, brain, 100) - plain)[1:].max() < 2
+    assert np.allclose(bs.scale_to_bytes(scan * 7, brain, 100), plain, atol=0.05)
     assert plain.max() == 255 and abs(np.median(plain) - 100) < 0.1
     assert np.allclose((plain / scan)[plain < 100], 100 / np.median(scan), rtol=1e-3)
     order = np.argsort(scan.ravel())
     assert (np.diff(plain.ravel()[order]) >= 0).all(), "brighter stays brighter"
-    z = bs.scale_to_bytes((scan - 100) / 20, brain)
-    assert np.allclose(bs.scale_to_bytes((scan - 100) * 3 - 40, brain), z, atol=0.05)
+    z = bs.scale_to_bytes((scan - 100) / 20, brain, 100)
+    assert np.allclose(bs.scale_to_bytes((scan - 100) * 3 - 40, brain, 100), z, atol=0.05)
 
 
 def test_area_weights_by_hand():

@@ -1161,6 +1161,9 @@ def precondition(out, x_t, signal, sigma, mean, std):
 # ================================================================================================
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
 def pick_device(name="auto"):
     """"auto", "cpu", "cuda" or "mps" -> torch.device. auto takes the fastest there is; a device
     asked for by name that is not there is a BadInput, never a silent fall-back."""
@@ -1178,6 +1181,11 @@ def pick_device(name="auto"):
 def to_device(device, *tensors):
     """The tensors, on the device."""
     return [tensor.to(device) for tensor in tensors]
+
+
+def has_fused_optimiser(device):
+    """Whether torch's one-kernel AdamW runs there."""
+    return device.type != "mps"
 
 
 def has_fast_bf16(device):

@@ -50,7 +50,7 @@ def parse_arguments(argv=None):
     run.add_argument("--out", default="synthetic", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="noise follows from it and the case number")
     run.add_argument("--batch", type=int, default=32, help="slices a network call, for memory only")
-    run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
     args = parser.parse_args(argv)
     bs.require_positive(args, "count", "steps", "batch")
     if args.steps > bs.T or not 0 <= args.eta <= 1:

@@ -65,7 +65,7 @@ def parse_arguments(argv=None):
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/ddpm", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
-    run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
     run.add_argument("--guidance", type=float, default=1.0,
                      help="guidance scale of pictures and closing figures, 1 for none")
     run.add_argument("--sample-every", type=int, default=250, help="steps between sample pictures, 0 for none")
@@ -164,7 +164,7 @@ def main(argv=None):
     net = bs.UNet(**network).to(device, memory_format=torch.channels_last)
     ema = bs.EMA(net, args.ema)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=device.type != "mps")
+                                  fused=bs.has_fused_optimiser(device))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     trained_on = sorted({c["hash"] for c in cache.cases if c["part"] == "train"})
     step, seconds = resume(args, trained_on, net, ema, optimizer)

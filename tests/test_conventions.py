@@ -61,3 +61,13 @@ def test_label_hash_depends_on_labels_and_shape_only():
     other = labels.copy()
     other[1, 2, 3] = (other[1, 2, 3] + 1) % 4
     assert same not in (bs.label_hash(other), bs.label_hash(labels.reshape(3, 2, 4)))
+
+
+def test_only_the_devices_section_names_devices():
+    """A new device is a change in one place."""
+    library = (ROOT / "brainsyn.py").read_text()
+    start, end = library.index("# 6  DEVICES"), library.index("# 7  SAMPLING")
+    code = {"brainsyn.py": library.split('"""', 2)[2].replace(library[start:end], "")}
+    code |= {script: (ROOT / script).read_text() for script in SCRIPTS[1:]}
+    named = {name: re.findall(r"[\"'.](cuda|mps|xla)\b", text) for name, text in code.items()}
+    assert not any(named.values()), named

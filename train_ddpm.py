@@ -228,7 +228,7 @@ def main(argv=None):
         seconds = time.time() - clock
         if time.time() - logged > 5 or progress() >= 1:
             _, text = book.line(step, lr, args.batch, seconds)
-            left = seconds / max(progress(), 1e-6) - seconds
+            left = max(0.0, seconds / max(progress(), 1e-6) - seconds)
             print(f"step {step:05d}{f'/{args.steps}' if args.steps else ''} | {text} | "
                   f"{f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'} left", flush=True)
             logged = time.time()

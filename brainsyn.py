@@ -582,8 +582,9 @@ def scale_to_bytes(scan, brain, middle, top=99.8):
     percentile of it to 255, straight lines between, clipped beyond.
 
     The second landmark takes away what one bright vessel or tumour does to the percentile: without
-    it the same tissue differs in brightness from case to case, and a network spends itself on that. Air's signal is 0 where no voxel of the brain is negative; else (after z-scoring, say) the
-    0.5th percentile takes its place.
+    it the same tissue differs in brightness from case to case, and a network spends itself on that.
+    Air's signal is 0 where no voxel of the brain is negative; else (after z-scoring, say) the 0.5th
+    percentile takes its place.
     """
     inside = scan[brain]
     low, median, high = np.percentile(inside[:: max(1, inside.size // 200_000)], (0.5, 50, top))

@@ -91,7 +91,7 @@ def load_data(args):
     return bs.build_cache(cases, beside / "cache", args.resolution, args.fov, args.condition, args.split)
 
 
-def resume(args, trained_on, net, ema, optimizer):
+def resume(args, trained_on, net, ema, optimizer, prior):
     """Continue the run in args.out if there is one -> (steps done, seconds spent), else (0, 0.0).
     BadInput where that run had other settings or other training cases."""
     if not list(Path(args.out).glob("checkpoint*.pt")):
@@ -108,6 +108,7 @@ def resume(args, trained_on, net, ema, optimizer):
     net.load_state_dict(state["weights"])
     ema.weights = state["ema"]
     optimizer.load_state_dict(state["optimizer"])
+    prior.update(state["prior"])                # not as measured again: that may differ by rounding
     print(f"resumed: {args.out} at step {state['step']}")
     return state["step"], state["seconds"]
 
@@ -167,7 +168,7 @@ def main(argv=None):
                                   fused=bs.has_fused_optimiser(device))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     trained_on = sorted({c["hash"] for c in cache.cases if c["part"] == "train"})
-    step, seconds = resume(args, trained_on, net, ema, optimizer)
+    step, seconds = resume(args, trained_on, net, ema, optimizer, prior)
     book = bs.LogBook(args.out, step)
     print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | "
           f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices "

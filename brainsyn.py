@@ -1,4 +1,4 @@
-r"""brainsyn: label maps to four-modality brain MRI with a conditional diffusion model, from scratch.
+r"""brainsyn: brain MRI to tumour labels and label maps to four-modality MRI, both from scratch.
 
 This one file is the library. It reads top to bottom; each section uses only what stands above it:
 
@@ -9,9 +9,12 @@ This one file is the library. It reads top to bottom; each section uses only wha
      5 networks        residual blocks, attention, the U-Net
      6 devices         the only place that names cpu, cuda, mps
      7 sampling        DDPM, DDIM, DPM-Solver++(2M) as four numbers a step; guidance; noise along z
-     8 training        batches from (seed, step), EMA, checkpoints, log
-     9 writing         synthetic cases as NIfTI with a sidecar; pictures
-    10 judging         figures that say whether a sample obeys its mask and looks like a scan
+     8 segmenter       ResNet encoder with torchvision's parameter names, U-Net decoder
+     9 segmentation    regions, losses, augmentation; Dice, HD95 and lesion-wise Dice per case
+    10 training        batches from (seed, step), EMA, checkpoints, log
+    11 editing         new label maps from old ones: moved, bent, pasted, balanced
+    12 writing         synthetic cases as NIfTI with a sidecar; pictures
+    13 judging         figures that say whether a sample obeys its mask and looks like a scan
 
     python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10 s)
 
@@ -24,6 +27,7 @@ GLOSSARY (the same names everywhere)
     x_t         signal * x0 + sigma * eps
     v           signal * eps - sigma * x0, what the network predicts; a prediction ends in _hat
     classes     label map (B, H, W) of integers, see CONDITIONS; onehot is the same as (B, K, H, W)
+    regions     WT, TC, ET: unions of labels, see REGIONS; NCR, ED, ET are labels
     position    where along z a slice lies, -1 = lowest .. 1 = highest slice with brain
     axes        B batch, C modality, D slice (foot to head), H row (front to back), W column
                 (the patient's right is on the left, as radiologists look at it)
@@ -41,6 +45,13 @@ SOURCES (the key in brackets is how comments below refer to them)
     [ADM]     Dhariwal & Nichol 2021, arXiv 2105.05233  scale-shift norm in residual blocks
     [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning
     [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
+    [RESNET]  He et al. 2015, arXiv 1512.03385       residual networks
+    [VNET]    Milletari et al. 2016, arXiv 1606.04797  Dice as a loss
+    [LESION]  Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics  lesion-wise Dice
+    [FID]     Heusel et al. 2017, arXiv 1706.08500   Frechet distance of features
+    [KID]     Binkowski et al. 2018, arXiv 1801.01401  kernel distance of features
+    [PRDC]    Naeem et al. 2020, arXiv 2002.09797    precision, recall, density, coverage
+    [MSSSIM]  Wang et al. 2003, Asilomar conference  multi-scale structural similarity
 """
 from __future__ import annotations
 
@@ -126,13 +137,14 @@ def replace_file(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def label_hash(labels):
+def label_hash(labels, brain):
     """sha256 (hex) of a label map: uint8 (X, Y, Z) in canonical axes, values 0..3; shape included.
 
     It is how a synthetic case says which label map it came from without naming a patient, and how
-    a checkpoint says which ones it was trained on. Maps without any tumour all look alike.
+    a checkpoint says which ones it was trained on. Maps without any tumour would all look alike: there
+    the brain's outline, bool (X, Y, Z), is hashed instead.
     """
-    labels = np.ascontiguousarray(labels, dtype=np.uint8)
+    labels = np.ascontiguousarray(labels if np.any(labels) else brain, dtype=np.uint8)
     return hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
 
 
@@ -471,10 +483,15 @@ def read_nifti(path):
 
 @dataclass
 class Case:
-    """A case on disk: nothing is read yet. files: {"t1": path, ..., "seg": path}."""
+    """A case on disk: nothing is read yet. files: {"t1": path, ..., "seg": path}; seg may be missing."""
     case: str                                   # as in the file names
     files: dict
     modern: bool                                # 2023 names: 3 is ET, 4 would be a cavity
+
+    @property
+    def folder(self):
+        """Where its files lie."""
+        return self.files["t1"].parent
 
     @property
     def patient(self):
@@ -484,13 +501,13 @@ class Case:
         return re.sub(r"_\d$", "", self.case) if re.match(r"(?i)brats1\d", self.case) else self.case
 
 
-def find_cases(folder):
+def find_cases(folder, labelled=True):
     """All cases below `folder`, at any depth, sorted by name: [Case]. Both generations of BraTS
-    names, .nii and .nii.gz. BadInput when there are none, a modality or the labels are missing,
-    or two folders hold the same case."""
+    names, .nii and .nii.gz. BadInput when there are none, a modality or (if labelled) the labels are
+    missing, or two folders hold the same case."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; --data and --labels want a folder of BraTS cases")
+        raise BadInput(f"{folder}: no such folder; expected a folder of BraTS cases")
     found, where = {}, {}
     for path in sorted(folder.rglob("*.nii*")):
         match = FILE_NAME.match(path.name)
@@ -512,7 +529,7 @@ def find_cases(folder):
     cases = []
     for case, files in sorted(found.items()):
         modern = files.pop("modern", False)
-        missing = [name for name in (*MODALITIES, "seg") if name not in files]
+        missing = [name for name in (*MODALITIES, *["seg"] * labelled) if name not in files]
         if missing:
             raise BadInput(f"{where[case]}: case {case} has no {' and no '.join(missing)}; add the "
                            "file or move the case away")
@@ -536,21 +553,24 @@ def standard_labels(labels, modern, path="labels"):
 
 
 def read_case(case):
-    """Read one Case: scans float32 (C, X, Y, Z) as stored, labels uint8 (X, Y, Z) in 0..3, affine.
-
-    All canonical (RAS+). BadInput when shapes or affines of the files differ.
+    """Read one Case: scans float32 (C, X, Y, Z) as stored, labels uint8 (X, Y, Z) in 0..3 (0 where the
+    case has none), affine. All canonical (RAS+). BadInput when shapes or affines of the files differ.
     """
-    labels, affine = read_nifti(case.files["seg"])
-    labels = standard_labels(labels, case.modern, case.files["seg"])
+    if "seg" in case.files:
+        labels, affine = read_nifti(case.files["seg"])
+        labels = standard_labels(labels, case.modern, case.files["seg"])
+    else:
+        first, affine = read_nifti(case.files["t1"])
+        labels = np.zeros(first.shape, np.uint8)
     scans = np.empty((len(MODALITIES), *labels.shape), np.float32)
     for c, name in enumerate(MODALITIES):
         scan, its_affine = read_nifti(case.files[name])
         if scan.shape != labels.shape:
-            raise BadInput(f"{case.files[name]}: shape {scan.shape} differs from the labels' "
-                           f"{labels.shape}; register the case to one grid")
+            raise BadInput(f"{case.files[name]}: shape {scan.shape} differs from "
+                           f"{labels.shape} of the case; register it to one grid")
         if not np.allclose(its_affine, affine, atol=0.02):
-            raise BadInput(f"{case.files[name]}: lies elsewhere in space than the labels (affines "
-                           "differ); register the case to one grid")
+            raise BadInput(f"{case.files[name]}: lies elsewhere in space than the case's other files "
+                           "(affines differ); register the case to one grid")
         scans[c] = scan
         if scans[c].min() == scans[c].max():
             raise BadInput(f"{case.files[name]}: every voxel has the same value; export it again")
@@ -713,20 +733,29 @@ def tissue_clusters(scans, healthy):
     return out
 
 
-def prepare_case(case, resolution, fov, condition):
+def prepare_case(case, resolution, fov, condition, relabel=None):
     """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
 
+    relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..3 that take the place of
+    those read. Where they uncover brain, tissue is that of the mirrored side.
     Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8 (D, R, R), values index
     CONDITIONS[condition]; position float32 (D,) in [-1, 1] along the brain, beyond it outside;
-    labels uint8 and brain bool (X, Y, Z) as read; grid; cut: share of brain voxels outside the field of view.
+    labels uint8 and brain bool (X, Y, Z) on the grid of the files; hash: label_hash of the labels read; grid;
+    cut: share of brain voxels outside the field of view.
     """
     scans, labels, affine = read_case(case)
-    where = case.files["seg"].parent
-    brain = brain_mask(scans, where) | (labels > 0)
+    brain = brain_mask(scans, case.folder) | (labels > 0)
+    digest, ill = label_hash(labels, brain), labels > 0
+    if relabel is not None:
+        labels = relabel(labels, brain, affine)
     names = CONDITIONS[condition]
     classes = np.where(labels > 0, labels + (len(names) - len(LABELS) - 1), brain).astype(np.uint8)
     if condition == "tissue":
-        tissue = tissue_clusters(scans, brain & (labels == 0))
+        tissue = tissue_clusters(scans, brain & (labels == 0) & ~ill)
+        if relabel is not None:
+            across = np.where(brain.any((1, 2)))[0]
+            opposite = (across[0] + across[-1] - np.arange(len(brain))).clip(0, len(brain) - 1)
+            tissue = np.where(ill, tissue[opposite], tissue)
         classes = np.where(labels > 0, classes, tissue)
         classes[brain & (classes == 0)] = names.index("grey")
     for c, name in enumerate(MODALITIES):
@@ -743,12 +772,12 @@ def prepare_case(case, resolution, fov, condition):
     images = np.rint(np.where(classes[:, None] > 0, images, 0)).clip(0, 255).astype(np.uint8)
     with_brain = np.where((classes > 0).any((1, 2)))[0]
     if not len(with_brain):
-        raise BadInput(f"{where}: no brain is found in the field of view; check the scans")
+        raise BadInput(f"{case.folder}: no brain is found in the field of view; check the scans")
     low, high = with_brain[0], with_brain[-1]
     position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
     cut = 1 - area.sum() * np.prod(grid.step) / brain.sum()
     return {"images": images, "classes": classes, "position": position.astype(np.float32),
-            "labels": labels, "brain": outline, "grid": grid, "cut": float(cut)}
+            "labels": labels, "brain": outline, "hash": digest, "grid": grid, "cut": float(cut)}
 
 
 def split_patients(cases, split_file=None):
@@ -826,15 +855,16 @@ class Cache:
                 torch.from_numpy(self.position[np.asarray(rows)]))
 
 
-def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=print):
+def build_cache(cases, folder, resolution, fov, condition, split=None, say=print):
     """The Cache of `cases` below `folder`, built once: its name is a fingerprint of every file's
     name, size and time, of the settings and of the split, so a change of any makes a new one.
+    split: from split_patients, its default split if not given.
     """
-    split = split_patients(cases, split_file)
+    split = split or split_patients(cases)
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
     stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
-    key = json.dumps([9, resolution, fov, condition, sorted(part_of.items()), stamp])
+    key = json.dumps([10, resolution, fov, condition, sorted(part_of.items()), stamp])
     path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     try:
         return Cache(path)
@@ -848,7 +878,7 @@ def build_cache(cases, folder, resolution, fov, condition, split_file=None, say=
         got = prepare_case(case, resolution, fov, condition)
         keep = (got["classes"] > 0).mean((1, 2)) > 0.01
         block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-        return case, block, got["position"][keep], label_hash(got["labels"]), got["cut"]
+        return case, block, got["position"][keep], got["hash"], got["cut"]
 
     try:
         with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -1379,9 +1409,501 @@ def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING
 
 
 # ================================================================================================
-# 8  TRAINING
+# 8  SEGMENTER
+# A U-Net whose encoder is a ResNet [RESNET], parameter for parameter the one of torchvision, so that
+# its published weights fit. Scans in, one map of logits for each region or label out.
+# ================================================================================================
+
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}      # depth: residual blocks a stage
+WEIGHTS_URL = "https://download.pytorch.org/models/"
+WEIGHTS = {18: "resnet18-f37072fd.pth", 34: "resnet34-b627a593.pth", 50: "resnet50-11ad3fa6.pth"}
+
+
+class ResNetBlock(nn.Module):
+    """x (B, c_in, H, W) -> (B, c_out, H/stride, W/stride): relu(x + convolutions(x)) [RESNET].
+
+    Two 3x3 convolutions, c_out = c; or, as bottleneck, 1x1, 3x3, 1x1 with c_out = 4c. A batch norm
+    follows each; the stride is that of the first 3x3. Where size or channels change, the input passes
+    a 1x1 convolution and a norm (downsample) before it is added.
+    """
+
+    def __init__(self, c_in, c, stride, bottleneck):
+        super().__init__()
+        c_out = 4 * c if bottleneck else c
+        shapes = [(c_in, c, 1, 1), (c, c, 3, stride), (c, c_out, 1, 1)] if bottleneck else [
+            (c_in, c, 3, stride), (c, c, 3, 1)]
+        self.convolutions = len(shapes)
+        for i, (a, b, kernel, step) in enumerate(shapes, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(b))
+        self.downsample = None
+        if stride > 1 or c_in != c_out:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.convolutions == 3:
+            h = self.bn3(self.conv3(F.relu(h)))
+        return F.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """Encoder: x (B, channels, H, W) -> [features at 1/2, 1/4, 1/8, 1/16, 1/32 of H and W].
+
+    Names and shapes of parameters and buffers are those of torchvision's resnet18, 34 and 50 without
+    fc; only conv1 has `channels` inputs instead of 3. widths: channels of the five outputs.
+    """
+
+    def __init__(self, depth, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.widths = [64]
+        for i, blocks in enumerate(STAGES[depth]):
+            c, c_in, stage = 64 * 2 ** i, self.widths[-1], []
+            for j in range(blocks):
+                stage.append(ResNetBlock(c_in, c, 2 if i and not j else 1, depth == 50))
+                c_in = 4 * c if depth == 50 else c
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            self.widths.append(c_in)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        kept = [F.relu(self.bn1(self.conv1(x)))]                # (B, 64, H/2, W/2)
+        h = F.max_pool2d(kept[0], 3, 2, 1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            h = stage(h)
+            kept.append(h)
+        return kept
+
+
+class TwoConvolutions(nn.Module):
+    """x (B, c_in, H, W) -> (B, c_out, H, W): two times 3x3 convolution, norm, ReLU."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), norm(c_out)
+        self.conv2, self.norm2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), norm(c_out)
+
+    def forward(self, x):
+        return F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+class ResUNet(nn.Module):
+    """images (B, channels, H, W) in [-1, 1] -> logits (B, outputs, H, W): WT, TC, ET to be squashed by
+    a sigmoid each (predict "regions"), or background, NCR, ED, ET by one softmax ("labels").
+
+    Any H and W: padded with air to multiples of 32 inside, cropped after. depth: 18, 34 or 50. Going up,
+    each level is a transposed convolution to twice the size, the encoder's features of that size beside it,
+    and two convolutions; for the last level, where the encoder has none, two convolutions look at the scan.
+
+    The head's logits are multiplied by 8 and start at -3 for everything that is tumour: nearly all pixels
+    are not, and Adam, which moves every weight by about the learning rate, would spend hundreds of steps
+    on making small logits large.
+    """
+    GAIN = 8.0
+
+    def __init__(self, depth=18, channels=4, predict="regions", width=(256, 128, 64, 32, 16)):
+        super().__init__()
+        self.channels, self.predict = channels, predict
+        self.encoder, self.fine = ResNet(depth, channels), TwoConvolutions(channels, width[-1])
+        self.grow, self.merge = nn.ModuleList(), nn.ModuleList()
+        c, skips = self.encoder.widths[-1], [*self.encoder.widths[-2::-1], width[-1]]
+        for c_skip, c_out in zip(skips, width):
+            self.grow.append(nn.ConvTranspose2d(c, c_out, 2, stride=2))
+            self.merge.append(TwoConvolutions(c_out + c_skip, c_out))
+            c = c_out
+        self.head = nn.Conv2d(c, 3 if predict == "regions" else 4, 1)
+        nn.init.constant_(self.head.bias[-3:].data, -3 / self.GAIN)
+
+    def forward(self, images):
+        height, width = images.shape[-2:]
+        x = F.pad(images, (0, -width % 32, 0, -height % 32), value=-1.0)
+        kept = self.encoder(x)
+        h = kept[-1]                                            # (B, 512 or 2048, H/32, W/32)
+        for grow, merge, skip in zip(self.grow, self.merge, [*kept[-2::-1], self.fine(x)]):
+            h = merge(torch.cat([grow(h), skip], 1))            # twice the height and width
+        return self.GAIN * self.head(h)[..., :height, :width]
+
+
+def inflate(weight, channels):
+    """First convolution (O, 3, h, w) of a network for colour pictures -> (O, channels, h, w): each
+    channel gets the sum over colours / channels, so that a grey picture gives the same activation."""
+    return weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
+
+
+def load_encoder(encoder, depth, source):
+    """Put published ResNet weights into a ResNet of this depth. source: path of a state dict in
+    torchvision's names, or "imagenet": torchvision's own file, downloaded once, its hash checked.
+
+    Strict: every name and shape must fit (fc.* aside, conv1 is inflated). BadInput otherwise.
+    """
+    try:
+        if source == "imagenet":
+            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL + WEIGHTS[depth], map_location="cpu",
+                                                       check_hash=True, weights_only=True)
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        state["conv1.weight"] = inflate(state["conv1.weight"], encoder.conv1.in_channels)
+        encoder.load_state_dict(state)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if source == "imagenet":
+            raise BadInput(f"--weights imagenet: {WEIGHTS_URL}{WEIGHTS[depth]} cannot be had ({reason}); download "
+                           "it where there is a network and give its path") from error
+        raise BadInput(f"{source}: no weights of a ResNet-{depth} in torchvision's names ({reason}); give the file "
+                       f"{WEIGHTS[depth]} or leave --weights out") from error
+
+
+# ================================================================================================
+# 9  SEGMENTATION
+# Regions, losses, augmentation, and the figures BraTS counts: per region and per *case* (the whole
+# volume). A mean over slices is another, kinder number; so is calling NCR, ED, ET "WT, TC, ET".
+# ================================================================================================
+
+REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}   # whole tumour, tumour core, enhancing [BRATS]
+HD95_MISSED = 373.13                    # mm, where exactly one of two masks is empty: as BraTS counts
+
+
+def regions_of(labels):
+    """Labels int (...) in 0..3 -> bool (3, ...): WT, TC, ET, each a union of labels."""
+    return torch.stack([sum(labels == k for k in members) > 0 for members in REGIONS.values()])
+
+
+def labels_of(probability, predict):
+    """Probabilities (K, ...) -> labels uint8 (...) in 0..3.
+
+    predict "labels": the likeliest of background, NCR, ED, ET. "regions": the BraTS way, each region
+    above one half overwrites the larger one: WT is ED, in it TC is NCR, in it ET is ET.
+    """
+    if predict == "labels":
+        return probability.argmax(0).to(torch.uint8)
+    labels = torch.zeros(probability.shape[1:], dtype=torch.uint8)
+    for region, label in zip(probability, (2, 1, 3)):
+        labels[region > 0.5] = label
+    return labels
+
+
+def dice_loss(probability, target, smooth=1.0):
+    """1 - mean over channels of soft Dice = (2 sum(p g) + smooth) / (sum p + sum g + smooth), sums over
+    the whole batch: a slice without tumour then says "nothing here" instead of 0/0 [VNET].
+
+    probability, target: float (B, K, H, W) in [0, 1]. Returns a scalar.
+    """
+    over = (0, 2, 3)
+    shared, total = (probability * target).sum(over), probability.sum(over) + target.sum(over)
+    return 1 - ((2 * shared + smooth) / (total + smooth)).mean()
+
+
+def segmentation_loss(logits, labels, predict):
+    """Dice + cross-entropy, a scalar. logits (B, K, H, W); labels int (B, H, W) in 0..3.
+
+    "regions": binary cross-entropy and Dice of each region; "labels": cross-entropy over four
+    classes and Dice of the three that are tumour.
+    """
+    logits = logits.float()
+    if predict == "regions":
+        target = regions_of(labels).movedim(0, 1).float()                   # (B, 3, H, W)
+        return F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits.sigmoid(), target)
+    target = one_hot(labels, 4)
+    return F.cross_entropy(logits, labels) + dice_loss(logits.softmax(1)[:, 1:], target[:, 1:])
+
+
+# What augmentation draws from. rotate in degrees; scale, shift, bend (elastic) as shares of the
+# picture; gamma, contrast (per modality) and noise as standard deviations on intensities 0..1.
+AUGMENT = {
+    "none": None,
+    "standard": {"rotate": 10, "scale": 0.1, "shift": 0.03, "bend": 0.0, "gamma": 0.1, "contrast": 0.1, "noise": 0.01},
+    "strong": {"rotate": 30, "scale": 0.3, "shift": 0.08, "bend": 0.04, "gamma": 0.3, "contrast": 0.3, "noise": 0.05},
+}
+
+
+def augment(images, labels, kind, key):
+    """Randomly moved and recoloured slices: images (B, C, H, W) in [-1, 1], labels int (B, H, W) -> the
+    same, on the CPU; a pure function of its arguments. kind: a key of AUGMENT; key: of generator.
+
+    One smooth map of the plane for images (linear) and labels (nearest), half of them mirrored; then
+    gamma, contrast and noise in each modality. Air stays -1.
+    """
+    how, batch, size = AUGMENT[kind], len(images), images.shape[-2:]
+    if how is None:
+        return images, labels
+    g = generator(*key)
+    normal, uniform = lambda *shape: torch.randn(shape, generator=g), lambda: torch.rand(batch, generator=g) * 2 - 1
+    angle, scale = uniform() * math.radians(how["rotate"]), torch.exp(uniform() * how["scale"])
+    mirror = uniform().sign()
+    rows = [torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), uniform() * how["shift"]], 1),
+            torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), uniform() * how["shift"]], 1)]
+    where = F.affine_grid(torch.stack(rows, 1), (batch, 1, *size), align_corners=False)     # (B, H, W, 2)
+    bend = F.interpolate(how["bend"] * normal(batch, 2, 6, 6), size, mode="bicubic", align_corners=False)
+    where = where + bend.movedim(1, -1)
+    images = F.grid_sample((images + 1) / 2, where, align_corners=False)                     # air is 0 here
+    labels = F.grid_sample(labels[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].long()
+    each = (batch, images.shape[1], 1, 1)
+    moved = images.clamp(1e-6, 1) ** torch.exp(how["gamma"] * normal(*each)) * (1 + how["contrast"] * normal(*each))
+    moved = moved + how["noise"] * normal(*images.shape)
+    return torch.where(images > 0, moved, 0.0).clamp(0, 1) * 2 - 1, labels
+
+
+def dice(predicted, truth):
+    """Dice = 2 |A and B| / (|A| + |B|) of two bool masks of one case; both empty: 1."""
+    total = int(predicted.sum() + truth.sum())
+    return 2 * int((predicted & truth).sum()) / total if total else 1.0
+
+
+def sensitivity(predicted, truth):
+    """Share of the true voxels that were found; NaN where there are none."""
+    return int((predicted & truth).sum()) / int(truth.sum()) if truth.any() else math.nan
+
+
+def surface(mask):
+    """Voxels of a bool mask (X, Y, Z) that touch, through a face, a voxel outside it; what lies beyond
+    the array is outside."""
+    padded, core = F.pad(mask, (1,) * 6), mask
+    for axis in range(3):
+        for start in (0, 2):
+            at = [slice(1, -1)] * 3
+            at[axis] = slice(start, start + mask.shape[axis])
+            core = core & padded[tuple(at)]
+    return mask & ~core
+
+
+def hd95(predicted, truth, spacing):
+    """95th percentile Hausdorff distance in mm between the surfaces of two bool masks (X, Y, Z).
+
+    Each way the 95th percentile of the distances from one surface's voxels to the other surface, and
+    the larger of the two. spacing: mm a voxel (3,). Both empty: 0; exactly one: HD95_MISSED.
+    """
+    if not predicted.any() or not truth.any():
+        return 0.0 if predicted.any() == truth.any() else HD95_MISSED
+    mm = torch.tensor([float(s) for s in spacing], dtype=torch.float64)
+    a, b = [surface(mask).nonzero() * mm for mask in (predicted, truth)]
+    to_b, to_a = [], torch.full((len(b),), math.inf, dtype=torch.float64)
+    for part in a.split(max(1, 2 ** 23 // len(b))):             # all pairs, 64 MB at a time
+        distance = torch.cdist(part, b)
+        to_b.append(distance.amin(1))
+        to_a = torch.minimum(to_a, distance.amin(0))
+    return max(torch.quantile(way, 0.95).item() for way in (torch.cat(to_b), to_a))
+
+
+def components(mask):
+    """Connected components (26 neighbours) of a bool mask (X, Y, Z): int64, 0 outside, 1, 2, ... inside.
+
+    Every voxel starts with a number of its own and takes the largest among its neighbours', then the
+    number its number's owner has, until nothing changes: labels run along chains in few rounds.
+    """
+    number = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
+    while True:
+        spread = F.max_pool3d(number.double()[None, None], 3, 1, 1)[0, 0].long() * mask
+        spread = torch.cat([torch.zeros(1, dtype=torch.long), spread.flatten()])[spread]
+        if torch.equal(spread, number):
+            break
+        number = spread
+    return torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), number.flatten()]),
+                        return_inverse=True)[1][1:].view(mask.shape)
+
+
+def dilate(mask, times):
+    """A bool mask (X, Y, Z) grown `times` by its 18 neighbours (those that share a face or an edge)."""
+    for _ in range(times):
+        grown = mask.float()[None, None]
+        mask = sum(F.max_pool3d(grown, k, 1, tuple(n // 2 for n in k))
+                   for k in ((1, 3, 3), (3, 1, 3), (3, 3, 1)))[0, 0] > 0
+    return mask
+
+
+def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
+    """Lesion-wise Dice of two bool masks (X, Y, Z), as BraTS 2023 counts it [LESION].
+
+    True components that touch after dilation by `reach` voxels are one lesion. Each is compared with
+    all predicted components that touch its dilation; a predicted one that touches none is a false
+    positive and counts as a Dice of 0. Lesions of at most `smallest` mm^3 are left out. Nothing
+    to find and nothing predicted: 1.
+    """
+    both = (predicted | truth).nonzero()
+    if not len(both):
+        return 1.0
+    low, high = (both.amin(0) - reach - 1).clamp(min=0), both.amax(0) + reach + 2
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high))
+    predicted, truth = predicted[box], truth[box]
+    found, lesions = components(predicted), components(dilate(truth, reach)) * truth
+    scores, touched = [], set()
+    for lesion in range(1, int(lesions.max()) + 1):
+        its = lesions == lesion
+        meets = set(found[dilate(its, reach)].unique().tolist()) - {0}
+        touched |= meets
+        if its.sum() * math.prod(spacing) > smallest:
+            scores.append(dice(torch.isin(found, torch.tensor(sorted(meets))) if meets else its & False, its))
+    scores += [0.0] * (int(found.max()) - len(touched))
+    return sum(scores) / len(scores) if scores else 1.0
+
+
+def score_case(predicted, truth, spacing):
+    """All figures of one case: {region: {figure: number}}. predicted, truth: labels int (X, Y, Z) in
+    0..3, spacing: mm a voxel (3,)."""
+    ml = math.prod(float(s) for s in spacing) / 1000
+    out = {}
+    for region, a, b in zip(REGIONS, regions_of(torch.as_tensor(predicted)), regions_of(torch.as_tensor(truth))):
+        volumes = int(a.sum()) * ml, int(b.sum()) * ml
+        out[region] = {"dice": dice(a, b), "hd95_mm": hd95(a, b, spacing), "sensitivity": sensitivity(a, b),
+                       "lesion_dice": lesion_dice(a, b, spacing), "predicted_ml": volumes[0], "true_ml": volumes[1],
+                       "volume_error_ml": abs(volumes[0] - volumes[1])}
+    return out
+
+
+@dataclass
+class Segmenter:
+    """A trained ResUNet, the grid it was trained on, and the label_hash of every case it has seen."""
+    net: ResUNet
+    resolution: int
+    fov: float
+    device: torch.device
+    trained_on: frozenset = frozenset()
+
+    @torch.no_grad()
+    def probability(self, images, batch=64):
+        """images float (N, C, R, R) in [-1, 1] or their bytes -> float32 (N, K, R, R) on the CPU."""
+        out = []
+        for part in images.split(batch):
+            part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
+            part, = to_device(self.device, part)
+            with fast_math(self.device):
+                logits = self.net(part)
+            out.append((logits.float().sigmoid() if self.net.predict == "regions" else logits.float().softmax(1)).cpu())
+        return torch.cat(out)
+
+    def segment(self, got):
+        """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the scans:
+        probabilities are brought back linearly, then decided; never outside the brain."""
+        probability = self.probability(torch.from_numpy(got["images"]))                     # (D, K, R, R)
+        grown = got["grid"].grow(probability.movedim(1, 0).numpy())                         # (K, D, H, W)
+        labels = from_slices(labels_of(torch.from_numpy(grown), self.net.predict).numpy())
+        return np.where(got["brain"], labels, 0).astype(np.uint8)
+
+    def prepare(self, cases):
+        """Cases as this segmenter wants them, one by one: (Case, what prepare_case returns)."""
+        for case in cases:
+            yield case, prepare_case(case, self.resolution, self.fov, "tumour")
+
+    def evaluate(self, prepared, see=None):
+        """Segment and score cases on their own grid: [{"case": name, "region": "WT", "dice": ..., ...}], three
+        rows a case. prepared: from prepare; see: function (Case, got, predicted labels), called for each."""
+        rows = []
+        for case, got in prepared:
+            predicted = self.segment(got)
+            spacing = np.linalg.norm(got["grid"].affine[:3, :3], axis=0)
+            figures = score_case(predicted, got["labels"], spacing)
+            rows += [{"case": case.case, "region": region, **its} for region, its in figures.items()]
+            if see is not None:
+                see(case, got, predicted)
+        return rows
+
+
+def summarise(rows):
+    """Rows of evaluate -> {region: {figure: mean over cases that have it}}; "missed": in how many cases
+    exactly one of prediction and truth is empty."""
+    out = {}
+    for region in REGIONS:
+        its = [row for row in rows if row["region"] == region]
+        mean = {k: float(np.nanmean([row[k] for row in its])) if any(row[k] == row[k] for row in its) else math.nan
+                for k in its[0] if k not in ("case", "region")}
+        out[region] = {**mean, "missed": sum((row["predicted_ml"] > 0) != (row["true_ml"] > 0) for row in its)}
+    return out
+
+
+def table_of(rows):
+    """The closing table of a segmenter as lines of text; rows of evaluate."""
+    lines = ["region    Dice  lesion-wise  HD95 mm  sensitivity  volume error mL  found or true only"]
+    for region, mean in summarise(rows).items():
+        lines.append(f"{region:<6} {mean['dice']:7.3f} {mean['lesion_dice']:12.3f} {mean['hd95_mm']:8.1f} "
+                     f"{mean['sensitivity']:12.3f} {mean['volume_error_ml']:16.1f} {mean['missed']:10d} cases")
+    return lines
+
+
+# ================================================================================================
+# 10  TRAINING
 # What the training scripts share. The step itself is in the script, where it can be seen.
 # ================================================================================================
+
+
+def find_data(args):
+    """The cases a run works on and their split -> (cases, {"train": [Case], "val": [...], "test": [...]}).
+
+    args: with data, out, phantoms, scanner, split. Without --data phantoms are made beside the output
+    folder; those already there are used again.
+    """
+    folder = Path(args.data) if args.data else Path(args.out).parent / "phantoms" / args.scanner
+    if not args.data:
+        started, made = time.time(), make_phantoms(folder, args.phantoms, scanner=args.scanner)
+        if made:
+            print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
+    cases = find_cases(folder)
+    if not args.data:                           # a folder may hold more than this run asks for
+        cases = [case for case in cases if phantom_seed(case.case) in range(args.phantoms)]
+    return cases, split_patients(cases, args.split)
+
+
+# What may differ when a run is resumed; the data are compared by the label maps' hashes instead, so
+# that a checkpoint holds no path.
+FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every", "data", "split", "synthetic", "weights"}
+
+
+def kept_arguments(args):
+    """What of the arguments goes into a checkpoint: all but paths."""
+    return {k: v for k, v in vars(args).items() if k not in ("data", "split", "out", "synthetic", "weights")}
+
+
+def resume(args, kind, trained_on, net, ema, optimizer):
+    """Continue the run in args.out if there is one -> its checkpoint, weights already loaded, else None.
+    BadInput where that run had other settings or other training cases."""
+    if not list(Path(args.out).glob("checkpoint*.pt")):
+        return None
+    state = load_checkpoint(args.out, kind)
+    asked, had = vars(args), state["args"]
+    differ = [k for k in asked if k not in FREE_TO_CHANGE and asked[k] != had.get(k)]
+    if differ:
+        raise BadInput(f"{args.out} holds a run with " + ", ".join(f"{k} {had.get(k)}" for k in differ)
+                       + ", you ask for " + ", ".join(f"{k} {asked[k]}" for k in differ)
+                       + "; choose another --out, or delete the folder")
+    if state["trained_on"] != trained_on:
+        raise BadInput(f"{args.out} holds a run on other training cases; choose another --out, or delete the folder")
+    net.load_state_dict(state["weights"])
+    ema.weights = state["ema"]
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed: {args.out} at step {state['step']}")
+    return state
+
+
+class Pace:
+    """How far a run is, whether steps, minutes in the loop, or both bound it, and when what is due."""
+
+    def __init__(self, args, step=0, seconds=0.0):
+        self.steps, self.minutes, self.step, self.seconds = args.steps, args.minutes, step, seconds
+        self.start, self.clock, self.last = time.time(), time.time() - seconds, {}
+
+    def progress(self):
+        """Share of the run that is over, 0..1 and beyond."""
+        return max(self.step / self.steps if self.steps else 0.0,
+                   self.seconds / (60 * self.minutes) if self.minutes else 0.0)
+
+    def tick(self):
+        """One step is done."""
+        self.step, self.seconds = self.step + 1, time.time() - self.clock
+
+    def due(self, what, every):
+        """True once in `every` seconds, for each `what`."""
+        if time.time() - self.last.get(what, self.start) <= every:
+            return False
+        self.last[what] = time.time()
+        return True
+
+    def say(self, text):
+        """Print a line: the step, `text`, the time left."""
+        left = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
+        print(f"step {self.step:05d}{f'/{self.steps}' if self.steps else ''} | {text} | "
+              f"{f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'} left", flush=True)
 
 
 def endless(rows, key, start, count):
@@ -1481,7 +2003,7 @@ def learning_rate(peak, progress, step, warmup=50):
 class EMA:
     """Running mean of a network's parameters, float32 on the CPU, whatever the network runs on.
 
-    Parameters only: no buffer, no schedule. Every k-th step counts the newest copy k times, with
+    Parameters only: no schedule, and no buffer (a batch norm's statistics are a running mean already). Every k-th step counts the newest copy k times, with
     decay^k: where weights move slowly the same as every step, at 1/k of the cost. The decay at a
     step is min(decay, (1 + step) / (10 + step)): a short run averages its last tenth instead of
     remembering its random start.
@@ -1508,7 +2030,7 @@ class EMA:
         """A copy of `net`, on its device, that carries the averaged weights: what samples best. Steps
         since the last update are counted in; the average itself is left as it is."""
         twin = copy.deepcopy(net)
-        twin.load_state_dict(self.advanced(net, step, step % self.every))
+        twin.load_state_dict({**net.state_dict(), **self.advanced(net, step, step % self.every)})
         return twin.eval()
 
 
@@ -1530,15 +2052,18 @@ def save_checkpoint(folder, state):
     replace_file(newest, write)
 
 
-def load_checkpoint(path, kind="ddpm", say=print):
-    """The state in a checkpoint file, or in the newest sound one of a run's folder; its entry "file"
-    says which was read. kind: what script it must come from.
+SCRIPT = {"ddpm": "train_ddpm.py", "seg": "train_seg.py"}       # kind of checkpoint: who writes it
+
+
+def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "checkpoint.previous.pt")):
+    """The state in a checkpoint file, or in the first sound one of `names` in a run's folder; its entry
+    "file" says which was read. kind: what script it must come from, see SCRIPT.
 
     Every byte is checked (torch.load alone reads flipped bits in silence) and nothing but data is
     unpickled. BadInput when there is none or none is sound.
     """
     path = Path(path)
-    candidates = [path / "checkpoint.pt", path / "checkpoint.previous.pt"] if path.is_dir() else [path]
+    candidates = [path / name for name in names] if path.is_dir() else [path]
     candidates, faults = [p for p in candidates if p.exists()], []
     for candidate in candidates:
         try:
@@ -1554,7 +2079,16 @@ def load_checkpoint(path, kind="ddpm", say=print):
         except Exception as error:
             faults.append(f"{candidate} cannot be used ({str(error).splitlines()[0]})")
     raise BadInput("; ".join(faults) + "; train again or use another checkpoint" if faults else
-                   f"{path}: no checkpoint there; train one first with python train_ddpm.py")
+                   f"{path}: no checkpoint there; train one first with python {SCRIPT[kind]}")
+
+
+def load_segmenter(path, device):
+    """The Segmenter in a run's folder (its best.pt) or in a file. BadInput where there is none."""
+    state = load_checkpoint(path, "seg", names=("best.pt",))
+    net = ResUNet(**state["network"])
+    net.load_state_dict(state["weights"])
+    net = net.to(device, memory_format=torch.channels_last).eval()
+    return Segmenter(net, state["resolution"], state["fov"], device, frozenset(state["trained_on"]))
 
 
 def catch_signals():
@@ -1571,36 +2105,42 @@ def catch_signals():
     return caught
 
 
+QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+
+
 class LogBook:
     """Losses since the last line, one line a time on the screen, the same fields in log.csv.
 
-    The loss is also kept in four bins of t (quarters of the range, clean to noisy): the mean alone
-    hides which noise levels still learn. Nothing is read from the device until a line is due.
+    more: names of further columns. With QUARTERS the loss is also kept in four bins of t (quarters of
+    the range, clean to noisy): the mean alone hides which noise levels still learn. Nothing is read
+    from the device until a line is due.
     """
-    FIELDS = ("step", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "images_per_s", "seconds")
 
-    def __init__(self, folder, step):
+    def __init__(self, folder, step, more=QUARTERS):
         self.path, self.losses, self.since = Path(folder) / "log.csv", [], (step, time.time())
+        self.fields = ("step", "loss", *more, "lr", "images_per_s", "seconds")
         old = [r for r in read_log(self.path) if r["step"] <= step]     # after a kill: none twice
         with open(self.path, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, self.FIELDS)
+            writer = csv.DictWriter(handle, self.fields)
             writer.writeheader()
             writer.writerows(old)
 
-    def add(self, losses, t):
-        """losses float (B,) and t int (B,), on any device."""
+    def add(self, losses, t=None):
+        """losses float (B,) or (1,), and with QUARTERS t int (B,), on any device."""
         self.losses.append((losses.detach(), t))
 
-    def line(self, step, lr, batch, seconds):
-        """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`)."""
+    def line(self, step, lr, batch, seconds, more=()):
+        """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`). more: the
+        values of the further columns, unless they are QUARTERS."""
         losses = torch.cat([loss for loss, _ in self.losses]).float().cpu()
-        quarter = (torch.cat([t for _, t in self.losses]).cpu() - 1) * 4 // T
-        means = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
+        if self.fields[2:6] == QUARTERS:
+            quarter = (torch.cat([t for _, t in self.losses]).cpu() - 1) * 4 // T
+            more = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
         speed = (step - self.since[0]) * batch / max(time.time() - self.since[1], 1e-6)
         self.losses, self.since = [], (step, time.time())
-        row = dict(zip(self.FIELDS, (step, losses.mean().item(), *means, lr, speed, seconds)))
+        row = dict(zip(self.fields, (step, losses.mean().item(), *more, lr, speed, seconds)))
         with open(self.path, "a", newline="") as handle:
-            csv.DictWriter(handle, self.FIELDS).writerow(
+            csv.DictWriter(handle, self.fields).writerow(
                 {k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
         return row, f"loss {row['loss']:.4f} | lr {lr:.1e} | {speed:.0f} img/s"
 
@@ -1615,7 +2155,139 @@ def read_log(path):
 
 
 # ================================================================================================
-# 9  WRITING
+# 11  EDITING
+# New label maps from old ones: moved, bent, mirrored, grown, pasted into another brain; and the
+# choice of edits that spreads a volume evenly over a set. Rare cases are rare in the masks too.
+# ================================================================================================
+
+DROPPED = {"NCR": 3, "ED": 0, "ET": 1}          # what a label's voxels become when it is dropped
+
+
+def volume_ml(labels, affine, name):
+    """Volume in mL of a label (NCR, ED, ET) or region (WT, TC, ET) of labels (X, Y, Z)."""
+    members = REGIONS.get(name) or (LABELS.index(name) + 1,)
+    return float(np.isin(labels, members).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def parse_edit(words):
+    """Words of the command line -> an edit, see edit_labels: ["scale=1.2", "shift=10,0,0", "mirror"]
+    -> {"scale": 1.2, "shift": [10.0, 0.0, 0.0], "mirror": True}. BadInput for any other word."""
+    edit = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            if name in ("scale", "rotate", "elastic"):
+                edit[name] = float(value)
+            elif name == "shift":
+                edit[name] = [float(mm) for mm in value.split(",")]
+            elif name == "mirror" and not value:
+                edit[name] = True
+            elif name in ("drop", "add") and value in LABELS:
+                edit[name] = value
+            else:
+                raise ValueError
+            numbers = np.atleast_1d(edit[name]) if name not in ("drop", "add") else np.zeros(1)
+            if not np.isfinite(numbers).all() or len(edit.get("shift", (1, 2, 3))) != 3 or edit.get("scale", 1) <= 0:
+                raise ValueError
+        except ValueError as error:
+            raise BadInput(f"--edit {word}: expected scale=1.2, shift=10,0,0 (mm), rotate=15 (degrees), elastic=3 "
+                           "(mm), mirror, drop=NCR, add=ED, or random alone") from error
+    return edit
+
+
+def random_edit(rng):
+    """A mild edit, for variety: rng a numpy Generator -> see edit_labels."""
+    return {"scale": round(float(np.exp(rng.normal(0, 0.15))), 3), "rotate": round(float(rng.uniform(-25, 25)), 1),
+            "shift": rng.normal(0, 6, 3).round(1).tolist(), "mirror": bool(rng.uniform() < 0.5), "elastic": 1.5}
+
+
+def edit_labels(labels, affine, brain, edit, rng, home=None):
+    """A label map with its tumour changed: uint8 (X, Y, Z) -> uint8 shaped like `brain`.
+
+    labels, affine   the tumour and where its voxels lie, canonical
+    brain            bool: the outline the tumour shall lie in; `home`: its affine where it is another
+                     brain (pasting): the tumour keeps its place relative to the outline's middle and size
+    edit             any of: scale (factor on lengths), rotate (degrees, seen from below), shift (mm to the
+                     right, front, head), mirror (left for right), elastic (mm, spread of a smooth random
+                     displacement), drop and add (a label). rng: numpy Generator, for elastic.
+
+    Dropped NCR turns into ET and ET into NCR, dropped ED into brain. Added: ED as a rim of 6 mm around
+    the tumour, ET as the outer 3 mm of the tumour core, NCR as what lies deeper than 3 mm in it. In the
+    end what lies outside the brain is cut off.
+    """
+    home = affine if home is None else home
+    tumour = np.argwhere(labels > 0)
+    if not len(tumour):
+        return np.zeros(brain.shape, np.uint8)
+    to_mm = lambda voxels, a: np.asarray(voxels, float) @ a[:3, :3].T + a[:3, 3]
+    here = to_mm(tumour.mean(0), affine)                                # centre of the tumour, mm
+    outline = to_mm(np.argwhere(brain), home)
+    middle = (outline.min(0) + outline.max(0)) / 2
+    there = np.array(edit.get("place", here))                           # where the centre goes to
+    flip = np.array([-1.0 if edit.get("mirror") else 1.0, 1, 1])
+    there = middle + (there - middle) * flip + np.array(edit.get("shift", (0, 0, 0)))
+    angle = math.radians(edit.get("rotate", 0))
+    turn = np.array([[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    # every voxel of the result looks up where it comes from
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in brain.shape], indexing="ij"), -1)
+    point = to_mm(grid, home) - there
+    if edit.get("elastic"):
+        spacing = np.linalg.norm(home[:3, :3], axis=0)
+        point += edit["elastic"] * np.stack([smooth_noise(rng, 40, brain.shape, spacing) for _ in range(3)], -1)
+    source = (point @ turn.T) * flip / edit.get("scale", 1.0) + here
+    voxel = (source - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    where = (2 * voxel[..., ::-1] + 1) / np.array(labels.shape[::-1]) - 1       # grid_sample wants z, y, x
+    onehot = F.one_hot(torch.from_numpy(labels.astype(np.int64)), 4).movedim(-1, 0)[1:].float()
+    share = F.grid_sample(onehot[None], torch.from_numpy(where.astype(np.float32))[None], align_corners=False)[0]
+    out = torch.where(share.sum(0) > 0.5, share.argmax(0) + 1, 0).numpy().astype(np.uint8)
+    spacing = np.linalg.norm(home[:3, :3], axis=0).mean()
+    steps = lambda mm: max(1, round(mm / spacing))
+    if "drop" in edit:
+        out[out == LABELS.index(edit["drop"]) + 1] = DROPPED[edit["drop"]]
+    if "add" in edit:
+        core = np.isin(out, (1, 3))
+        deep = ~dilate(torch.from_numpy(~core), steps(3)).numpy()
+        if edit["add"] == "ED":
+            out[dilate(torch.from_numpy(out > 0), steps(6)).numpy() & (out == 0)] = 2
+        else:
+            out[deep if edit["add"] == "NCR" else core & ~deep] = 1 if edit["add"] == "NCR" else 3
+    return np.where(brain, out, 0).astype(np.uint8)
+
+
+def relative_place(labels, affine, brain, other, other_affine):
+    """Where the centre of a tumour (labels, affine, in the outline `brain`) lies in another outline, mm
+    (3,): the same share of the way from the middle of the outline to its edge, along each axis."""
+    boxes = []
+    for mask, a in ((brain, affine), (other, other_affine)):
+        at = np.argwhere(mask) @ a[:3, :3].T + a[:3, 3]
+        boxes.append(((at.min(0) + at.max(0)) / 2, (at.max(0) - at.min(0)) / 2))
+    centre = np.argwhere(labels > 0).mean(0) @ affine[:3, :3].T + affine[:3, 3]
+    return boxes[1][0] + (centre - boxes[0][0]) / boxes[0][1] * boxes[1][1]
+
+
+def balanced_target(number, count, low, high):
+    """The volume in mL asked of case `number` of `count`: evenly spread over low..high, in an order in
+    which any first part is spread as well (golden-ratio steps)."""
+    rank = np.argsort(np.argsort([(i * 0.6180339887) % 1 for i in range(count)]))[number]
+    return low + (high - low) * (rank + 0.5) / count
+
+
+def edit_to_volume(labels, affine, brain, name, target, edit, seed):
+    """An edit whose scale makes `name` (a label or region) measure `target` mL -> (labels, edit).
+
+    The first guess is the cube root of the ratio; what the brain's edge cuts off is made up for in
+    three more rounds, within 0.4 to 2.5 times the length. The result may still miss: measure it.
+    """
+    scale = 1.0
+    for _ in range(4):
+        edit = {**edit, "scale": round(float(np.clip(scale, 0.4, 2.5)), 4)}
+        out = edit_labels(labels, affine, brain, edit, np.random.default_rng(seed))
+        scale = edit["scale"] * (target / max(volume_ml(out, affine, name), 1e-2)) ** (1 / 3)
+    return out, edit
+
+
+# ================================================================================================
+# 12  WRITING
 # Synthetic cases as BraTS-2023 folders that say what they are, and pictures.
 # ================================================================================================
 
@@ -1631,7 +2303,7 @@ def colour_labels(classes, condition):
 
 def draw_rows(path, rows, titles, condition, headline=""):
     """A PNG of pictures. rows: list of lists of (H, W) tensors or arrays; integer ones are class
-    maps, float ones images in [-1, 1], None leaves a gap. titles: one per column."""
+    maps, float ones images in [-1, 1], (H, W, 3) colours, None leaves a gap. titles: one per column."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1646,7 +2318,9 @@ def draw_rows(path, rows, titles, condition, headline=""):
             if image is None:
                 continue
             image = np.asarray(image)
-            if image.dtype.kind in "iu":
+            if image.ndim == 3:
+                axis.imshow(image, interpolation="nearest")
+            elif image.dtype.kind in "iu":
                 axis.imshow(colour_labels(image, condition), interpolation="nearest")
             else:
                 axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
@@ -1656,16 +2330,27 @@ def draw_rows(path, rows, titles, condition, headline=""):
     plt.close(figure)
 
 
-def draw_curves(path, log):
-    """PNG of the loss over steps in its four noise bins; log from read_log."""
+def overlay(image, labels, strength=0.55):
+    """A picture (H, W) in [-1, 1] under its labels int (H, W) in 0..3 -> colours (H, W, 3) in 0..1."""
+    grey = np.repeat((np.asarray(image)[..., None] + 1) / 2, 3, -1).clip(0, 1)
+    labels = np.asarray(labels).astype(int)
+    colour = colour_labels(np.where(labels > 0, labels + 1, 0), "tumour")
+    return np.where(labels[..., None] > 0, (1 - strength) * grey + strength * colour, grey)
+
+
+def draw_lines(path, panels, xlabel="step", xscale="linear"):
+    """A PNG of line plots side by side. panels: list of (title, y scale, {label: (x, y) or (x, y, error)})."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 3.6), dpi=110)
-    for q, name in enumerate(("cleanest quarter", "second", "third", "noisiest quarter"), 1):
-        axis.plot([r["step"] for r in log], [r[f"loss_q{q}"] for r in log], label=name, lw=1)
-    axis.set(xlabel="step", ylabel="mean squared error of v", yscale="log")
-    axis.legend(title="noise level t", fontsize=7, title_fontsize=7)
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4.6 * len(panels) + 1, 3.6), dpi=110)
+    for axis, (title, yscale, lines) in zip(axes[0], panels):
+        for label, (x, y, *error) in lines.items():
+            axis.errorbar(x, y, *error, label=label, lw=1, capsize=2, marker="o" if error else None, ms=3)
+        axis.set(xlabel=xlabel, title=title, yscale=yscale, xscale=xscale)
+        axis.title.set_fontsize(9)
+        if lines:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     plt.close(figure)
@@ -1701,8 +2386,63 @@ def write_case(folder, case, images, labels, affine, facts):
     return target
 
 
+def synthetic_facts(case):
+    """The sidecar of a synthetic Case as a dict. BadInput where there is none: its source is unknown."""
+    path = case.folder / f"{case.case}.json"
+    try:
+        facts = json.loads(path.read_text())
+        if facts["SyntheticData"] != "YES":
+            raise ValueError("it does not say SyntheticData YES")
+        return facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: no sidecar of a synthetic case ({error}); make the set with sample.py") from error
+
+
+def contaminated(case, hashes):
+    """Whether a synthetic Case owes anything to label maps with these hashes: its own map, the outline, or
+    one its generator was trained on."""
+    facts, known = synthetic_facts(case), {digest[:16] for digest in hashes}
+    used = [facts.get("LabelMapSHA256", ""), facts.get("BrainSHA256", ""), *facts.get("GeneratorTrainedOn", [])]
+    return any(digest[:16] in known for digest in used)
+
+
+def write_labels(path, labels, case, affine):
+    """Write predicted labels uint8 (X, Y, Z), canonical with `affine`, as NIfTI voxel for voxel on the grid
+    of the case's own files, in their storage order: 1 NCR, 2 ED, 3 ET."""
+    there = nib.load(case.files["t1"])
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(there.affine))
+    image = nib.Nifti1Image(nib.apply_orientation(labels, turn).astype(np.uint8), there.affine)
+    image.header["descrip"] = f"brainsyn {__version__} prediction 1 NCR 2 ED 3 ET".encode()
+    image.set_sform(there.affine, 1)
+    image.set_qform(there.affine, 1)
+
+    def write(temporary):                       # nibabel goes by the ending of a name
+        nib.save(image, temporary.with_suffix(".nii.gz"))
+        os.replace(temporary.with_suffix(".nii.gz"), temporary)
+
+    replace_file(path, write)
+
+
+def write_csv(path, rows):
+    """Rows, dicts with the same keys, as a CSV file; floats with six digits."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+    replace_file(path, write)
+
+
+def write_json(path, facts):
+    """A dict as a JSON file; NaN, which JSON has not, becomes null."""
+    plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
+                       [plain(v) for v in x] if isinstance(x, (list, tuple)) else None if x != x else x)
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(plain(facts), indent=1) + "\n"))
+
+
 # ================================================================================================
-# 10  JUDGING
+# 13  JUDGING
 # Does a sample obey its mask, is air black, is the picture as sharp and as contrasted as a scan?
 # Each figure is computed in the same way on real and on sampled slices.
 # ================================================================================================
@@ -1784,6 +2524,98 @@ def judge_slices(real, sampled, classes, condition):
     figures["fine_power_ratio"] = (fine_power(sampled, classes) / fine_power(real, classes)).mean().item()
     figures["grey_white_ratio"] = figures["sampled_grey_white"] / figures["real_grey_white"]
     return figures
+
+
+def frechet_distance(a, b):
+    """Frechet distance of two sets of features (N, F), (M, F), each taken as a Gaussian [FID]:
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It shrinks with more images: compare
+    equal numbers only, and beside the distance of two real sets."""
+    a, b = a.double(), b.double()
+    cov = [torch.cov(x.T) for x in (a, b)]
+    values, vectors = torch.linalg.eigh(cov[0])
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov[1] @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum().item() + (cov[0].trace() + cov[1].trace() - 2 * cross).item()
+
+
+def kernel_distance(a, b):
+    """KID [KID]: squared maximum mean discrepancy of features (N, F), (M, F), kernel (x.y / F + 1)^3,
+    unbiased: its expectation is 0 for two samples of one distribution, whatever N; it may be negative."""
+    a, b = a.double(), b.double()
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
+
+
+def precision_recall(real, made, k=5):
+    """Precision, recall, density, coverage of features (N, F), (M, F) [PRDC]; a dict.
+
+    Each point has a ball that reaches to its k-th nearest neighbour in its own set. precision: share of
+    made points inside some real ball; recall: the other way round; density: real balls a made point lies
+    in, / k; coverage: share of real balls that hold a made point.
+    """
+    real, made = real.double(), made.double()
+    reach = [torch.cdist(x, x).kthvalue(k + 1).values for x in (real, made)]     # the point itself is first
+    distance = torch.cdist(real, made)                                           # (N, M)
+    inside = distance < reach[0][:, None]
+    return {"precision": inside.any(0).double().mean().item(),
+            "recall": (distance < reach[1][None]).any(1).double().mean().item(),
+            "density": inside.double().sum(0).mean().item() / k,
+            "coverage": inside.any(1).double().mean().item()}
+
+
+def ms_ssim(a, b):
+    """Multi-scale structural similarity [MSSSIM] of pictures (N, C, H, W) in [-1, 1], pair by pair: (N,).
+
+    As many of the five scales as leave 11 pixels a side, weights renormalised (three at 64 pixels); a
+    Gaussian window of 11 pixels, sigma 1.5; negative contrast terms count as 0.
+    """
+    weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
+    weights = weights[: max(1, min(5, int(math.log2(min(a.shape[-2:]) / 11)) + 1))]
+    weights, channels = weights / weights.sum(), a.shape[1]
+    line = torch.exp(-((torch.arange(11.0) - 5) / 1.5) ** 2 / 2)
+    window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)
+    mean = lambda x: F.conv2d(x, window, groups=channels)
+    a, b, c1, c2, out = (a + 1) / 2, (b + 1) / 2, 0.01 ** 2, 0.03 ** 2, 1.0
+    for i, weight in enumerate(weights):
+        ma, mb = mean(a), mean(b)
+        va, vb, shared = mean(a * a) - ma ** 2, mean(b * b) - mb ** 2, mean(a * b) - ma * mb
+        value = (2 * shared + c2) / (va + vb + c2)
+        if i + 1 == len(weights):                               # brightness counts at the coarsest scale
+            value = value * (2 * ma * mb + c1) / (ma ** 2 + mb ** 2 + c1)
+        out = out * value.mean((1, 2, 3)).clamp(min=0) ** weight
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return out
+
+
+def modality_correlation(images, classes, n_classes, voxels=200):
+    """How modalities go together inside each class: Pearson correlation of every pair of modalities over
+    all its voxels, (n_classes - 1, pairs) without air; NaN where a class has fewer than `voxels`.
+    images (N, C, H, W), classes (N, H, W)."""
+    first, second = torch.triu_indices(images.shape[1], images.shape[1], 1)
+    out = torch.full((n_classes - 1, len(first)), math.nan)
+    for k in range(1, n_classes):
+        inside = images.movedim(1, 0)[:, classes == k]                           # (C, voxels)
+        if inside.shape[1] >= voxels:
+            out[k - 1] = torch.corrcoef(inside)[first, second]
+    return out
+
+
+def rank_correlation(a, b):
+    """Spearman's rho of two lists of numbers: Pearson correlation of their ranks (ties share a rank)."""
+    ranks = [[(np.asarray(x) < value).sum() + (np.asarray(x) == value).sum() / 2 for value in x] for x in (a, b)]
+    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(ranks[0]) and np.ptp(ranks[1]) else math.nan
+
+
+def bootstrap_interval(differences, draws=10_000, seed=0):
+    """95% interval of the mean of paired differences, one a patient: percentiles over resampled patients.
+    -> (mean, low, high); NaN without data."""
+    values = np.asarray([d for d in differences if d == d], float)
+    if not len(values):
+        return math.nan, math.nan, math.nan
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
 
 
 # ================================================================================================

@@ -15,9 +15,7 @@ Measured  two CPU cores with bfloat16: 800 steps of 16 slices at 64x64 in 3.5 mi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +24,6 @@ import torch
 import brainsyn as bs
 
 STEPS = 800                                     # a run's length when neither bound is given
-# What may differ when a run is resumed; the data are compared by the label maps' hashes instead, so
-# that a checkpoint holds no path.
-FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every", "data", "split"}
-
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default."""
@@ -77,42 +71,6 @@ def parse_arguments(argv=None):
     return args
 
 
-def load_data(args):
-    """The cache of --data or of freshly made phantoms, beside the output folder."""
-    beside = Path(args.out).parent
-    folder = Path(args.data) if args.data else beside / "phantoms" / args.scanner
-    if not args.data:
-        started, made = time.time(), bs.make_phantoms(folder, args.phantoms, scanner=args.scanner)
-        if made:
-            print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
-    cases = bs.find_cases(folder)
-    if not args.data:                           # a folder may hold more than this run asks for
-        cases = [case for case in cases if bs.phantom_seed(case.case) in range(args.phantoms)]
-    return bs.build_cache(cases, beside / "cache", args.resolution, args.fov, args.condition, args.split)
-
-
-def resume(args, trained_on, net, ema, optimizer, prior):
-    """Continue the run in args.out if there is one -> (steps done, seconds spent), else (0, 0.0).
-    BadInput where that run had other settings or other training cases."""
-    if not list(Path(args.out).glob("checkpoint*.pt")):
-        return 0, 0.0
-    state = bs.load_checkpoint(args.out)
-    asked, had = vars(args), state["args"]
-    differ = [k for k in asked if k not in FREE_TO_CHANGE and asked[k] != had.get(k)]
-    if differ:
-        raise bs.BadInput(f"{args.out} holds a run with " + ", ".join(f"{k} {had.get(k)}" for k in differ)
-                          + ", you ask for " + ", ".join(f"{k} {asked[k]}" for k in differ)
-                          + "; choose another --out, or delete the folder")
-    if state["trained_on"] != trained_on:
-        raise bs.BadInput(f"{args.out} holds a run on other training cases; choose another --out, or delete the folder")
-    net.load_state_dict(state["weights"])
-    ema.weights = state["ema"]
-    optimizer.load_state_dict(state["optimizer"])
-    prior.update(state["prior"])                # not as measured again: that may differ by rounding
-    print(f"resumed: {args.out} at step {state['step']}")
-    return state["step"], state["seconds"]
-
-
 def pick_rows(cache, rows, first_lesion, count):
     """`count` rows spread evenly over those that show tumour (over all if none does)."""
     ill = rows[bs.has_label(cache, rows, first_lesion)]
@@ -120,7 +78,7 @@ def pick_rows(cache, rows, first_lesion, count):
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
 
 
-def close(args, cache, denoiser, settings, step, seconds):
+def close(args, cache, denoiser, settings, pace):
     """What a run ends with: samples.png, curves.png, closing.json and the same figures on screen."""
     out, names = Path(args.out), cache.meta["modalities"]
     held_out = np.concatenate([cache.part("val"), cache.part("test")])
@@ -134,11 +92,12 @@ def close(args, cache, denoiser, settings, step, seconds):
     bs.draw_rows(out / "samples.png", [[classes[i], *real[i], None, *sampled[i]] for i in few],
                  ["labels", *(f"{who}\n{n}" for n in names), "", *(f"SYNTHETIC\n{n}" for n in names)],
                  args.condition)
-    bs.draw_curves(out / "curves.png", bs.read_log(out / "log.csv"))
-    closing = {"steps": step, "minutes": round(seconds / 60, 2), "slices": f"{len(rows)} {who}",
+    log, quarters = bs.read_log(out / "log.csv"), ("cleanest quarter of t", "second", "third", "noisiest quarter")
+    bs.draw_lines(out / "curves.png", [("mean squared error of v", "log", {
+        label: ([r["step"] for r in log], [r[name] for r in log]) for name, label in zip(bs.QUARTERS, quarters)})])
+    closing = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "slices": f"{len(rows)} {who}",
                "sampler_calls": settings["steps"], **figures}
-    bs.replace_file(out / "closing.json", lambda path: path.write_text(json.dumps(
-        {k: None if v != v else v for k, v in closing.items()}, indent=1) + "\n"))      # NaN is not JSON
+    bs.write_json(out / "closing.json", closing)
     print(f"--- slices of {who} cases, sampled from their label maps")
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
@@ -150,7 +109,8 @@ def main(argv=None):
     """One training run, start to end, resumed where one was begun."""
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
-    cache = load_data(args)
+    cases, split = bs.find_data(args)
+    cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, args.condition, split)
     names = bs.CONDITIONS[args.condition]
     first_lesion, alpha_bar = names.index(bs.LABELS[0]), bs.cosine_alpha_bar(args.shift)
     train, val, test = [cache.part(part) for part in ("train", "val", "test")]
@@ -168,8 +128,11 @@ def main(argv=None):
                                   fused=bs.has_fused_optimiser(device))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     trained_on = sorted({c["hash"] for c in cache.cases if c["part"] == "train"})
-    step, seconds = resume(args, trained_on, net, ema, optimizer, prior)
-    book = bs.LogBook(args.out, step)
+    state = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)
+    if state:
+        prior = state["prior"]                  # not as measured again: that may differ by rounding
+    pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
+    book = bs.LogBook(args.out, pace.step)
     print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | "
           f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices "
           f"({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
@@ -186,8 +149,8 @@ def main(argv=None):
 
     def save():
         bs.save_checkpoint(args.out, {
-            "kind": "ddpm", "version": bs.__version__, "step": step, "seconds": seconds,
-            "args": {k: v for k, v in vars(args).items() if k not in ("data", "split", "out")},
+            "kind": "ddpm", "version": bs.__version__, "step": pace.step, "seconds": pace.seconds,
+            "args": bs.kept_arguments(args),
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
             "optimizer": optimizer.state_dict(), "prior": prior, "condition": args.condition, "classes": list(names),
             "modalities": list(cache.meta["modalities"]), "shift": args.shift,
@@ -195,14 +158,10 @@ def main(argv=None):
 
     stop = bs.catch_signals()
 
-    def progress():
-        return max(step / args.steps if args.steps else 0.0, seconds / (60 * args.minutes) if args.minutes else 0.0)
-
-    clock, saved, logged = time.time() - seconds, time.time(), time.time()
-    while progress() < 1 and not stop:
+    while pace.progress() < 1 and not stop:
         # ------------------------------------------------------------------ one training step ---
-        rows = bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)
-        t, eps, keep, given, mirror = bs.training_noise(args.seed, step, (args.batch, *picture), args.drop)
+        rows = bs.batch_rows(tumour, other, args.tumour_share, args.seed, pace.step, args.batch)
+        t, eps, keep, given, mirror = bs.training_noise(args.seed, pace.step, (args.batch, *picture), args.drop)
         x0, classes, position = cache.batch(rows, mirror)                           # (B, C, H, W), (B, H, W), (B,)
         onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
@@ -213,7 +172,7 @@ def main(argv=None):
             *bs.expected(prior, onehot, scalars[:, 0]))
         x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
         for group in optimizer.param_groups:
-            group["lr"] = lr = bs.learning_rate(args.lr, progress(), step)
+            group["lr"] = lr = bs.learning_rate(args.lr, pace.progress(), pace.step)
         with bs.fast_math(device):
             out = net(x_t, t, onehot, scalars)
         v_hat = bs.precondition(out, x_t, signal, sigma, mean, std)
@@ -222,27 +181,21 @@ def main(argv=None):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        ema.update(net, step)
+        pace.tick()
+        ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
         book.add(losses, t)
-        seconds = time.time() - clock
-        if time.time() - logged > 5 or progress() >= 1:
-            _, text = book.line(step, lr, args.batch, seconds)
-            left = max(0.0, seconds / max(progress(), 1e-6) - seconds)
-            print(f"step {step:05d}{f'/{args.steps}' if args.steps else ''} | {text} | "
-                  f"{f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'} left", flush=True)
-            logged = time.time()
-        if args.sample_every and step % args.sample_every == 0:
-            draw(step)
-        if step == 1 or time.time() - saved > 60:
+        if pace.due("log", 5) or pace.progress() >= 1:
+            pace.say(book.line(pace.step, lr, args.batch, pace.seconds)[1])
+        if args.sample_every and pace.step % args.sample_every == 0:
+            draw(pace.step)
+        if pace.step == 1 or pace.due("save", 60):
             save()                              # step 1 finds a full or read-only disk at once
-            saved = time.time()
     save()
     if stop:
-        print(f"stopped by signal {stop[0]} after step {step}; the same command continues")
+        print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
-    close(args, cache, bs.Denoiser(ema.copy_of(net, step), prior, alpha_bar, device), settings, step, seconds)
+    close(args, cache, bs.Denoiser(ema.copy_of(net, pace.step), prior, alpha_bar, device), settings, pace)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,264 @@
+"""Train the segmenter: four MRI modalities -> tumour labels, a ResNet U-Net; or study what synthesis is worth.
+
+    python train_seg.py                                     phantoms are made, a model is trained
+    python train_seg.py --data DIR --synthetic SYN --out runs/seg_mix
+    python train_seg.py --study                             real / synthetic / both / strong augmentation
+
+Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
+Writes    runs/seg: best.pt (best on validation cases), checkpoint.pt, log.csv, curves.png, cases.csv,
+          predictions.png, predictions/*.nii.gz on the grid of the scans, closing.json
+Resumes   run the same command again; a study goes on with what is missing
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import brainsyn as bs
+
+STEPS = 1200                                    # a run's length when neither bound is given
+# What the study compares: which cases a batch is made of, and how they are augmented.
+ARMS = {"real": ("real", "standard"), "real + strong augmentation": ("real", "strong"),
+        "synthetic": ("synthetic", "standard"), "real + synthetic": ("both", "standard"),
+        "real + balanced": ("balanced", "standard")}
+
+
+def parse_arguments(argv=None):
+    """All flags; argv: list of words, the command line by default."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
+    data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
+    data.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre the phantoms come from")
+    data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
+    data.add_argument("--fov", type=float, default=192.0, help="width of a slice in mm")
+    data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
+    data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
+    data.add_argument("--synthetic", help="folder of cases made by sample.py, for training only")
+    data.add_argument("--synthetic-share", type=float, default=0.5, help="their share of every batch")
+    data.add_argument("--augment", choices=list(bs.AUGMENT), default="standard", help="how slices are varied")
+    model = parser.add_argument_group("model")
+    model.add_argument("--depth", type=int, choices=list(bs.STAGES), default=18, help="ResNet-18, 34 or 50")
+    model.add_argument("--predict", choices=["regions", "labels"], default="regions",
+                       help="WT, TC, ET by a sigmoid each, or background, NCR, ED, ET by one softmax")
+    model.add_argument("--weights", help="encoder to start from: a file in torchvision's names, or imagenet")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless --minutes is given)")
+    optim.add_argument("--minutes", type=float, help="end after so many minutes in the loop")
+    optim.add_argument("--batch", type=int, default=16, help="slices a step")
+    optim.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    optim.add_argument("--ema", type=float, default=0.99, help="decay a step of the averaged weights")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", help="output folder (default runs/seg; of a study runs/study)")
+    run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
+    run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
+    run.add_argument("--validate-every", type=int, default=150, help="steps between two validations")
+    study = parser.add_argument_group("study")
+    study.add_argument("--study", action="store_true", help="compare training sets, not train one segmenter")
+    study.add_argument("--seeds", type=int, default=3, help="trainings of every kind")
+    study.add_argument("--patients", nargs="+", default=["2", "10", "all"], help="how many real training patients")
+    study.add_argument("--test-scanner", choices=sorted(bs.SCANNERS), help="test on the same phantoms in this scanner")
+    study.add_argument("--generator-steps", type=int, default=400, help="training steps of each generator")
+    study.add_argument("--made", type=int, default=24, help="synthetic cases a set")
+    study.add_argument("--calls", type=int, default=10, help="network calls a slice when they are sampled")
+    study.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour", help="what the generator is told")
+    args = parser.parse_args(argv)
+    if args.steps is None and args.minutes is None:
+        args.steps = STUDY_STEPS if args.study else STEPS
+    args.out = args.out or ("runs/study" if args.study else "runs/seg")
+    bs.require_positive(args, "phantoms", "resolution", "fov", "steps", "minutes", "batch", "lr", "validate_every",
+                        "seeds", "generator_steps", "made", "calls")
+    if not 0 <= args.synthetic_share <= 1:
+        raise bs.BadInput(f"--synthetic-share {args.synthetic_share}: goes from 0 to 1")
+    return args
+
+
+STUDY_STEPS = 200                               # of every segmenter of a study, whatever it is trained on
+
+
+def source(cache, rows, share=1.0):
+    """Where a part of every batch comes from: rows of a cache, those with tumour and the others apart."""
+    ill = bs.has_label(cache, rows, 2)
+    return SimpleNamespace(cache=cache, tumour=rows[ill], other=rows[~ill], share=share)
+
+
+def draw_batch(sources, args, step):
+    """The slices of one step: images float (B, C, R, R) in [-1, 1] and labels int (B, R, R) in 0..3."""
+    parts, left = [], args.batch
+    for i, its in enumerate(sources):
+        count = left if i + 1 == len(sources) else round(args.batch * its.share)
+        rows = bs.batch_rows(its.tumour, its.other, args.tumour_share, (args.seed, i), step, count)
+        parts.append(its.cache.batch(rows))
+        left -= count
+    images, classes = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return bs.augment(images, (classes - 1).clamp(min=0), args.augment, (args.seed, "augment", step))
+
+
+def validate(segmenter, cache):
+    """Mean Dice over WT, TC, ET and the validation cases, whole volumes on the model's grid; NaN without."""
+    scores = []
+    for entry in (c for c in cache.cases if c["part"] == "val"):
+        rows = np.arange(entry["first"], entry["first"] + entry["count"])
+        images, classes, _ = cache.batch(rows)
+        predicted = bs.labels_of(segmenter.probability(images).movedim(1, 0), segmenter.net.predict)
+        truth = bs.regions_of((classes - 1).clamp(min=0))
+        scores += [bs.dice(a, b) for a, b in zip(bs.regions_of(predicted), truth)]
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def fit(args, sources, cache, device, trained_on=None):
+    """Train one segmenter on `sources`, validated on the val cases of `cache` -> (Segmenter with the best
+    weights, Pace). trained_on: hashes for its checkpoint; without them nothing is written (the study)."""
+    torch.manual_seed(args.seed)
+    network = {"depth": args.depth, "channels": len(cache.meta["modalities"]), "predict": args.predict}
+    net = bs.ResUNet(**network).to(device, memory_format=torch.channels_last)
+    ema = bs.EMA(net, args.ema)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=bs.has_fused_optimiser(device))
+    keep, state, best = trained_on is not None, None, {"dice": -1.0, "step": 0}
+    if keep:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        state = bs.resume(args, "seg", trained_on, net, ema, optimizer)
+    if state:
+        best = state["best"]
+    elif args.weights:
+        bs.load_encoder(net.encoder, args.depth, args.weights)
+        ema = bs.EMA(net, args.ema)
+    pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
+    book = bs.LogBook(args.out, pace.step, ("val_dice",)) if keep else None
+    if keep:
+        print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | ResNet-{args.depth} U-Net, "
+              f"{bs.count_parameters(net) / 1e6:.1f} M parameters | training slices "
+              + ", ".join(f"{len(s.tumour) + len(s.other)} ({len(s.tumour)} with tumour)" for s in sources))
+    weights, stop = None, bs.catch_signals() if keep else []
+
+    def save():
+        bs.save_checkpoint(args.out, {
+            "kind": "seg", "version": bs.__version__, "step": pace.step, "seconds": pace.seconds,
+            "args": bs.kept_arguments(args), "network": network, "weights": net.state_dict(), "ema": ema.weights,
+            "optimizer": optimizer.state_dict(), "best": best, "trained_on": trained_on})
+
+    while pace.progress() < 1 and not stop:
+        # ------------------------------------------------------------------ one training step ---
+        images, labels = bs.to_device(device, *draw_batch(sources, args, pace.step))    # (B, C, R, R), (B, R, R)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = bs.learning_rate(args.lr, pace.progress(), pace.step)
+        with bs.fast_math(device):
+            logits = net(images)                                                        # (B, K, R, R)
+        loss = bs.segmentation_loss(logits, labels, args.predict)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        pace.tick()
+        ema.update(net, pace.step)
+        # ---------------------------------------------------------------------------------------
+        score = float("nan")
+        if pace.step % args.validate_every == 0 or pace.progress() >= 1:
+            twin = ema.copy_of(net, pace.step)
+            score = validate(bs.Segmenter(twin, args.resolution, args.fov, device), cache)
+            if not score <= best["dice"]:                       # NaN: nobody to validate on, the last one counts
+                best, weights = {"dice": score, "step": pace.step}, twin.state_dict()
+                if keep:
+                    bs.replace_file(Path(args.out) / "best.pt", lambda path: torch.save({
+                        "kind": "seg", "version": bs.__version__, **best, "args": bs.kept_arguments(args),
+                        "network": network, "weights": weights, "resolution": args.resolution, "fov": args.fov,
+                        "trained_on": trained_on}, path))
+        if keep:
+            book.add(loss.view(1))
+            if pace.due("log", 5) or score == score or pace.progress() >= 1:
+                text = book.line(pace.step, lr, args.batch, pace.seconds, (score,))[1]
+                pace.say(text + (f" | validation Dice {score:.3f}" if score == score else ""))
+            if pace.step == 1 or pace.due("save", 60):
+                save()                          # step 1 finds a full or read-only disk at once
+    if keep:
+        save()
+    if stop:
+        print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
+        sys.exit(128 + stop[0])
+    if keep:
+        return bs.load_segmenter(args.out, device), pace
+    net.load_state_dict(weights)
+    return bs.Segmenter(net.eval(), args.resolution, args.fov, device), pace
+
+
+def close(args, segmenter, split, pace):
+    """What a run ends with: every held-out case segmented on its own grid, table, CSV, pictures."""
+    out, part = Path(args.out), "test" if split["test"] else "val"
+    cases, pictures = split[part] or split["train"], {}
+    who = f"{len(cases)} {part if split[part] else 'training'} cases"
+
+    def see(case, got, predicted):
+        bs.write_labels(out / "predictions" / f"{case.case}_prediction.nii.gz", predicted, case, got["grid"].affine)
+        truth, guess = bs.to_slices(got["labels"]), bs.to_slices(predicted)
+        at = int(((truth > 0) | (guess > 0)).sum((1, 2)).argmax())
+        scans = [got["grid"].grow(got["images"][at, bs.MODALITIES.index(m)] / 127.5 - 1.0) for m in ("t1ce", "flair")]
+        pictures[case.case] = [*scans, bs.overlay(scans[0], truth[at]), bs.overlay(scans[0], guess[at])]
+
+    rows = segmenter.evaluate(segmenter.prepare(cases), see)
+    mean = {name: np.mean([row["dice"] for row in rows if row["case"] == name]) for name in pictures}
+    order = sorted(mean, key=mean.get)
+    shown = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, min(6, len(order))).astype(int))]
+    bs.draw_rows(out / "predictions.png", [pictures[name] for name in shown],
+                 ["t1ce", "flair", "truth", "prediction"], "tumour", "held-out cases, worst (above) to best")
+    bs.write_csv(out / "cases.csv", rows)
+    log = bs.read_log(out / "log.csv")
+    lines = {"loss": ([r["step"] for r in log], [r["loss"] for r in log])}
+    checked = [r for r in log if r["val_dice"] == r["val_dice"]]
+    dices = {"validation cases": ([r["step"] for r in checked], [r["val_dice"] for r in checked])}
+    bs.draw_lines(out / "curves.png", [("Dice + cross-entropy", "log", lines), ("mean Dice of WT, TC, ET", "linear", dices)])
+    bs.write_json(out / "closing.json", {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "cases": who,
+                                         **bs.summarise(rows)})
+    print(f"--- {who}, whole volumes on their own grid, after {pace.step} steps in {pace.seconds / 60:.1f} minutes")
+    print("\n".join(bs.table_of(rows)))
+    for name in ("best.pt", "cases.csv", "predictions.png", "predictions", "curves.png", "closing.json"):
+        print(f"wrote: {out / name}")
+
+
+def synthetic_cache(folder, split, args):
+    """The cache of a folder of synthetic cases. Refused are cases that owe anything, through their
+    label map or their generator, to a validation or test patient."""
+    cases = bs.find_cases(folder)
+    held = [bs.label_hash(labels, bs.brain_mask(scans, case.folder) | (labels > 0))
+            for case in split["val"] + split["test"] for scans, labels, _ in [bs.read_case(case)]]
+    bad = [case.case for case in cases if bs.contaminated(case, held)]
+    if bad:
+        raise bs.BadInput(f"{folder}: {len(bad)} of {len(cases)} cases ({bad[0]} for one) come from label maps or a "
+                          "generator that used validation or test patients; make them from training cases alone")
+    return bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour",
+                          {"train": cases, "val": [], "test": []})
+
+
+def main(argv=None):
+    """One training run, start to end, resumed where one was begun; or a study."""
+    args = parse_arguments(argv)
+    device = bs.pick_device(args.device)
+    cases, split = bs.find_data(args)
+    made = [case.case for part in ("val", "test") for case in split[part] if case.case.startswith("BraTS-SYN-")]
+    if made:
+        raise bs.BadInput(f"{made[0]} is synthetic and would be validated or tested on; keep real cases alone in --data")
+    if args.study:
+        return study(args, split, device)
+    cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour", split)
+    sources = [source(cache, cache.part("train"))]
+    trained_on = {c["hash"] for c in cache.cases if c["part"] == "train"}
+    if args.synthetic:
+        made = synthetic_cache(args.synthetic, split, args)
+        print(f"synthetic: {len(made.cases)} cases, {args.synthetic_share:.0%} of every batch")
+        trained_on |= {c["hash"] for c in made.cases}
+        sources = [source(made, made.part("train"), args.synthetic_share), *sources]
+    segmenter, pace = fit(args, sources, cache, device, sorted(trained_on))
+    close(args, segmenter, split, pace)
+
+
+if __name__ == "__main__":
+    bs.run_script(main)

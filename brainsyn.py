@@ -137,15 +137,18 @@ def replace_file(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def label_hash(labels, brain):
-    """sha256 (hex) of a label map: uint8 (X, Y, Z) in canonical axes, values 0..3; shape included.
+def case_hashes(labels, brain):
+    """sha256 (hex) of a label map, uint8 (X, Y, Z) in canonical axes, values 0..3, and of a brain's
+    outline, bool (X, Y, Z); shapes included.
 
-    It is how a synthetic case says which label map it came from without naming a patient, and how
-    a checkpoint says which ones it was trained on. Maps without any tumour would all look alike: there
-    the brain's outline, bool (X, Y, Z), is hashed instead.
+    It is how a synthetic case says where its labels and outline came from without naming a patient, and
+    how a checkpoint says which ones it was trained on. Maps without any tumour all look alike: there the
+    outline's hash stands for both.
     """
-    labels = np.ascontiguousarray(labels if np.any(labels) else brain, dtype=np.uint8)
-    return hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
+    labels, brain = [np.ascontiguousarray(volume, dtype=np.uint8) for volume in (labels, brain)]
+    of_labels, of_brain = [hashlib.sha256(repr(volume.shape).encode() + volume.tobytes()).hexdigest()
+                           for volume in (labels, brain)]
+    return (of_labels if labels.any() else of_brain), of_brain
 
 
 # ================================================================================================
@@ -552,13 +555,18 @@ def standard_labels(labels, modern, path="labels"):
     return np.where(rounded == 4, 3, rounded).astype(np.uint8)
 
 
+def read_labels(case):
+    """The label map of a Case: uint8 (X, Y, Z) in 0..3, canonical, and its affine."""
+    labels, affine = read_nifti(case.files["seg"])
+    return standard_labels(labels, case.modern, case.files["seg"]), affine
+
+
 def read_case(case):
     """Read one Case: scans float32 (C, X, Y, Z) as stored, labels uint8 (X, Y, Z) in 0..3 (0 where the
     case has none), affine. All canonical (RAS+). BadInput when shapes or affines of the files differ.
     """
     if "seg" in case.files:
-        labels, affine = read_nifti(case.files["seg"])
-        labels = standard_labels(labels, case.modern, case.files["seg"])
+        labels, affine = read_labels(case)
     else:
         first, affine = read_nifti(case.files["t1"])
         labels = np.zeros(first.shape, np.uint8)
@@ -590,6 +598,12 @@ def brain_mask(scans, where="scans"):
                            "there; run a skull-stripping tool first")
         brain |= scan != values[counts.argmax()]
     return brain
+
+
+def hashes_of(case):
+    """case_hashes of a Case on disk: (of its label map, of its outline)."""
+    scans, labels, _ = read_case(case)
+    return case_hashes(labels, brain_mask(scans, case.folder))
 
 
 # Where the median of a brain goes in 0..255: about where it lay on average in 30 BraTS cases of 2018
@@ -740,12 +754,13 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     those read. Where they uncover brain, tissue is that of the mirrored side.
     Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8 (D, R, R), values index
     CONDITIONS[condition]; position float32 (D,) in [-1, 1] along the brain, beyond it outside;
-    labels uint8 and brain bool (X, Y, Z) on the grid of the files; hash: label_hash of the labels read; grid;
-    cut: share of brain voxels outside the field of view.
+    labels uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
+    read; grid; cut: share of brain voxels outside the field of view.
     """
     scans, labels, affine = read_case(case)
-    brain = brain_mask(scans, case.folder) | (labels > 0)
-    digest, ill = label_hash(labels, brain), labels > 0
+    brain = brain_mask(scans, case.folder)
+    hashes, ill = case_hashes(labels, brain), labels > 0
+    brain |= ill
     if relabel is not None:
         labels = relabel(labels, brain, affine)
     names = CONDITIONS[condition]
@@ -777,7 +792,7 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
     cut = 1 - area.sum() * np.prod(grid.step) / brain.sum()
     return {"images": images, "classes": classes, "position": position.astype(np.float32),
-            "labels": labels, "brain": outline, "hash": digest, "grid": grid, "cut": float(cut)}
+            "labels": labels, "brain": outline, "hashes": hashes, "grid": grid, "cut": float(cut)}
 
 
 def split_patients(cases, split_file=None):
@@ -828,7 +843,7 @@ class Cache:
     """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
 
     rows      uint8 (N, C + 1, R, R): C modalities, then the class map; slices without brain left out
-    cases     list of dicts, one a case: case, patient, part (train/val/test), hash (label_hash),
+    cases     list of dicts, one a case: case, patient, part (train/val/test), hash (of case_hashes),
               first, count (its rows), position [count floats]
     """
 
@@ -878,7 +893,7 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
         got = prepare_case(case, resolution, fov, condition)
         keep = (got["classes"] > 0).mean((1, 2)) > 0.01
         block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-        return case, block, got["position"][keep], got["hash"], got["cut"]
+        return case, block, got["position"][keep], got["hashes"][0], got["cut"]
 
     try:
         with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -1740,22 +1755,23 @@ def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
     return sum(scores) / len(scores) if scores else 1.0
 
 
-def score_case(predicted, truth, spacing):
+def score_case(predicted, truth, spacing, full=True):
     """All figures of one case: {region: {figure: number}}. predicted, truth: labels int (X, Y, Z) in
-    0..3, spacing: mm a voxel (3,)."""
+    0..3, spacing: mm a voxel (3,). full: HD95 and lesion-wise Dice too, which take most of the time."""
     ml = math.prod(float(s) for s in spacing) / 1000
     out = {}
     for region, a, b in zip(REGIONS, regions_of(torch.as_tensor(predicted)), regions_of(torch.as_tensor(truth))):
         volumes = int(a.sum()) * ml, int(b.sum()) * ml
-        out[region] = {"dice": dice(a, b), "hd95_mm": hd95(a, b, spacing), "sensitivity": sensitivity(a, b),
-                       "lesion_dice": lesion_dice(a, b, spacing), "predicted_ml": volumes[0], "true_ml": volumes[1],
-                       "volume_error_ml": abs(volumes[0] - volumes[1])}
+        out[region] = {"dice": dice(a, b), "sensitivity": sensitivity(a, b), "predicted_ml": volumes[0],
+                       "true_ml": volumes[1], "volume_error_ml": abs(volumes[0] - volumes[1])}
+        if full:
+            out[region] |= {"hd95_mm": hd95(a, b, spacing), "lesion_dice": lesion_dice(a, b, spacing)}
     return out
 
 
 @dataclass
 class Segmenter:
-    """A trained ResUNet, the grid it was trained on, and the label_hash of every case it has seen."""
+    """A trained ResUNet, the grid it was trained on, and the hashes of the label maps it has seen."""
     net: ResUNet
     resolution: int
     fov: float
@@ -1774,6 +1790,16 @@ class Segmenter:
             out.append((logits.float().sigmoid() if self.net.predict == "regions" else logits.float().softmax(1)).cpu())
         return torch.cat(out)
 
+    @torch.no_grad()
+    def features(self, images, batch=64):
+        """images float (N, C, R, R) in [-1, 1] -> the encoder's last output averaged over each slice, (N, F)."""
+        out = []
+        for part in images.split(batch):
+            part, = to_device(self.device, part)
+            with fast_math(self.device):
+                out.append(self.net.encoder(part)[-1].float().mean((2, 3)).cpu())
+        return torch.cat(out)
+
     def segment(self, got):
         """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the scans:
         probabilities are brought back linearly, then decided; never outside the brain."""
@@ -1787,14 +1813,15 @@ class Segmenter:
         for case in cases:
             yield case, prepare_case(case, self.resolution, self.fov, "tumour")
 
-    def evaluate(self, prepared, see=None):
+    def evaluate(self, prepared, see=None, full=True):
         """Segment and score cases on their own grid: [{"case": name, "region": "WT", "dice": ..., ...}], three
-        rows a case. prepared: from prepare; see: function (Case, got, predicted labels), called for each."""
+        rows a case. prepared: from prepare; see: function (Case, got, predicted labels), called for each;
+        full: as score_case."""
         rows = []
         for case, got in prepared:
             predicted = self.segment(got)
             spacing = np.linalg.norm(got["grid"].affine[:3, :3], axis=0)
-            figures = score_case(predicted, got["labels"], spacing)
+            figures = score_case(predicted, got["labels"], spacing, full)
             rows += [{"case": case.case, "region": region, **its} for region, its in figures.items()]
             if see is not None:
                 see(case, got, predicted)
@@ -1847,12 +1874,13 @@ def find_data(args):
 
 # What may differ when a run is resumed; the data are compared by the label maps' hashes instead, so
 # that a checkpoint holds no path.
-FREE_TO_CHANGE = {"out", "device", "steps", "minutes", "guidance", "sample_every", "data", "split", "synthetic", "weights"}
+PATHS = ("data", "split", "out", "synthetic", "weights")
+FREE_TO_CHANGE = {*PATHS, "device", "steps", "minutes", "guidance", "sample_every"}
 
 
 def kept_arguments(args):
     """What of the arguments goes into a checkpoint: all but paths."""
-    return {k: v for k, v in vars(args).items() if k not in ("data", "split", "out", "synthetic", "weights")}
+    return {k: v for k, v in vars(args).items() if k not in PATHS}
 
 
 def resume(args, kind, trained_on, net, ema, optimizer):
@@ -2003,7 +2031,8 @@ def learning_rate(peak, progress, step, warmup=50):
 class EMA:
     """Running mean of a network's parameters, float32 on the CPU, whatever the network runs on.
 
-    Parameters only: no schedule, and no buffer (a batch norm's statistics are a running mean already). Every k-th step counts the newest copy k times, with
+    Parameters only: no schedule, and no buffer (a batch norm's statistics are a running mean already).
+    Every k-th step counts the newest copy k times, with
     decay^k: where weights move slowly the same as every step, at 1/k of the cost. The decay at a
     step is min(decay, (1 + step) / (10 + step)): a short run averages its last tenth instead of
     remembering its random start.
@@ -2207,9 +2236,10 @@ def edit_labels(labels, affine, brain, edit, rng, home=None):
     labels, affine   the tumour and where its voxels lie, canonical
     brain            bool: the outline the tumour shall lie in; `home`: its affine where it is another
                      brain (pasting): the tumour keeps its place relative to the outline's middle and size
-    edit             any of: scale (factor on lengths), rotate (degrees, seen from below), shift (mm to the
-                     right, front, head), mirror (left for right), elastic (mm, spread of a smooth random
-                     displacement), drop and add (a label). rng: numpy Generator, for elastic.
+    edit             any of: scale (factor on lengths), rotate (degrees counter-clockwise, seen from the
+                     head), shift (mm to the right, front, head), mirror (left for right), elastic (mm,
+                     spread of a smooth random displacement), drop and add (a label)
+    rng              numpy Generator, for elastic
 
     Dropped NCR turns into ET and ET into NCR, dropped ED into brain. Added: ED as a rim of 6 mm around
     the tumour, ET as the outer 3 mm of the tumour core, NCR as what lies deeper than 3 mm in it. In the
@@ -2273,17 +2303,17 @@ def balanced_target(number, count, low, high):
 
 
 def edit_to_volume(labels, affine, brain, name, target, edit, seed):
-    """An edit whose scale makes `name` (a label or region) measure `target` mL -> (labels, edit).
+    """edit_labels with the scale that makes `name` (a label or region) measure `target` mL.
 
     The first guess is the cube root of the ratio; what the brain's edge cuts off is made up for in
-    three more rounds, within 0.4 to 2.5 times the length. The result may still miss: measure it.
+    four more rounds, within 0.4 to 2.5 times the length. The result may still miss: measure it.
     """
-    scale = 1.0
-    for _ in range(4):
+    scale = edit.get("scale", 1.0)
+    for _ in range(5):
         edit = {**edit, "scale": round(float(np.clip(scale, 0.4, 2.5)), 4)}
         out = edit_labels(labels, affine, brain, edit, np.random.default_rng(seed))
         scale = edit["scale"] * (target / max(volume_ml(out, affine, name), 1e-2)) ** (1 / 3)
-    return out, edit
+    return out
 
 
 # ================================================================================================
@@ -2510,6 +2540,12 @@ def roughness(volume, classes):
     return (step.sum() / (same.sum() * volume.shape[1]).clamp(min=1) / brain.std(1).mean()).item()
 
 
+def mean_roughness(prepared):
+    """Mean roughness over cases. prepared: list of (Case, what prepare_case returns)."""
+    return float(np.mean([roughness(torch.from_numpy(got["images"]).float() / 127.5 - 1,
+                                    torch.from_numpy(got["classes"])) for _, got in prepared]))
+
+
 def judge_slices(real, sampled, classes, condition):
     """The closing figures of a run: {name: value}. real, sampled (N, C, H, W) in [-1, 1] on the
     same label maps classes (N, H, W). NaN where there is nothing to measure."""
@@ -2599,6 +2635,43 @@ def modality_correlation(images, classes, n_classes, voxels=200):
         if inside.shape[1] >= voxels:
             out[k - 1] = torch.corrcoef(inside)[first, second]
     return out
+
+
+def equal_sets(prepared, most=600):
+    """Sets of slices of equal size, for figures that depend on it. prepared: {who: list of (Case, what
+    prepare_case returns)} -> {who: {"images" (N, C, R, R) in [-1, 1], "classes" (N, R, R), "position" (N,),
+    "case" (N,)}}: N <= most slices with brain on 5% of the picture, spread evenly over each set."""
+    sets = {}
+    for who, cases in prepared.items():
+        keep = [(got["classes"] > 0).mean((1, 2)) > 0.05 for _, got in cases]
+        gather = lambda name: np.concatenate([got[name][k] for (_, got), k in zip(cases, keep)])
+        sets[who] = {"images": gather("images"), "classes": gather("classes"), "position": gather("position"),
+                     "case": np.repeat(np.arange(len(cases)), [k.sum() for k in keep])}
+    count = min(most, *(len(its["case"]) for its in sets.values()))
+    for its in sets.values():
+        pick = np.linspace(0, len(its["case"]) - 1, count).astype(int)
+        its.update({name: torch.from_numpy(values[pick]) for name, values in its.items()})
+        its["images"] = its["images"].float() / 127.5 - 1
+    return sets
+
+
+def compare_sets(segmenter, real, other):
+    """How far apart two sets of slices (from equal_sets) are, in the features of a segmenter and in how
+    modalities go together inside each label: {figure: number}."""
+    a, b = [segmenter.features(its["images"]) for its in (real, other)]
+    between = [modality_correlation(its["images"], its["classes"], 5) for its in (real, other)]
+    return {"Frechet distance": frechet_distance(a, b), "kernel distance": kernel_distance(a, b),
+            **precision_recall(a, b),
+            "modality correlation, mean error": (between[0] - between[1]).abs().nanmean().item()}
+
+
+def pair_similarity(its, pairs=200):
+    """Mean MS-SSIM of pairs of slices from different cases at about the same height in the brain: the lower,
+    the more varied a set is. its: from equal_sets."""
+    picks = np.random.default_rng(0).integers(0, len(its["case"]), pairs)
+    partner = [int(((its["position"] - its["position"][i]).abs() + 9 * (its["case"] == its["case"][i])).argmin())
+               for i in picks]
+    return ms_ssim(its["images"][picks], its["images"][partner]).mean().item()
 
 
 def rank_correlation(a, b):

@@ -1,11 +1,14 @@
-"""Make synthetic four-modality brain MRI from label maps with a trained generator.
+"""Make synthetic four-modality brain MRI from label maps with a trained generator; close the loop; judge.
 
     python sample.py                                        fresh phantoms' label maps, 4 cases
     python sample.py --checkpoint runs/ddpm --labels DIR --count 4 --steps 20 --out synthetic
+    python sample.py --scan CASE_DIR --segmenter runs/seg --checkpoint runs/ddpm --out loop
+    python sample.py --judge synthetic --segmenter runs/seg
 
-Reads     a checkpoint of train_ddpm.py; label maps (and brain outlines) from BraTS cases in --labels
+Reads     a checkpoint of train_ddpm.py; label maps (and brain outlines) from BraTS cases in --labels, as
+          they are or edited; or scans without labels, which --segmenter of train_seg.py labels first
 Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI, a JSON sidecar that says
-          how the case was made, and out/contact_sheet.png
+          how the case was made, and out/contact_sheet.png (loop.png); --judge: judge.json, judge.png
 Again     the same command makes only what is missing; finished cases are never touched
 """
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,16 +31,28 @@ FRESH = 500_000                                 # phantoms for labels come from 
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default."""
-    default = bs.SAMPLING
+    default, names = bs.SAMPLING, (*bs.LABELS, *bs.REGIONS)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("label maps")
     data.add_argument("--labels", help="folder of BraTS cases whose label maps are used, in the order of "
                       "their names; without it those of fresh phantoms")
+    data.add_argument("--part", choices=["train", "val", "test"], help="only of this part of the split of --labels")
+    data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
     data.add_argument("--count", type=int, default=4, help="how many cases to make")
     data.add_argument("--native", action="store_true", help="write on the label map's own grid, not the model's")
+    data.add_argument("--scan", help="folder of scans without labels: segmented, then synthesised (the closed loop)")
+    edit = parser.add_argument_group("edited label maps")
+    edit.add_argument("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) rotate=15 "
+                      "(degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")
+    edit.add_argument("--paste", metavar="DIR", help="cases whose tumours are put into the brains of --labels")
+    edit.add_argument("--balance", choices=names, help="spread this volume evenly over the set, by choice and scale")
+    edit.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                      help="mL that --balance spans (default: what the label maps span)")
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", default="runs/ddpm", help="folder of a run, or a checkpoint file")
+    model.add_argument("--segmenter", nargs="+", default=["runs/seg"], help="run of train_seg.py, for --scan and "
+                       "--judge; with five or more, --judge asks how well synthetic cases rank them")
     model.add_argument("--steps", type=int, default=default["steps"], help="network calls a slice (twice where guided)")
     model.add_argument("--sampler", choices=["ddim", "ddpm", "dpmpp"], default=default["sampler"])
     model.add_argument("--eta", type=float, default=default["eta"], help="noise added by ddim: 0 none .. 1 as ddpm")
@@ -46,30 +62,88 @@ def parse_arguments(argv=None):
                        help="guidance acts while t/T lies between these")
     model.add_argument("--coherence", type=float, default=default["coherence"],
                        help="mm along z over which noise agrees; 0: every slice on its own")
+    judge = parser.add_argument_group("judging")
+    judge.add_argument("--judge", metavar="SYN", help="folder of synthetic cases to judge, instead of making some")
+    judge.add_argument("--data", help="real cases to judge by (split as in training); without it phantoms")
+    judge.add_argument("--phantoms", type=int, default=60, help="how many phantoms --judge compares with")
+    judge.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre they come from")
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="synthetic", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="noise follows from it and the case number")
     run.add_argument("--batch", type=int, default=32, help="slices a network call, for memory only")
     run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
     args = parser.parse_args(argv)
-    bs.require_positive(args, "count", "steps", "batch")
+    bs.require_positive(args, "count", "steps", "batch", "phantoms")
     if args.steps > bs.T or not 0 <= args.eta <= 1:
         raise bs.BadInput(f"--steps goes up to {bs.T}, --eta from 0 to 1")
+    if args.range and not 0 < args.range[0] < args.range[1]:
+        raise bs.BadInput("--range wants two volumes in mL, the smaller one first")
+    if args.part and not args.labels or args.paste and args.balance or args.range and not args.balance:
+        raise bs.BadInput("--part needs --labels, --range needs --balance, and --paste goes without --balance")
+    if args.edit != ["random"]:
+        bs.parse_edit(args.edit)                # says now what is wrong with it
     return args
 
 
-def label_source(number, sources, scratch, scanner):
-    """The Case whose label map synthetic case `number` gets: one of --labels, or a fresh phantom."""
-    if sources:
-        return sources[number % len(sources)]
-    folder = Path(scratch) / str(number)
-    bs.write_phantom(folder, FRESH + number, scanner)
-    return bs.find_cases(folder)[0]
+def label_sources(args, scratch, scanner):
+    """Function: number of a synthetic case -> the Case whose label map and outline it gets."""
+    if args.labels:
+        cases = bs.find_cases(args.labels)
+        if args.part:
+            cases = bs.split_patients(cases, args.split)[args.part]
+        if not cases:
+            raise bs.BadInput(f"{args.labels}: no case is in part {args.part}; choose another --part or --split")
+        return lambda number: cases[number % len(cases)]
+
+    def fresh(number):
+        folder = Path(scratch) / str(number)
+        if not folder.exists():
+            bs.write_phantom(folder, FRESH + number, scanner)
+        return bs.find_cases(folder)[0]
+
+    return fresh
 
 
-def make_case(args, number, case, denoiser, state, facts):
-    """Sample one case and write it. Returns slice-to-slice roughness of (source scans, sample)."""
-    got = bs.prepare_case(case, state["resolution"], state["fov"], state["condition"])
+def plan(args, number, of_number, donors, volumes):
+    """What synthetic case `number` is made of: a namespace with case (gives scans and outline), donor (gives
+    the tumour), relabel (as prepare_case wants it, or None) and facts for the sidecar.
+
+    donors: cases for --paste; volumes: [(Case, mL)] for --balance.
+    """
+    key = [args.seed, number]
+    edit = bs.random_edit(np.random.default_rng([*key, 1])) if args.edit == ["random"] else bs.parse_edit(args.edit)
+    case, relabel, asked = of_number(number), None, {}
+    donor = case
+    if args.balance:
+        low, high = args.range or (min(ml for _, ml in volumes), max(ml for _, ml in volumes))
+        target = round(bs.balanced_target(number, args.count, low, high), 2)
+        factor = [(target / ml) ** (1 / 3) for _, ml in volumes]            # on lengths: mild ones first
+        near = [i for i, f in enumerate(factor) if 0.7 < f < 1.4] or [int(np.argmin(np.abs(np.log(factor))))]
+        case = donor = volumes[near[int(np.random.default_rng([*key, 2]).integers(len(near)))]][0]
+        asked = {args.balance: target}
+
+        def relabel(labels, brain, affine):
+            return bs.edit_to_volume(labels, affine, brain, args.balance, target, edit, [*key, 3])
+    elif args.paste:
+        others = [c for c in donors if c.case != case.case] or donors
+        donor = others[number % len(others)]
+
+        def relabel(labels, brain, affine):
+            scans, tumour, its_affine = bs.read_case(donor)
+            place = bs.relative_place(tumour, its_affine, bs.brain_mask(scans, donor.folder), brain, affine)
+            return bs.edit_labels(tumour, its_affine, brain, {**edit, "place": place.tolist()},
+                                  np.random.default_rng([*key, 3]), affine)
+    elif edit:
+        def relabel(labels, brain, affine):
+            return bs.edit_labels(labels, affine, brain, edit, np.random.default_rng([*key, 3]))
+    return SimpleNamespace(case=case, donor=donor, relabel=relabel,
+                           facts={"Edits": edit, "Pasted": bool(args.paste), "RequestedML": asked})
+
+
+def make_case(args, number, its, denoiser, state, facts):
+    """Sample one case as planned (see plan) and write it. Returns what was prepared, the images float
+    (D, C, R, R), the sidecar, and slice-to-slice roughness of (source scans, sample)."""
+    got = bs.prepare_case(its.case, state["resolution"], state["fov"], state["condition"], its.relabel)
     grid, classes = got["grid"], torch.from_numpy(got["classes"]).long()                # (D, R, R)
     thickness = float(np.linalg.norm(grid.affine[:3, 2]))
     brain = torch.where((classes > 0).any(2).any(1))[0]
@@ -84,14 +158,15 @@ def make_case(args, number, case, denoiser, state, facts):
         first_lesion = len(state["classes"]) - len(bs.LABELS)
         labels = np.clip(got["classes"].astype(int) - first_lesion + 1, 0, None)
         written, outline, affine = images, got["classes"], grid.model_affine()
-    counts = bs.image_counts(written, outline)
-    digest = bs.label_hash(got["labels"])                   # maps without tumour are all the same one
-    facts = {**facts, "LabelMapSHA256": digest,
-             "LabelMapUsedInTraining": bool(got["labels"].any()) and digest in state["trained_on"]}
-    bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)),
-                  bs.from_slices(labels).astype(np.uint8), affine, facts)
+    counts, labels = bs.image_counts(written, outline), bs.from_slices(labels).astype(np.uint8)
+    of_labels = got["hashes"][0] if its.donor is its.case else bs.hashes_of(its.donor)[0]
+    facts = {**facts, "LabelMapSHA256": of_labels, "BrainSHA256": got["hashes"][1],
+             "LabelMapUsedInTraining": of_labels in state["trained_on"],
+             "VolumesML": {name: round(bs.volume_ml(labels, affine, name), 3) for name in (*bs.LABELS, "TC", "WT")},
+             "GeneratorTrainedOn": [digest[:16] for digest in state["trained_on"]]}
+    bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
     source = torch.from_numpy(got["images"]).float() / 127.5 - 1
-    return bs.roughness(source, classes), bs.roughness(images, classes)
+    return got, images, facts, (bs.roughness(source, classes), bs.roughness(images, classes))
 
 
 def sampling(args):
@@ -132,44 +207,168 @@ def contact_sheet(folder):
                  "SYNTHETIC: made by brainsyn, no patient was scanned")
 
 
-def main(argv=None):
-    """Make the cases that are missing, then draw the contact sheet of all."""
-    args = parse_arguments(argv)
-    device = bs.pick_device(args.device)
+def load_generator(args, device):
+    """-> (Denoiser, checkpoint, what a sidecar says of model and settings)."""
     state = bs.load_checkpoint(args.checkpoint)
     net = bs.UNet(**state["network"])
     net.load_state_dict(state["ema"])
     net = net.to(device, memory_format=torch.channels_last).eval()
-    denoiser = bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device)
     common = {"SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",
               "CheckpointSHA256": hashlib.sha256(Path(state["file"]).read_bytes()).hexdigest(), "Seed": args.seed,
               **{k.capitalize(): v for k, v in sampling(args).items()},
               "Condition": state["condition"], "Grid": "native" if args.native else "model",
-              "LabelMaps": "cases" if args.labels else "phantoms", "Edits": []}
-    common = json.loads(json.dumps(common))                 # as it will be read back
-    sources = bs.find_cases(args.labels) if args.labels else None
-    rough, made = [], 0
+              "LabelMaps": "segmented" if args.scan else "cases" if args.labels else "phantoms"}
+    return bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device), state, common
+
+
+def make_set(args, device):
+    """Make the cases that are missing, then draw the contact sheet of all."""
+    denoiser, state, common = load_generator(args, device)
+    rough, made, asked = [], 0, []
     with tempfile.TemporaryDirectory() as scratch:
+        of_number = label_sources(args, scratch, state["args"]["scanner"])
+        donors = bs.find_cases(args.paste) if args.paste else []
+        donors = [case for case in donors if bs.read_labels(case)[0].any()]
+        volumes = {}
+        for case in (of_number(i) for i in range(args.count if args.balance else 0)):
+            if case.case not in volumes:
+                volumes[case.case] = case, bs.volume_ml(*bs.read_labels(case), args.balance)
+        volumes = [pair for pair in volumes.values() if pair[1] > 0]
+        if args.paste and not donors or args.balance and not volumes:
+            raise bs.BadInput("no label map shows what --paste or --balance asks for; use other cases")
         for number in range(args.count):
-            facts = {"Case": f"BraTS-SYN-{number:05d}-000", **common}
-            if sources:                                     # another --labels must not pass for this one
-                case = sources[number % len(sources)]
-                labels = bs.standard_labels(bs.read_nifti(case.files["seg"])[0], case.modern, case.files["seg"])
-                facts["LabelMapSHA256"] = bs.label_hash(labels)
+            its = plan(args, number, of_number, donors, volumes)
+            facts = json.loads(json.dumps({"Case": f"BraTS-SYN-{number:05d}-000", **common, **its.facts}))
+            if args.labels and (Path(args.out) / facts["Case"]).exists():
+                facts["LabelMapSHA256"] = bs.hashes_of(its.donor)[0]        # another --labels must not pass for this
             if already_there(args.out, facts):
                 continue
             started = time.time()
-            case = label_source(number, sources, scratch, state["args"]["scanner"])
-            rough.append(make_case(args, number, case, denoiser, state, facts))
+            _, _, facts, pair = make_case(args, number, its, denoiser, state, facts)
+            rough.append(pair)
+            asked += [(ml, facts["VolumesML"][name]) for name, ml in facts["RequestedML"].items()]
             made += 1
             print(f"{facts['Case']}: {time.time() - started:.0f} s, slice-to-slice roughness "
-                  f"{rough[-1][1]:.3f}, of the scans its labels come from {rough[-1][0]:.3f}", flush=True)
+                  f"{pair[1]:.3f}, of the scans its labels come from {pair[0]:.3f}", flush=True)
     contact_sheet(args.out)
     print(f"made {made} cases, {args.count - made} were there already")
     if rough:
         real, synthetic = np.mean(rough, 0)
         print(f"slice-to-slice roughness: {synthetic:.3f}\nslice-to-slice roughness of the source volumes: {real:.3f}")
+    if asked:
+        wanted, got = np.array(asked).T
+        print(f"{args.balance}: asked {wanted.min():.1f} to {wanted.max():.1f} mL, mean error "
+              f"{np.abs(wanted - got).mean():.2f} mL, correlation {bs.rank_correlation(wanted, got):.3f}")
     print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'contact_sheet.png'}")
+
+
+def close_loop(args, device):
+    """A scan without labels -> segmented -> a new case synthesised from the predicted labels; a picture."""
+    denoiser, state, common = load_generator(args, device)
+    segmenter, rows = bs.load_segmenter(args.segmenter[0], device), []
+    cases = bs.find_cases(args.scan, labelled=False)
+    for number, case in enumerate(cases):
+        case.files.pop("seg", None)                         # labels that lie there are not looked at
+        _, got = next(segmenter.prepare([case]))
+        predicted = segmenter.segment(got)
+        path = Path(args.out) / f"{case.case}_prediction.nii.gz"
+        bs.write_labels(path, predicted, case, got["grid"].affine)
+        volumes = {name: bs.volume_ml(predicted, got["grid"].affine, name) for name in bs.LABELS}
+        print(f"{case.case}: " + ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items()) + f" -> {path}")
+        facts = json.loads(json.dumps({"Case": f"BraTS-SYN-{number:05d}-000", **common}))
+        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted)
+        if (Path(args.out) / facts["Case"]).exists():
+            raise bs.BadInput(f"{Path(args.out) / facts['Case']} is there already; choose another --out")
+        got, images, *_ = make_case(args, number, its, denoiser, state, facts)
+        labels = np.clip(got["classes"].astype(int) - len(state["classes"]) + len(bs.LABELS) + 1, 0, None)
+        at = int(((labels > 0).sum((1, 2)) * 1000 + (got["classes"] > 0).sum((1, 2))).argmax())
+        scans = got["images"][at] / 127.5 - 1
+        rows += [[*scans], [bs.overlay(scan, labels[at]) for scan in scans], [*images[at]]]
+    bs.draw_rows(Path(args.out) / "loop.png", rows, bs.MODALITIES, "tumour",
+                 "scan, predicted labels, SYNTHETIC")
+    print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'loop.png'}")
+
+
+def known_truth(segmenters, made, held):
+    """Synthetic cases as known truth: does a segmenter's Dice on them say what it will be on real ones? A dict:
+    mean Dice of every segmenter on both, Spearman's rho (from five segmenters on), mean difference."""
+    pairs = []
+    for segmenter in segmenters:
+        scores = [np.mean([row["dice"] for row in segmenter.evaluate(segmenter.prepare(cases), full=False)])
+                  for cases in (made, held)]
+        pairs.append([float(score) for score in scores])
+    on_made, on_real = zip(*sorted(pairs))
+    return {"dice_on_synthetic": on_made, "dice_on_real": on_real,
+            "spearman": bs.rank_correlation(on_made, on_real) if len(pairs) >= 5 else float("nan"),
+            "mean_error": float(np.mean(np.abs(np.subtract(on_made, on_real))))}
+
+
+def held_out_cases(args, segmenters):
+    """The split of the real cases --judge compares with, its held-out cases, and their hashes. BadInput where
+    a segmenter was trained on one of those: the ceiling would be none."""
+    _, split = bs.find_data(SimpleNamespace(data=args.data, out=args.segmenter[0], phantoms=args.phantoms,
+                                            scanner=args.scanner, split=args.split))
+    held = split["test"] or split["val"]
+    hashes = [digest for case in held for digest in bs.hashes_of(case)]
+    if not held or any(segmenter.trained_on & set(hashes) for segmenter in segmenters):
+        raise bs.BadInput("no real case is held out from the segmenter; judge with the --data, --split or --phantoms "
+                          "it was trained with")
+    return split, held, hashes
+
+
+def judge(args, device):
+    """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json, judge.png."""
+    segmenters = [bs.load_segmenter(path, device) for path in args.segmenter]
+    first, made = segmenters[0], bs.find_cases(args.judge)
+    split, held, hashes = held_out_cases(args, segmenters)
+    owing = sum(bs.contaminated(case, hashes) for case in made)
+    prepared = {"synthetic": list(first.prepare(made)), "real": list(first.prepare(held)),
+                "training": list(first.prepare(split["train"][:len(held)]))}
+    dices = {who: {region: its["dice"] for region, its in bs.summarise(
+        first.evaluate(prepared[who], full=False)).items()} for who in ("synthetic", "real")}
+    sets = bs.equal_sets(prepared)
+    far = {"synthetic": bs.compare_sets(first, sets["real"], sets["synthetic"]),
+           "real": bs.compare_sets(first, sets["real"], sets["training"])}
+    own = {who: {"MS-SSIM of pairs (less: more varied)": bs.pair_similarity(sets[who]),
+                 "slice-to-slice roughness": bs.mean_roughness(prepared[who])} for who in ("synthetic", "real")}
+    print(f"{len(made)} synthetic cases against {len(held)} held-out real ones; sets of {len(sets['real']['case'])} "
+          f"slices; features: last stage of the encoder of {args.segmenter[0]}, averaged over the slice")
+    print(f"{'':36}{'synthetic':>10}{'real':>10}  real is")
+    report = {"synthetic_cases": len(made), "held_out_cases": len(held), "slices_a_set": len(sets["real"]["case"]),
+              "synthetic_cases_that_owe_to_held_out": owing, "synthetic": {}, "real": {}}
+    for figures, what in ((dices, "the same segmenter on held-out cases, which is the ceiling"),
+                          (far, "training cases against held-out ones, which is the floor"), (own, "held-out cases")):
+        for name in figures["real"]:
+            label = f"Dice {name}" if figures is dices else name
+            print(f"{label:36}{figures['synthetic'][name]:10.4f}{figures['real'][name]:10.4f}  {what}")
+            for who in ("synthetic", "real"):
+                report[who][label] = figures[who][name]
+    if owing:
+        print(f"note: {owing} synthetic cases come from a generator or label maps that used held-out cases")
+    shares = ["precision", "recall", "density", "coverage"]
+    panels = [("Dice against the labels", "linear",
+               {who: (list(its), list(its.values()), None) for who, its in dices.items()}),
+              ("against held-out cases, in feature space", "linear",
+               {who: (shares, [its[name] for name in shares], None) for who, its in far.items()})]
+    if len(segmenters) > 1:
+        report["known_truth"] = known = known_truth(segmenters, made, held)
+        on_made, on_real = known["dice_on_synthetic"], known["dice_on_real"]
+        panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
+                       {f"{len(on_made)} segmenters": (on_made, on_real, None), "equal": (on_made, on_made)}))
+        print("segmenters, mean Dice on synthetic / real: "
+              + ", ".join(f"{a:.3f} / {b:.3f}" for a, b in zip(on_made, on_real)))
+        print(f"as known truth: Spearman {known['spearman']:.2f} (needs five segmenters), "
+              f"mean error {known['mean_error']:.3f}")
+    bs.write_json(Path(args.judge) / "judge.json", report)
+    bs.draw_lines(Path(args.judge) / "judge.png", panels, "")
+    print(f"wrote: {Path(args.judge) / 'judge.json'}\nwrote: {Path(args.judge) / 'judge.png'}")
+
+
+def main(argv=None):
+    """One of the three: judge a set, close the loop over scans, make a set."""
+    args = parse_arguments(argv)
+    device = bs.pick_device(args.device)
+    (judge if args.judge else close_loop if args.scan else make_set)(args, device)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import torch
 import brainsyn as bs
 
 STEPS = 1200                                    # a run's length when neither bound is given
+STUDY_STEPS = 200                               # of every segmenter of a study, whatever it is trained on
+FEW = 5                                         # patients an interval needs before it may speak
 # What the study compares: which cases a batch is made of, and how they are augmented.
 ARMS = {"real": ("real", "standard"), "real + strong augmentation": ("real", "strong"),
         "synthetic": ("synthetic", "standard"), "real + synthetic": ("both", "standard"),
@@ -70,7 +72,8 @@ def parse_arguments(argv=None):
     study.add_argument("--generator-steps", type=int, default=400, help="training steps of each generator")
     study.add_argument("--made", type=int, default=24, help="synthetic cases a set")
     study.add_argument("--calls", type=int, default=10, help="network calls a slice when they are sampled")
-    study.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour", help="what the generator is told")
+    study.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour",
+                       help="labels given to the generator")
     args = parser.parse_args(argv)
     if args.steps is None and args.minutes is None:
         args.steps = STUDY_STEPS if args.study else STEPS
@@ -80,9 +83,6 @@ def parse_arguments(argv=None):
     if not 0 <= args.synthetic_share <= 1:
         raise bs.BadInput(f"--synthetic-share {args.synthetic_share}: goes from 0 to 1")
     return args
-
-
-STUDY_STEPS = 200                               # of every segmenter of a study, whatever it is trained on
 
 
 def source(cache, rows, share=1.0):
@@ -116,8 +116,10 @@ def validate(segmenter, cache):
 
 
 def fit(args, sources, cache, device, trained_on=None):
-    """Train one segmenter on `sources`, validated on the val cases of `cache` -> (Segmenter with the best
-    weights, Pace). trained_on: hashes for its checkpoint; without them nothing is written (the study)."""
+    """Train one segmenter on `sources` -> (Segmenter, Pace).
+
+    trained_on: hashes for its checkpoint; then it is validated on the val cases of `cache` and the best
+    weights are returned. Without (in the study) nothing is written or validated: the last ones are."""
     torch.manual_seed(args.seed)
     network = {"depth": args.depth, "channels": len(cache.meta["modalities"]), "predict": args.predict}
     net = bs.ResUNet(**network).to(device, memory_format=torch.channels_last)
@@ -139,7 +141,7 @@ def fit(args, sources, cache, device, trained_on=None):
         print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | ResNet-{args.depth} U-Net, "
               f"{bs.count_parameters(net) / 1e6:.1f} M parameters | training slices "
               + ", ".join(f"{len(s.tumour) + len(s.other)} ({len(s.tumour)} with tumour)" for s in sources))
-    weights, stop = None, bs.catch_signals() if keep else []
+    stop = bs.catch_signals() if keep else []
 
     def save():
         bs.save_checkpoint(args.out, {
@@ -163,16 +165,15 @@ def fit(args, sources, cache, device, trained_on=None):
         ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
         score = float("nan")
-        if pace.step % args.validate_every == 0 or pace.progress() >= 1:
+        if keep and (pace.step % args.validate_every == 0 or pace.progress() >= 1):
             twin = ema.copy_of(net, pace.step)
             score = validate(bs.Segmenter(twin, args.resolution, args.fov, device), cache)
             if not score <= best["dice"]:                       # NaN: nobody to validate on, the last one counts
-                best, weights = {"dice": score, "step": pace.step}, twin.state_dict()
-                if keep:
-                    bs.replace_file(Path(args.out) / "best.pt", lambda path: torch.save({
-                        "kind": "seg", "version": bs.__version__, **best, "args": bs.kept_arguments(args),
-                        "network": network, "weights": weights, "resolution": args.resolution, "fov": args.fov,
-                        "trained_on": trained_on}, path))
+                best = {"dice": score, "step": pace.step}
+                bs.replace_file(Path(args.out) / "best.pt", lambda path: torch.save({
+                    "kind": "seg", "version": bs.__version__, **best, "args": bs.kept_arguments(args),
+                    "network": network, "weights": twin.state_dict(), "resolution": args.resolution,
+                    "fov": args.fov, "trained_on": trained_on}, path))
         if keep:
             book.add(loss.view(1))
             if pace.due("log", 5) or score == score or pace.progress() >= 1:
@@ -187,8 +188,7 @@ def fit(args, sources, cache, device, trained_on=None):
         sys.exit(128 + stop[0])
     if keep:
         return bs.load_segmenter(args.out, device), pace
-    net.load_state_dict(weights)
-    return bs.Segmenter(net.eval(), args.resolution, args.fov, device), pace
+    return bs.Segmenter(ema.copy_of(net, pace.step), args.resolution, args.fov, device), pace
 
 
 def close(args, segmenter, split, pace):
@@ -215,7 +215,8 @@ def close(args, segmenter, split, pace):
     lines = {"loss": ([r["step"] for r in log], [r["loss"] for r in log])}
     checked = [r for r in log if r["val_dice"] == r["val_dice"]]
     dices = {"validation cases": ([r["step"] for r in checked], [r["val_dice"] for r in checked])}
-    bs.draw_lines(out / "curves.png", [("Dice + cross-entropy", "log", lines), ("mean Dice of WT, TC, ET", "linear", dices)])
+    bs.draw_lines(out / "curves.png", [("Dice + cross-entropy", "log", lines),
+                                       ("mean Dice of WT, TC, ET", "linear", dices)])
     bs.write_json(out / "closing.json", {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "cases": who,
                                          **bs.summarise(rows)})
     print(f"--- {who}, whole volumes on their own grid, after {pace.step} steps in {pace.seconds / 60:.1f} minutes")
@@ -228,14 +229,157 @@ def synthetic_cache(folder, split, args):
     """The cache of a folder of synthetic cases. Refused are cases that owe anything, through their
     label map or their generator, to a validation or test patient."""
     cases = bs.find_cases(folder)
-    held = [bs.label_hash(labels, bs.brain_mask(scans, case.folder) | (labels > 0))
-            for case in split["val"] + split["test"] for scans, labels, _ in [bs.read_case(case)]]
+    held = [digest for case in split["val"] + split["test"] for digest in bs.hashes_of(case)]
     bad = [case.case for case in cases if bs.contaminated(case, held)]
     if bad:
         raise bs.BadInput(f"{folder}: {len(bad)} of {len(cases)} cases ({bad[0]} for one) come from label maps or a "
                           "generator that used validation or test patients; make them from training cases alone")
     return bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour",
                           {"train": cases, "val": [], "test": []})
+
+
+def make_sets(args, folder, cases, out):
+    """Train a generator on these real cases alone, sample two sets from their edited label maps, one as the
+    maps are spread and one with ET volumes spread evenly -> {"synthetic": folder, "balanced": folder}. What
+    is there already is kept. The commands are printed: anyone can type them."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "split.json").write_text(json.dumps({"train": sorted(case.case for case in cases)}))
+    common = ["--split", out / "split.json", "--device", args.device, "--seed", args.seed]
+    commands = [] if (out / "ddpm/closing.json").exists() else [
+        ["train_ddpm.py", "--data", folder, *common, "--resolution", args.resolution, "--fov", args.fov,
+         "--condition", args.condition, "--steps", args.generator_steps, "--sample-every", 0, "--out", out / "ddpm"]]
+    for name, more in (("synthetic", []), ("balanced", ["--balance", "ET"])):
+        commands.append(["sample.py", "--checkpoint", out / "ddpm", "--labels", folder, "--part", "train", *common,
+                         "--edit", "random", *more, "--count", args.made, "--steps", args.calls, "--out", out / name])
+    for command in commands:
+        command = [str(word) for word in command]
+        print("python " + " ".join(command), flush=True)
+        done = subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise bs.BadInput(f"{command[0]} ended with status {done.returncode}: "
+                              + (done.stdout.strip().splitlines() or ["no word"])[-1])
+    return {name: out / name for name in ("synthetic", "balanced")}
+
+
+def study_test(args, split):
+    """The test cases of a study; with --test-scanner the same phantoms as another scanner shows them."""
+    if not args.test_scanner:
+        return split["test"]
+    if args.data:
+        raise bs.BadInput("--test-scanner is for phantoms; give other centres of --data as test in a --split file")
+    folder = Path(args.out).parent / "phantoms" / args.test_scanner
+    bs.make_phantoms(folder, args.phantoms, args.test_scanner)
+    wanted = {case.case for case in split["test"]}
+    return [case for case in bs.find_cases(folder) if case.case in wanted]
+
+
+def report(args, rows, note):
+    """Table, study.csv, study.json and study.png from all rows of a study. Patients are what differs: seeds
+    are averaged first, time points of one patient too; "better" and "worse" only where the interval leaves
+    out 0 and at least FEW patients are behind it."""
+    out, everyone = Path(args.out), {row["case"]: row for row in rows if row["region"] == "ET"}
+    ill = sorted((name for name, row in everyone.items() if row["true_ml"] > 0), key=lambda n: everyone[n]["true_ml"])
+    rare = set(ill[:max(1, len(ill) // 3)])     # the rare end: the third of the tumours with least ET
+    columns = {region: lambda row, r=region: row["region"] == r for region in bs.REGIONS}
+    columns["rare ET"] = lambda row: row["region"] == "ET" and row["case"] in rare
+
+    def per_patient(size, arm, wanted):         # {patient: Dice of every seed}
+        scores = {}
+        for row in rows:
+            if row["patients"] == size and row["arm"] == arm and wanted(row):
+                scores.setdefault(row["patient"], {}).setdefault(row["seed"], []).append(row["dice"])
+        return {patient: [np.mean(its[seed]) for seed in sorted(its)] for patient, its in scores.items()}
+
+    summary, lines = [], {column: {} for column in columns}
+    print(f"--- Dice on {len(everyone)} held-out cases: mean ± spread over {args.seeds} seeds (paired difference to\n"
+          f"    real with 95% interval over patients); rare ET: the {len(rare)} cases with least ET "
+          f"(up to {max((everyone[n]['true_ml'] for n in rare), default=0):.1f} mL)")
+    for size in sorted({row["patients"] for row in rows}):
+        for arm in ARMS:
+            entry = {"patients": size, "arm": arm, "note": note(size, arm)}
+            text = f"{size:3d} patients  {arm:26}"
+            for column, wanted in columns.items():
+                scores, base = per_patient(size, arm, wanted), per_patient(size, "real", wanted)
+                if not scores:
+                    break
+                by_seed = np.mean(list(scores.values()), 0)
+                change = bs.bootstrap_interval([np.mean(scores[c]) - np.mean(base[c]) for c in scores])
+                spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else float("nan")
+                verdict = "better" if change[1] > 0 else "worse" if change[2] < 0 else ""
+                verdict = verdict if len(scores) >= FEW else "too few to tell"
+                entry[column] = {"dice": float(by_seed.mean()), "sd_over_seeds": spread, "against_real": change,
+                                 "verdict": verdict,
+                                 "share_of_real": float(by_seed.mean() / np.mean(list(base.values())))}
+                text += f"  {column} {by_seed.mean():.3f} ± {spread:.3f}"
+                if arm != "real":
+                    text += f" ({change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]{' ' * bool(verdict) + verdict})"
+                line = lines[column].setdefault(arm, ([], [], []))
+                for values, value in zip(line, (size, by_seed.mean(), 0 if spread != spread else spread)):
+                    values.append(value)
+            if len(entry) > 3:
+                summary.append(entry)
+                print(text + (f"  [{entry['note']}]" if entry["note"] else ""))
+    bs.write_csv(out / "study.csv", rows)
+    bs.write_json(out / "study.json", {"rows": summary, "rare": sorted(rare)})
+    bs.draw_lines(out / "study.png", [(f"Dice, {c}", "linear", its) for c, its in lines.items()],
+                  "real training patients", "log")
+    for name in ("study.csv", "study.json", "study.png"):
+        print(f"wrote: {out / name}")
+
+
+def study(args, split, device):
+    """Train the same segmenter on different training sets with equal optimiser steps and several seeds, test
+    all on the same held-out patients. No validation: the last (averaged) weights are tested."""
+    out, started = Path(args.out), time.time()
+    test, patients = study_test(args, split), sorted({case.patient for case in split["train"]})
+    order = [patients[i] for i in np.random.default_rng(0).permutation(len(patients))]
+    try:
+        sizes = sorted({len(order) if size == "all" else int(size) for size in args.patients})
+    except ValueError:
+        sizes = [0]
+    if not test or not 1 <= sizes[0] <= sizes[-1] <= len(order):
+        raise bs.BadInput(f"--patients {' '.join(args.patients)}: the split has {len(order)} training patients and "
+                          f"{len(test)} test cases; name numbers up to that, or all")
+    settings = {k: v for k, v in bs.kept_arguments(args).items() if k not in ("device", "seeds", "patients")}
+    settings["trained_on"] = sorted(digest for case in split["train"] for digest in bs.hashes_of(case))
+    settings["synthetic"] = str(args.synthetic)
+    if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+        raise bs.BadInput(f"{out} holds a study with other settings or data; choose another --out, or delete it")
+    bs.write_json(out / "settings.json", settings)
+    beside = [Path(args.out).parent / "cache", args.resolution, args.fov, "tumour"]
+    real = bs.build_cache(split["train"], *beside, {"train": split["train"]})
+    folder = Path(args.data) if args.data else split["train"][0].folder.parent
+    prepared = list(bs.Segmenter(None, args.resolution, args.fov, device).prepare(test))
+    given = synthetic_cache(args.synthetic, split, args) if args.synthetic else None
+    rows, patient_of = [], {case.case: case.patient for case in test}
+    for size in sizes:
+        cases = [case for case in split["train"] if case.patient in order[:size]]
+        caches = {"synthetic": given} if given else {
+            name: synthetic_cache(made, split, args) for name, made in
+            make_sets(args, folder, cases, out / f"patients_{size:03d}").items()}
+        mine = [np.arange(c["first"], c["first"] + c["count"]) for c in real.cases if c["patient"] in order[:size]]
+        mine = source(real, np.concatenate(mine))
+        for arm, (data, kind) in ARMS.items():
+            if data == "balanced" and "balanced" not in caches:
+                continue
+            made = caches["balanced" if data == "balanced" else "synthetic"]
+            made = source(made, made.part("train"), args.synthetic_share)
+            sources = {"real": [mine], "synthetic": [made]}.get(data, [made, mine])
+            for seed in range(args.seeds):
+                path = out / f"patients_{size:03d}" / f"{arm.replace(' ', '_')}-{seed}.json"
+                if not path.exists():
+                    asked = argparse.Namespace(**{**vars(args), "seed": args.seed + seed, "augment": kind})
+                    segmenter, _ = fit(asked, sources, real, device)
+                    bs.write_json(path, {"rows": segmenter.evaluate(prepared, full=False)})
+                scores = json.loads(path.read_text())["rows"]
+                rows += [{"patients": size, "arm": arm, "seed": seed, "patient": patient_of[row["case"]],
+                          **{k: float("nan") if v is None else v for k, v in row.items()}} for row in scores]
+                mean = {region: np.mean([r["dice"] for r in scores if r["region"] == region]) for region in bs.REGIONS}
+                print(f"{(time.time() - started) / 60:5.1f} min | {size:3d} patients | {arm:26} seed {seed} | "
+                      + "  ".join(f"{region} {value:.3f}" for region, value in mean.items()), flush=True)
+    report(args, rows, lambda size, arm: "generator saw all" if given and size < len(order) and arm != "real"
+           and "strong" not in arm else "")
 
 
 def main(argv=None):
@@ -245,7 +389,7 @@ def main(argv=None):
     cases, split = bs.find_data(args)
     made = [case.case for part in ("val", "test") for case in split[part] if case.case.startswith("BraTS-SYN-")]
     if made:
-        raise bs.BadInput(f"{made[0]} is synthetic and would be validated or tested on; keep real cases alone in --data")
+        raise bs.BadInput(f"{made[0]} is synthetic and would be validated or tested on; keep only real cases in --data")
     if args.study:
         return study(args, split, device)
     cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour", split)

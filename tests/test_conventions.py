@@ -9,7 +9,7 @@ import pytest
 import brainsyn as bs
 
 ROOT = Path(bs.__file__).parent
-SCRIPTS = ("brainsyn.py", "train_ddpm.py", "sample.py")
+SCRIPTS = ("brainsyn.py", "train_ddpm.py", "train_seg.py", "sample.py")
 
 
 def test_source_keys_used_are_the_keys_defined():
@@ -51,16 +51,18 @@ def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_label_hash_depends_on_labels_and_shape_only():
-    """The hash names a label map: the same labels give the same hash whatever their dtype, and
-    any changed voxel, axis order or shape another."""
-    labels = np.arange(24).reshape(2, 3, 4) % 4
-    same = bs.label_hash(labels.astype(np.uint8))
-    assert bs.label_hash(labels.astype(np.float32)) == same
-    assert bs.label_hash(np.asfortranarray(labels)) == same
-    other = labels.copy()
-    other[1, 2, 3] = (other[1, 2, 3] + 1) % 4
-    assert same not in (bs.label_hash(other), bs.label_hash(labels.reshape(3, 2, 4)))
+def test_hashes_name_a_label_map_and_an_outline():
+    """The same labels give the same hash whatever their dtype, and any changed voxel, axis order or shape
+    another; maps without tumour, all alike, go by the brain's outline."""
+    labels, brain = np.arange(24).reshape(2, 3, 4) % 4, np.ones((2, 3, 4), bool)
+    of_labels, of_brain = bs.case_hashes(labels.astype(np.uint8), brain)
+    assert bs.case_hashes(labels.astype(np.float32), brain) == (of_labels, of_brain) and of_labels != of_brain
+    assert bs.case_hashes(np.asfortranarray(labels), brain)[0] == of_labels
+    other, narrow = labels.copy(), brain.copy()
+    other[1, 2, 3], narrow[0, 0, 0] = (other[1, 2, 3] + 1) % 4, False
+    for changed in (other, labels.reshape(3, 2, 4)):
+        assert bs.case_hashes(changed, brain)[0] != of_labels
+    assert bs.case_hashes(labels, narrow) == (of_labels, bs.case_hashes(labels * 0, narrow)[0]) != (of_labels, of_brain)
 
 
 def test_only_the_devices_section_names_devices():

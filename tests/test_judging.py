@@ -1,4 +1,4 @@
-"""Section 10: the figures a run closes with must be able to say no."""
+"""Section 13: the figures a run closes with must be able to say no."""
 import numpy as np
 import pytest
 import torch
@@ -76,3 +76,96 @@ def test_roughness_rises_when_slices_disagree():
     assert bs.roughness(same, classes) == 0
     assert bs.roughness(same + 0.1 * torch.randn(6, 4, 16, 24), classes) > 0.05
     assert abs(bs.roughness(torch.randn(60, 4, 32, 32), torch.ones(60, 32, 32, dtype=torch.long)) - 1.128) < 0.02
+
+
+def test_frechet_distance_of_gaussians_is_known():
+    """Means 3 apart, standard deviations 1 and 2 in 4 features: 9 + 4 (1 - 2)^2; 0 from itself."""
+    draw = lambda n: torch.from_numpy(np.random.default_rng(n).standard_normal((200_000, 4)))
+    a, b = draw(0), draw(1) * 2 + torch.tensor([3.0, 0, 0, 0])
+    assert bs.frechet_distance(a, b) == pytest.approx(13, abs=0.2)
+    assert abs(bs.frechet_distance(a, a)) < 1e-6 and bs.frechet_distance(a, draw(2)) < 1e-3
+
+
+def test_kernel_distance_is_unbiased():
+    """Its mean over many small samples of one distribution is 0; of two it is above 0."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(20, 3, generator=g)
+    same = [bs.kernel_distance(draw(), draw()) for _ in range(300)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 300 ** 0.5 and min(same) < 0
+    assert np.mean([bs.kernel_distance(draw(), draw() + 1) for _ in range(50)]) > 0.5
+
+
+def test_precision_and_recall_tell_poor_from_narrow():
+    """Samples all at one place of the real set are precise and cover nothing; far ones are not precise."""
+    real = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
+    narrow, far = real[:1] + 1e-3 * torch.randn(300, 2), real + 5
+    got = bs.precision_recall(real, narrow)
+    assert got["precision"] > 0.95 and got["recall"] < 0.1 and got["coverage"] < 0.1
+    got = bs.precision_recall(real, far)
+    assert got == {"precision": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0}
+    got = bs.precision_recall(real, torch.rand(300, 2))
+    assert min(got["precision"], got["recall"], got["coverage"]) > 0.9 and 0.8 < got["density"] < 1.2
+
+
+def test_precision_recall_by_hand():
+    """Real points 0, 1, 3 on a line, k = 1: balls of radius 1, 1, 2. Made: 0.5 and 4, balls of 3.5 each."""
+    got = bs.precision_recall(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [4.0]]), k=1)
+    assert got == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
+
+
+def test_ms_ssim_knows_sameness_noise_and_size():
+    """1 for equal pictures, less for noisier ones, also at 64 pixels where only three scales fit."""
+    for size in (64, 192):
+        a = torch.nn.functional.interpolate(torch.rand(3, 4, 12, 12), size, mode="bicubic").clamp(0, 1) * 2 - 1
+        some, much = [(a + s * torch.randn(a.shape)).clamp(-1, 1) for s in (0.1, 0.6)]
+        assert torch.allclose(bs.ms_ssim(a, a), torch.ones(3), atol=1e-5)
+        assert (bs.ms_ssim(a, some) > bs.ms_ssim(a, much) + 0.1).all() and (bs.ms_ssim(a, some) < 0.999).all()
+
+
+def test_ms_ssim_agrees_with_monai():
+    """All five scales, against the library."""
+    metrics = pytest.importorskip("monai.metrics")
+    a, b = torch.rand(2, 1, 192, 192), torch.rand(2, 1, 192, 192)
+    b = 0.7 * a + 0.3 * b
+    theirs = metrics.MultiScaleSSIMMetric(spatial_dims=2, data_range=1.0, kernel_size=11, kernel_sigma=1.5)(a, b)
+    assert torch.allclose(bs.ms_ssim(a * 2 - 1, b * 2 - 1), theirs.flatten(), atol=2e-3)
+
+
+def test_modality_correlation_finds_what_is_linear():
+    """Second modality = minus the first inside class 1, independent in class 2; a small class is left out."""
+    images, classes = torch.randn(4, 3, 16, 24), torch.ones(4, 16, 24, dtype=torch.long)
+    classes[2:], classes[0, 0, :5] = 2, 3
+    images[:2, 1] = -images[:2, 0]
+    got = bs.modality_correlation(images, classes, 4)                            # pairs 01, 02, 12
+    assert got.shape == (3, 3) and got[0, 0] == pytest.approx(-1, abs=1e-5)
+    assert abs(got[1, 0]) < 0.15 and got[2].isnan().all()
+
+
+def test_rank_correlation_agrees_with_scipy():
+    """Spearman's rho, ties included; NaN when one list is constant."""
+    stats = pytest.importorskip("scipy.stats")
+    a, b = [0.2, 0.5, 0.5, 0.9, 0.7, 0.1], [1, 3, 2, 2, 5, 0]
+    assert bs.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert np.isnan(bs.rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_bootstrap_interval_covers_as_often_as_it_says():
+    """Of 200 experiments with 30 patients and a true difference of 0, about 95% of intervals hold 0; NaN
+    differences (nothing to find) are left out."""
+    draws = np.random.default_rng(0).standard_normal((200, 30))
+    holds = [low <= 0 <= high for _, low, high in (bs.bootstrap_interval(d, 1000) for d in draws)]
+    assert 0.87 < np.mean(holds) < 0.99
+    assert bs.bootstrap_interval([1.0, 1.0, float("nan")]) == (1.0, 1.0, 1.0)
+    assert all(np.isnan(bs.bootstrap_interval([])))
+
+
+def test_sets_are_equal_in_size_and_pairs_come_from_two_cases(phantom_folder):
+    """Figures that depend on the number of slices are computed on equal numbers; a set of copies is less
+    varied than one of different heads."""
+    cases = bs.find_cases(phantom_folder)
+    prepare = lambda some: [(c, bs.prepare_case(c, 32, 192.0, "tumour")) for c in some]
+    varied, copies = prepare(cases[:4]), prepare(cases[:1]) * 4
+    sets = bs.equal_sets({"varied": varied, "copies": copies}, most=80)
+    assert {len(its[name]) for its in sets.values() for name in its} == {80}
+    assert sets["varied"]["images"].min() == -1 and set(sets["varied"]["case"].tolist()) == {0, 1, 2, 3}
+    assert bs.pair_similarity(sets["copies"]) > 0.95 > bs.pair_similarity(sets["varied"]) + 0.1

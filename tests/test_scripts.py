@@ -59,7 +59,7 @@ def test_the_checkpoint_holds_all_that_sampling_needs(trained):
     assert state["modalities"] == list(bs.MODALITIES) and state["args"]["width"] == 16
     cases = bs.find_cases(trained[0] / "runs/phantoms/A")
     split = bs.split_patients(cases)
-    hashes = {part: {bs.label_hash(bs.read_case(c)[1]) for c in split[part]} for part in split}
+    hashes = {part: {bs.hashes_of(c)[0] for c in split[part]} for part in split}
     assert set(state["trained_on"]) == hashes["train"] and not hashes["test"] & set(state["trained_on"])
 
 
@@ -166,13 +166,13 @@ def test_sidecars_say_how_and_not_from_whom(synthetic):
     for case, source in zip(bs.find_cases(folder / "synthetic"), sources):
         home = case.files["seg"].parent
         text = (home / f"{case.case}.json").read_text()
-        facts, digest = json.loads(text), bs.label_hash(bs.read_case(source)[1])
+        facts, digest = json.loads(text), bs.hashes_of(source)[0]
         assert facts["SyntheticData"] == "YES" and facts["LabelMapSHA256"] == digest
         assert facts["LabelMapUsedInTraining"] == (digest in trained_on)
         weights = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
         assert facts["CheckpointSHA256"] == hashlib.sha256(weights).hexdigest()
         settings = [facts[k] for k in ("Seed", "Steps", "Sampler", "Condition", "Edits")]
-        assert settings == [0, 3, "ddim", "tumour", []]
+        assert settings == [0, 3, "ddim", "tumour", {}]
         assert source.case not in text and "/" not in text and "phantom" not in text.lower()
 
 
@@ -206,8 +206,8 @@ def test_fresh_phantoms_were_never_trained_on(trained):
     run(folder, "sample.py", "--count", "1", "--steps", "2", "--native", "--out", "fresh")
     case = bs.find_cases(folder / "fresh")[0]
     facts = json.loads((case.files["seg"].parent / f"{case.case}.json").read_text())
-    truth = bs.phantom(sample.FRESH)[1]
-    assert not facts["LabelMapUsedInTraining"] and facts["LabelMapSHA256"] == bs.label_hash(truth)
+    scan, truth, _ = bs.phantom(sample.FRESH)
+    assert not facts["LabelMapUsedInTraining"] and facts["LabelMapSHA256"] == bs.case_hashes(truth, scan[0])[0]
     scans, labels, affine = bs.read_case(case)
     assert np.array_equal(labels, truth) and scans.shape[1:] == bs.PHANTOM_SHAPE
     assert np.allclose(np.linalg.norm(affine[:3, :3], axis=0), bs.PHANTOM_SPACING)

@@ -1,4 +1,4 @@
-"""Section 8: batches, EMA, checkpoints, log, and whether a network learns at all."""
+"""Section 10: batches, EMA, checkpoints, log, and whether a network learns at all."""
 import math
 
 import numpy as np

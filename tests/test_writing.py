@@ -1,8 +1,9 @@
-"""Section 9: synthetic files say that they are synthetic and nothing about a patient."""
+"""Section 12: synthetic files say that they are synthetic and nothing about a patient."""
 import json
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 
 import brainsyn as bs
@@ -46,9 +47,68 @@ def test_counts_are_zero_in_air_and_positive_in_the_brain():
 
 
 def test_pictures_are_drawn(tmp_path):
-    """Label maps, images and gaps in one grid; the file is a PNG and appears at once."""
-    bs.draw_rows(tmp_path / "a.png", [[np.zeros((8, 8), int), None, torch.zeros(8, 8)]], ["labels", "", "t1"], "tissue")
-    log = [{"step": s, **{f"loss_q{q}": 1 / (s + q) for q in (1, 2, 3, 4)}} for s in (1, 2, 3)]
-    bs.draw_curves(tmp_path / "b.png", log)
+    """Label maps, images, colours and gaps in one grid; lines with and without errors. The files are PNG and
+    appear at once."""
+    grey, labels = np.linspace(-1, 1, 64).reshape(8, 8), np.eye(8, dtype=int) * 3
+    bs.draw_rows(tmp_path / "a.png", [[labels, None, torch.zeros(8, 8), bs.overlay(grey, labels)]],
+                 ["labels", "", "t1", "both"], "tissue")
+    bs.draw_lines(tmp_path / "b.png", [("loss", "log", {"a": ([1, 2, 3], [3.0, 2.0, 1.0])}),
+                                       ("Dice", "linear", {"b": ([1, 2], [0.5, 0.6], [0.1, 0.1])})])
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("a.png", "b.png"))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_overlays_leave_the_rest_of_the_picture_alone():
+    """Colours only where labels are; elsewhere the grey value, -1 black and 1 white."""
+    picture = bs.overlay(np.array([[-1.0, 1.0, 0.0, 0.0]]), np.array([[0, 0, 1, 3]]))
+    assert picture[0, 0].tolist() == [0, 0, 0] and picture[0, 1].tolist() == [1, 1, 1]
+    assert np.ptp(picture[0, 2]) > 0.1 and not np.allclose(picture[0, 2], picture[0, 3])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_predictions_lie_voxel_for_voxel_on_the_scans_files(phantom_folder, tmp_path, number):
+    """Written in the storage order of the case's own files (RAS or LPS): same affine, and every label where
+    the case's seg file has it in the array as stored."""
+    case = next(c for c in bs.find_cases(phantom_folder) if bs.phantom_seed(c.case) == number)
+    labels, affine = bs.read_labels(case)
+    bs.write_labels(tmp_path / "deep" / "x_prediction.nii.gz", labels, case, affine)
+    ours, theirs = nib.load(tmp_path / "deep" / "x_prediction.nii.gz"), nib.load(case.files["seg"])
+    stored = np.asarray(theirs.dataobj)
+    assert np.array_equal(np.asarray(ours.dataobj), np.where(stored == 4, 3, stored))
+    assert np.array_equal(ours.affine, theirs.affine) and ours.get_data_dtype() == np.uint8
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x_prediction.nii.gz"]
+
+
+def synthetic_case(folder, **facts):
+    """A case that is nothing but a folder and a sidecar."""
+    (folder / "c").mkdir(parents=True)
+    (folder / "c" / "c.json").write_text(json.dumps(facts))
+    return bs.Case("c", {"t1": folder / "c" / "c-t1n.nii.gz"}, True)
+
+
+def test_debts_of_synthetic_cases_are_found(tmp_path):
+    """Its own label map, its outline, or any map its generator was trained on: each alone is enough."""
+    held, other = "a" * 64, "b" * 64
+    for i, (label, brain, trained, owes) in enumerate((
+            (held, other, [], True), (other, held, [], True), (other, other, [other[:16], held[:16]], True),
+            (other, other, [other[:16]], False))):
+        case = synthetic_case(tmp_path / str(i), SyntheticData="YES", LabelMapSHA256=label, BrainSHA256=brain,
+                              GeneratorTrainedOn=trained)
+        assert bs.contaminated(case, [held]) == owes
+
+
+def test_a_case_without_sidecar_is_not_taken_for_synthetic(tmp_path):
+    """No sidecar, another file, or one that does not say so: one sentence."""
+    for i, facts in enumerate(({"SyntheticData": "NO"}, {"Name": 1})):
+        with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
+            bs.synthetic_facts(synthetic_case(tmp_path / str(i), **facts))
+    with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
+        bs.synthetic_facts(bs.Case("c", {"t1": tmp_path / "nowhere" / "c.nii.gz"}, True))
+
+
+def test_tables_are_plain_csv_and_json(tmp_path):
+    """Six digits in CSV; NaN, which JSON does not know, becomes null at any depth."""
+    bs.write_csv(tmp_path / "a.csv", [{"case": "x", "dice": 1 / 3}, {"case": "y", "dice": float("nan")}])
+    assert (tmp_path / "a.csv").read_text().split() == ["case,dice", "x,0.333333", "y,nan"]
+    bs.write_json(tmp_path / "a.json", {"a": [1, float("nan")], "b": {"c": float("nan"), "d": (2,)}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None], "b": {"c": None, "d": [2]}}

@@ -1,0 +1,319 @@
+"""The segmenter's commands of the README, shortened by their own flags: training, the closed loop, judging,
+edited label maps, the study."""
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import brainsyn as bs
+import train_seg
+from test_scripts import SHORT, run
+
+SEG = ["--phantoms", "10", "--resolution", "32", "--batch", "4", "--validate-every", "4", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a generator and a segmenter trained for a few steps on the same ten phantoms, and what
+    training the segmenter printed."""
+    folder = tmp_path_factory.mktemp("seg")
+    run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "4")
+    return folder, run(folder, "train_seg.py", *SEG, "--steps", "8")
+
+
+@pytest.fixture(scope="module")
+def made(work):
+    """Four cases from randomly edited label maps of training cases alone."""
+    return work[0], run(work[0], "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--edit", "random",
+                        "--count", "4", "--steps", "2")
+
+
+def facts_of(folder):
+    """Sidecars of all cases in a folder."""
+    return [bs.synthetic_facts(case) for case in bs.find_cases(folder)]
+
+
+def test_training_ends_with_a_table_and_its_files(work):
+    """WT, TC, ET on held-out cases; best weights, CSV of every case, pictures, predictions on the scans' grid."""
+    folder, text = work
+    out = folder / "runs/seg"
+    assert {p.name for p in out.iterdir()} == {"best.pt", "checkpoint.pt", "checkpoint.previous.pt", "log.csv", "curves.png",
+                                               "cases.csv", "predictions", "predictions.png", "closing.json"}
+    table = text[text.index("region    Dice"):].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["WT", "TC", "ET"]
+    for word in ("Dice", "HD95 mm", "sensitivity", "volume error mL"):
+        assert word in table[0]
+    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
+    rows = list(csv.DictReader((out / "cases.csv").open()))
+    assert {row["case"] for row in rows} == {c.case for c in split["test"]} and len(rows) == 3 * len(split["test"])
+    assert np.mean([float(r["dice"]) for r in rows if r["region"] == "WT"]) == pytest.approx(
+        json.loads((out / "closing.json").read_text())["WT"]["dice"], abs=1e-5)
+    for case in split["test"]:
+        ours, theirs = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz"), nib.load(case.files["t1"])
+        assert ours.shape == theirs.shape and np.array_equal(ours.affine, theirs.affine)
+
+
+def test_the_best_weights_are_those_of_the_best_validation(work):
+    """best.pt carries the highest validation Dice of the log, and loads as a segmenter that knows what it saw."""
+    folder, _ = work
+    log = [row for row in bs.read_log(folder / "runs/seg/log.csv") if row["val_dice"] == row["val_dice"]]
+    best = bs.load_checkpoint(folder / "runs/seg", "seg", names=("best.pt",))
+    assert [row["step"] for row in log] == [4, 8] and best["dice"] == pytest.approx(max(r["val_dice"] for r in log), abs=1e-5)
+    segmenter = bs.load_segmenter(folder / "runs/seg", torch.device("cpu"))
+    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
+    assert segmenter.trained_on == {bs.hashes_of(c)[0] for c in split["train"]}
+
+
+class PowerCut(Exception):
+    pass
+
+
+def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch):
+    """A crash in step 6 falls back to the checkpoint of step 1; the same command then ends with the weights,
+    batch norm statistics, EMA and best validation of the straight run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    os.symlink(work[0] / "runs/phantoms", tmp_path / "runs/phantoms")
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    real = train_seg.draw_batch
+
+    def cut(sources, args, step):
+        if step == 5:
+            raise PowerCut
+        return real(sources, args, step)
+
+    try:
+        monkeypatch.setattr(train_seg, "draw_batch", cut)
+        with pytest.raises(PowerCut):
+            train_seg.main([*SEG, "--steps", "8"])
+        assert bs.load_checkpoint("runs/seg", "seg")["step"] == 1
+        monkeypatch.setattr(train_seg, "draw_batch", real)
+        train_seg.main([*SEG, "--steps", "8"])
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    straight, resumed = [bs.load_checkpoint(at, "seg") for at in (work[0] / "runs/seg", "runs/seg")]
+    for part in ("weights", "ema"):
+        assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part]), part
+    assert straight["best"] == resumed["best"]
+
+
+def test_synthetic_cases_join_the_training(made):
+    """At the stated share; the run says how many there are and notes their label maps among what it saw."""
+    folder, _ = made
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "synthetic", "--out", "runs/seg_mix")
+    assert "synthetic: 4 cases, 50% of every batch" in text
+    assert len(re.search(r"training slices (.*)", text)[1].split(", ")) == 2
+
+
+def test_batches_hold_the_stated_share(cache):
+    """A quarter of every batch from the second source, the rest from the first, fixed by (seed, step)."""
+    rows = cache.part("train")
+    a, b = train_seg.source(cache, rows[:40], 0.25), train_seg.source(cache, rows[-40:])
+    args = train_seg.parse_arguments(["--batch", "8", "--augment", "none"])
+    seen = set()
+    for step in range(3):
+        images, labels = train_seg.draw_batch([a, b], args, step)
+        known = cache.batch(rows[:40])[0]
+        assert [bool((known == picture).flatten(1).all(1).any()) for picture in images] == [True] * 2 + [False] * 6
+        assert labels.max() <= 3 and torch.equal(images, train_seg.draw_batch([a, b], args, step)[0])
+        seen.add(float(images.sum()))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("how", ["labels", "generator"])
+def test_synthetic_cases_that_owe_to_held_out_patients_are_refused(work, tmp_path, how):
+    """Label maps of test cases, or a generator that has seen one: refused by the hashes, names changed or not."""
+    folder, _ = work
+    source = bs.find_cases(folder / "runs/phantoms/A")
+    test = bs.split_patients(source)["test"][0]
+    if how == "labels":
+        run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "test", "--count", "1", "--steps", "2",
+            "--edit", "mirror", "--out", tmp_path / "syn")
+    else:
+        split = tmp_path / "split.json"
+        split.write_text(json.dumps({"train": [c.case for c in source if c.case != source[1].case],
+                                     "val": [source[1].case]}))
+        run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "1", "--split", split, "--out",
+            tmp_path / "runs/ddpm")
+        run(folder, "sample.py", "--checkpoint", tmp_path / "runs/ddpm", "--count", "1", "--steps", "2",
+            "--out", tmp_path / "syn")
+    os.rename(tmp_path / "syn/BraTS-SYN-00000-000", tmp_path / "syn/another")
+    assert test.case not in str(list((tmp_path / "syn").rglob("*")))
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", tmp_path / "syn", "--out", tmp_path / "seg",
+               status=2)
+    assert "used validation or test patients" in text and "Traceback" not in text
+    assert not (tmp_path / "seg/checkpoint.pt").exists()
+
+
+def test_real_cases_are_no_synthetic_ones_and_the_other_way_round(made):
+    """--synthetic wants sidecars, and no synthetic case may be validated or tested on."""
+    folder, _ = made
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "runs/phantoms/A", "--out", "runs/x", status=2)
+    assert "no sidecar of a synthetic case" in text and "Traceback" not in text
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--data", "synthetic", "--out", "runs/x", status=2)
+    assert "is synthetic and would be" in text and "Traceback" not in text
+
+
+def test_the_closed_loop_needs_no_labels(work, tmp_path):
+    """Scan -> predicted labels on its own grid -> a synthetic case with those labels -> a picture. The labels
+    that lie beside the scan are not looked at: without them the result is the same, byte for byte."""
+    folder, _ = work
+    case = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))["test"][0]
+    bare = tmp_path / "bare"
+    shutil.copytree(case.folder, bare / case.case)
+    (bare / case.case / case.files["seg"].name).unlink()
+    voxels = []
+    for scan, out in ((case.folder, tmp_path / "with"), (bare, tmp_path / "without")):
+        text = run(folder, "sample.py", "--scan", scan, "--segmenter", "runs/seg", "--checkpoint", "runs/ddpm",
+                   "--steps", "2", "--out", out)
+        assert (out / "loop.png").exists() and "Traceback" not in text
+        made, = bs.find_cases(out)
+        predicted = nib.load(out / f"{case.case}_prediction.nii.gz")
+        assert np.array_equal(predicted.affine, nib.load(case.files["t1"]).affine)
+        facts = bs.synthetic_facts(made)
+        assert facts["LabelMaps"] == "segmented" and case.case not in json.dumps(facts)
+        voxels.append((np.asarray(predicted.dataobj), bs.read_case(made)[0]))
+    assert all(np.array_equal(a, b) for a, b in zip(*voxels))
+
+
+def test_judging_writes_one_table_one_json_one_plot(made):
+    """Re-segmentation beside the ceiling, distances beside the floor and the number of images, diversity,
+    consistency, roughness; five segmenters ask how far Dice on synthetic cases can be trusted."""
+    folder, _ = made
+    for i in range(1, 5):
+        run(folder, "train_seg.py", *SEG, "--steps", str(i), "--validate-every", "1", "--out", f"runs/weak{i}") \
+            if not i % 2 else shutil.copytree(folder / "runs/seg", folder / f"runs/weak{i}", dirs_exist_ok=True)
+    text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter", "runs/seg",
+               *[f"runs/weak{i}" for i in range(1, 5)])
+    report = json.loads((folder / "synthetic/judge.json").read_text())
+    assert (folder / "synthetic/judge.png").read_bytes()[:4] == b"\x89PNG"
+    assert report["synthetic_cases_that_owe_to_held_out"] == 0
+    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "kernel distance", "precision", "recall",
+                 "density", "coverage", "modality correlation, mean error", "slice-to-slice roughness"):
+        assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
+    assert f"sets of {report['slices_a_set']} slices" in text and report["slices_a_set"] > 50
+    assert len(report["known_truth"]["dice_on_real"]) == 5 and "Spearman" in text
+    assert "MS-SSIM of pairs" in text
+
+
+def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path):
+    """The ceiling would be no ceiling: refused by the hashes in its checkpoint."""
+    folder, _ = made
+    names = [c.case for c in bs.find_cases(folder / "runs/phantoms/A")]
+    (tmp_path / "all.json").write_text(json.dumps({"train": names[1:], "test": names[:1]}))
+    text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A", "--phantoms", "10",
+               "--split", tmp_path / "other.json", status=2)
+    assert "other.json" in text
+    (tmp_path / "other.json").write_text(json.dumps({"train": names[2:4], "test": names[:2]}))
+    text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A", "--split",
+               tmp_path / "other.json", status=2)
+    assert "held out from the segmenter" in text and "Traceback" not in text
+
+
+def test_sampling_from_one_part_of_the_split(made):
+    """--part train uses label maps of training patients alone, in edited form; the edit is in the sidecar."""
+    folder, _ = made
+    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
+    allowed = {bs.hashes_of(c)[0] for c in split["train"]}
+    facts = facts_of(folder / "synthetic")
+    assert len(facts) == 4 and all(f["LabelMapSHA256"] in allowed and f["LabelMapUsedInTraining"] for f in facts)
+    assert all(set(f["Edits"]) == {"scale", "rotate", "shift", "mirror", "elastic"} for f in facts)
+    assert len({json.dumps(f["Edits"]) for f in facts}) == 4
+
+
+def test_a_balanced_set_measures_what_it_was_asked_for(made):
+    """ET volumes evenly spread over the range; asked and measured are both in the sidecar and agree."""
+    folder, _ = made
+    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--balance", "ET", "--range", "4", "20",
+               "--count", "4", "--steps", "2", "--native", "--out", "balanced")
+    facts = facts_of(folder / "balanced")
+    asked, measured = [f["RequestedML"]["ET"] for f in facts], [f["VolumesML"]["ET"] for f in facts]
+    assert sorted(asked) == [6, 10, 14, 18] and np.abs(np.subtract(asked, measured)).max() < 1.5, measured
+    assert re.search(r"ET: asked 6.0 to 18.0 mL, mean error 0\.\d\d mL", text)
+
+
+def test_a_tumour_is_pasted_into_another_brain(made):
+    """Outline from one case, tumour from another; both are named by hash."""
+    folder, _ = made
+    run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--paste", "runs/phantoms/A", "--edit",
+        "scale=0.9", "drop=NCR", "--count", "2", "--steps", "2", "--native", "--out", "pasted")
+    hashes = [bs.hashes_of(c) for c in bs.find_cases(folder / "runs/phantoms/A")]
+    for case, facts in zip(bs.find_cases(folder / "pasted"), facts_of(folder / "pasted")):
+        scans, labels, _ = bs.read_case(case)
+        home = next(of_labels for of_labels, of_brain in hashes if of_brain == facts["BrainSHA256"])
+        assert facts["Pasted"] and facts["LabelMapSHA256"] != home and facts["LabelMapSHA256"] in [h[0] for h in hashes]
+        assert labels.any() and not (labels == 1).any() and (scans[0][labels > 0] > 0).all()
+
+
+def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
+    """Table, CSV, JSON and plot for every arm and number of patients; generators are trained on those patients
+    alone; a second call trains nothing again; other settings are refused."""
+    folder, _ = work
+    command = ["--study", "--phantoms", "10", "--resolution", "24", "--batch", "2", "--steps", "2", "--patients", "1",
+               "all", "--seeds", "2", "--generator-steps", "2", "--made", "2", "--calls", "2"]
+    text = run(folder, "train_seg.py", *command, timeout=600)
+    out = folder / "runs/study"
+    rows = list(csv.DictReader((out / "study.csv").open()))
+    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
+    assert len(rows) == 2 * len(train_seg.ARMS) * 2 * 3 * len(split["test"])
+    assert {row["patients"] for row in rows} == {"1", str(len(split["train"]))}
+    assert {row["case"] for row in rows} == {c.case for c in split["test"]}
+    state = bs.load_checkpoint(out / "patients_001/ddpm")
+    assert len(state["trained_on"]) == 1
+    for name in ("synthetic", "balanced"):
+        assert all(f["GeneratorTrainedOn"] == [state["trained_on"][0][:16]] for f in facts_of(out / "patients_001" / name))
+    summary = json.loads((out / "study.json").read_text())["rows"]
+    assert [row["arm"] for row in summary] == list(train_seg.ARMS) * 2 and "too few to tell" in text
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*-*.json")}
+    again = run(folder, "train_seg.py", *command)
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*-*.json")} and len(before) >= 20
+    assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
+    text = run(folder, "train_seg.py", *command, "--lr", "0.5", status=2)
+    assert "other settings" in text and "Traceback" not in text
+
+
+def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
+    """The same held-out heads, seen by scanner B; training data stay those of A."""
+    monkeypatch.chdir(work[0])
+    args = train_seg.parse_arguments(["--study", "--phantoms", "10", "--test-scanner", "B"])
+    _, split = bs.find_data(args)
+    other = train_seg.study_test(args, split)
+    assert [c.case for c in other] == [c.case for c in split["test"]]
+    assert all(c.folder.parent.name == "B" for c in other) and all(c.folder.parent.name == "A" for c in split["train"])
+    assert np.array_equal(bs.read_labels(other[0])[0], bs.read_labels(split["test"][0])[0])
+    assert not np.array_equal(bs.read_case(other[0])[0], bs.read_case(split["test"][0])[0])
+
+
+def test_generators_saw_all_is_said(made):
+    """A given synthetic set is used in every row; rows of fewer patients are marked."""
+    folder, _ = made
+    text = run(folder, "train_seg.py", "--study", "--synthetic", "synthetic", "--phantoms", "10", "--resolution", "24",
+               "--batch", "2", "--steps", "1", "--patients", "1", "all", "--seeds", "1", "--out", "runs/given")
+    marked = [line for line in text.splitlines() if "generator saw all" in line]
+    assert len(marked) == 2 and all("1 patients" in line and "synthetic" in line for line in marked)
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    ("train_seg.py", ["--data", "nowhere"], "no such folder"),
+    ("train_seg.py", ["--synthetic-share", "2"], "--synthetic-share 2"),
+    ("train_seg.py", ["--study", "--phantoms", "4", "--patients", "77"], "--patients 77"),
+    ("train_seg.py", ["--phantoms", "4", "--weights", "nowhere.pth", "--resolution", "24"], "nowhere.pth"),
+    ("sample.py", ["--edit", "scale=big"], "--edit scale=big"),
+    ("sample.py", ["--part", "train"], "--part needs --labels"),
+    ("sample.py", ["--judge", "nowhere"], "no checkpoint there; train one first with python train_seg.py"),
+    ("sample.py", ["--scan", "nowhere"], "no checkpoint there"),
+])
+def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):
+    """Which file, what is wrong, what to do; status 2, no traceback."""
+    text = run(tmp_path, script, *arguments, status=2)
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last and "Traceback" not in text
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".tmp", ".csv")]

@@ -1,0 +1,141 @@
+"""Section 8: the ResNet U-Net. Its encoder must be torchvision's, number for number."""
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import brainsyn as bs
+
+FROZEN = Path(__file__).with_name("torchvision_resnets.txt")    # depth, name, shape of torchvision 0.28
+
+
+def fixed_batch_norms(net):
+    """Give batch norms statistics as if trained, so that eval mode is not the identity."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_encoder_has_torchvisions_names_and_shapes(depth):
+    """Published weights fit only if every parameter and buffer has its name and shape (fc aside)."""
+    frozen = [line.split(" ", 2) for line in FROZEN.read_text().splitlines()]
+    theirs = {name: tuple(int(n) for n in shape.replace(" ", "").split(",") if n)
+              for number, name, shape in ((f[0], f[1], f[2] if len(f) > 2 else "") for f in frozen)
+              if int(number) == depth and not name.startswith("fc.")}
+    ours = {name: tuple(value.shape) for name, value in bs.ResNet(depth, 3).state_dict().items()}
+    assert len(theirs) > 100 and ours == theirs
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_encoder_computes_what_torchvision_computes(depth):
+    """A state dict of torchvision loads strictly and all five feature maps agree to 1e-5."""
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    theirs = fixed_batch_norms(getattr(models, f"resnet{depth}")(weights=None))
+    ours = bs.ResNet(depth, 3)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    x, expected = torch.randn(2, 3, 64, 96), []
+    with torch.no_grad():
+        h = theirs.relu(theirs.bn1(theirs.conv1(x)))
+        expected.append(h)
+        h = theirs.maxpool(h)
+        for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            h = stage(h)
+            expected.append(h)
+        for a, b in zip(ours.eval()(x), expected):
+            assert torch.allclose(a, b, atol=1e-5 * b.abs().max().item())
+
+
+def test_every_block_adds_its_input():
+    """Residual means: with all convolutions at zero a block passes its input on."""
+    for bottleneck, c_in in ((False, 32), (True, 128)):
+        block = bs.ResNetBlock(c_in, 32, 1, bottleneck).eval()
+        for name, p in block.named_parameters():
+            nn.init.zeros_(p) if "conv" in name else None
+        x = torch.rand(2, c_in, 8, 12)
+        assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+def test_inflated_convolution_answers_grey_alike(channels):
+    """The same picture in every channel gives the activation it gave as a grey colour picture."""
+    first, picture = nn.Conv2d(3, 8, 7, 2, 3, bias=False), torch.randn(2, 1, 32, 24)
+    wide = nn.Conv2d(channels, 8, 7, 2, 3, bias=False)
+    wide.weight.data = bs.inflate(first.weight.data, channels)
+    assert torch.allclose(wide(picture.expand(-1, channels, -1, -1)), first(picture.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
+def test_published_weights_load_from_a_file(tmp_path):
+    """A file in torchvision's layout, fc included, fills the encoder of a four-channel network."""
+    torch.manual_seed(1)
+    source = bs.ResNet(18, 3)
+    state = {**source.state_dict(), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save(state, tmp_path / "resnet18.pth")
+    net = bs.ResUNet(18)
+    bs.load_encoder(net.encoder, 18, tmp_path / "resnet18.pth")
+    assert torch.equal(net.encoder.layer3[1].conv2.weight, source.layer3[1].conv2.weight)
+    assert torch.allclose(net.encoder.conv1.weight.sum(1), source.conv1.weight.sum(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "shape", "extra"])
+def test_other_weights_are_refused(tmp_path, spoil):
+    """Strict: a missing, misshapen or unknown entry is one sentence, never half a network."""
+    state = bs.ResNet(18, 3).state_dict()
+    if spoil == "missing":
+        del state["layer2.0.bn1.weight"]
+    elif spoil == "shape":
+        state["layer2.0.bn1.weight"] = torch.zeros(3)
+    else:
+        state["layer9.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(bs.BadInput, match="no weights of a ResNet-18"):
+        bs.load_encoder(bs.ResUNet(18).encoder, 18, tmp_path / "w.pth")
+
+
+def test_offline_is_one_clear_sentence(tmp_path, monkeypatch):
+    """Without a network --weights imagenet says which file to fetch, and checks the hash when there is one."""
+    asked = {}
+
+    def unreachable(url, **how):
+        asked.update(how, url=url)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    with pytest.raises(bs.BadInput, match="resnet34-b627a593.pth cannot be had .*give its path"):
+        bs.load_encoder(bs.ResNet(34, 4), 34, "imagenet")
+    assert asked["check_hash"] and asked["weights_only"] and asked["url"].startswith("https://download.pytorch.org/")
+
+
+@pytest.mark.parametrize("depth, size", [(18, (64, 64)), (34, (37, 50)), (50, (240, 240))])
+@pytest.mark.parametrize("predict, outputs", [("regions", 3), ("labels", 4)])
+def test_any_size_goes_in_and_comes_out(depth, size, predict, outputs):
+    """Height and width need not be multiples of 32; one output a region, or one a class."""
+    net = bs.ResUNet(depth, predict=predict).eval()
+    with torch.no_grad():
+        assert net(torch.randn(1, 4, *size)).shape == (1, outputs, *size)
+
+
+def test_padding_is_air():
+    """A picture whose right and lower part is air gives the same logits whether that part is given or
+    padded inside."""
+    net = fixed_batch_norms(bs.ResUNet())
+    x = torch.randn(1, 4, 40, 50)
+    whole = torch.full((1, 4, 64, 64), -1.0)
+    whole[..., :40, :50] = x
+    with torch.no_grad():
+        # group norms look at the whole picture, so both must be padded to the same size
+        assert torch.allclose(net(x), net(whole)[..., :40, :50], atol=1e-5)
+
+
+def test_before_training_tumour_is_unlikely():
+    """The head starts with low logits for all that is tumour: most pixels are healthy, and a network that
+    has to learn that first spends its first hundreds of steps on it."""
+    for predict in ("regions", "labels"):
+        net = bs.ResUNet(predict=predict)
+        nn.init.zeros_(net.head.weight)
+        with torch.no_grad():
+            logits = net(torch.randn(1, 4, 32, 32))
+        assert torch.allclose(logits[:, -3:], torch.tensor(-3.0)) and (logits[:, :-3] > -1).all()

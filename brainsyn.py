@@ -107,13 +107,21 @@ def run_script(main):
     """Call main(); print a BadInput, or what the disk refused, as one sentence; leave with status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def require_positive(args, *names):
-    """BadInput unless each of these arguments is above 0 (or None, where it was left out)."""
+    """BadInput unless each of these arguments is above 0 (or None, where it was left out), the seed at
+    least 0, and shares lie in 0..1."""
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed}: must not be negative")
+    for name in ("tumour_share", "synthetic_share", "drop"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: goes from 0 to 1")
     for name in names:
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
@@ -137,13 +145,19 @@ def replace_file(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def file_hash(path):
+    """sha256 (hex) of a file; of the word itself where it is "imagenet"."""
+    return hashlib.sha256(b"imagenet" if path == "imagenet" else Path(path).read_bytes()).hexdigest()
+
+
 def case_hashes(labels, brain):
     """sha256 (hex) of a label map, uint8 (X, Y, Z) in canonical axes, values 0..3, and of a brain's
     outline, bool (X, Y, Z); shapes included.
 
     It is how a synthetic case says where its labels and outline came from without naming a patient, and
     how a checkpoint says which ones it was trained on. Maps without any tumour all look alike: there the
-    outline's hash stands for both.
+    outline's hash stands for both. Only the same files give the same hashes: a patient resampled to
+    another grid, or scanned a second time, is not recognised.
     """
     labels, brain = [np.ascontiguousarray(volume, dtype=np.uint8) for volume in (labels, brain)]
     of_labels, of_brain = [hashlib.sha256(repr(volume.shape).encode() + volume.tobytes()).hexdigest()
@@ -600,6 +614,19 @@ def brain_mask(scans, where="scans"):
     return brain
 
 
+def refuse_synthetic(cases):
+    """BadInput if one of these Cases was made by sample.py (a sidecar beside it, or SYNTHETIC in a header):
+    it owes to patients who cannot be told from its own hash."""
+    for case in cases:
+        try:
+            marked = b"SYNTHETIC" in nib.load(case.files["t1"]).header["descrip"].item()
+        except Exception:                       # unreadable: the reader will say so
+            marked = False
+        if marked or (case.folder / f"{case.case}.json").exists():
+            raise BadInput(f"{case.folder}: is a synthetic case, wanted are real ones (or phantoms); give synthetic "
+                           "cases to train_seg.py as --synthetic, and label maps as they came from patients")
+
+
 def hashes_of(case):
     """case_hashes of a Case on disk: (of its label map, of its outline)."""
     scans, labels, _ = read_case(case)
@@ -644,6 +671,22 @@ def linear_weights(n_in, n_out, start, step):
     return np.clip(1 - np.abs(at - np.arange(n_out)[None]), 0, None).astype(np.float32)
 
 
+def spacing_of(affine):
+    """Affine (4, 4) -> mm a voxel along each axis (3,)."""
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def to_images(stored):
+    """Bytes 0..255 as prepare_case and the cache keep them -> images float32 tensor in [-1, 1]."""
+    return torch.as_tensor(stored).float() / 127.5 - 1
+
+
+def tumour_labels(classes, condition="tumour"):
+    """Classes of a condition, array or tensor of integers -> labels: 0, 1 NCR, 2 ED, 3 ET."""
+    healthy = len(CONDITIONS[condition]) - len(LABELS) - 1
+    return (classes > healthy) * (classes - healthy)
+
+
 def to_slices(volume):
     """(..., X, Y, Z) canonical -> (..., D, H, W): feet first, front up, patient's right at left."""
     return np.moveaxis(volume[..., ::-1, ::-1, :], (-1, -2), (-3, -2))
@@ -668,7 +711,7 @@ class Grid:
     def over(brain, affine, resolution, fov):
         """brain: bool (X, Y, Z); affine (4, 4) -> Grid."""
         rows, columns = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        spacing = spacing_of(affine)
         step = tuple(float(fov / resolution / spacing[axis]) for axis in (1, 0))
         # whole source pixels: where one step is one pixel (or two), nothing is blurred
         start = tuple(float(round((at[0] + at[-1] + 1 - resolution * s) / 2))
@@ -843,7 +886,7 @@ class Cache:
     """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
 
     rows      uint8 (N, C + 1, R, R): C modalities, then the class map; slices without brain left out
-    cases     list of dicts, one a case: case, patient, part (train/val/test), hash (of case_hashes),
+    cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see case_hashes),
               first, count (its rows), position [count floats]
     """
 
@@ -859,6 +902,10 @@ class Cache:
         rows = [np.arange(c["first"], c["first"] + c["count"]) for c in self.cases if c["part"] == part]
         return np.concatenate(rows) if rows else np.array([], int)
 
+    def hashes(self, *parts):
+        """case_hashes of all cases of these parts, sorted: what a checkpoint says it was trained on."""
+        return sorted({digest for c in self.cases if c["part"] in parts for digest in c["hashes"]})
+
     def batch(self, rows, mirror=None):
         """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R),
         position float32 (B,), all torch tensors on the CPU. mirror: bool (B,), left and right are
@@ -866,7 +913,7 @@ class Cache:
         block = torch.from_numpy(self.rows[np.asarray(rows)])
         if mirror is not None:
             block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
-        return (block[:, :-1].float() / 127.5 - 1, block[:, -1].long(),
+        return (to_images(block[:, :-1]), block[:, -1].long(),
                 torch.from_numpy(self.position[np.asarray(rows)]))
 
 
@@ -879,7 +926,7 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
     stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
-    key = json.dumps([10, resolution, fov, condition, sorted(part_of.items()), stamp])
+    key = json.dumps([11, resolution, fov, condition, sorted(part_of.items()), stamp])
     path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     try:
         return Cache(path)
@@ -893,15 +940,15 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
         got = prepare_case(case, resolution, fov, condition)
         keep = (got["classes"] > 0).mean((1, 2)) > 0.01
         block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-        return case, block, got["position"][keep], got["hashes"][0], got["cut"]
+        return case, block, got["position"][keep], got["hashes"], got["cut"]
 
     try:
         with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for at in range(0, len(cases), 8):          # a few at a time: memory stays small
-                for case, block, position, digest, lost in pool.map(prepare, cases[at:at + 8]):
+                for case, block, position, hashes, lost in pool.map(prepare, cases[at:at + 8]):
                     handle.write(block.tobytes())
                     entries.append({"case": case.case, "patient": case.patient,
-                                    "part": part_of[case.case], "hash": digest, "first": first,
+                                    "part": part_of[case.case], "hashes": hashes, "first": first,
                                     "count": len(block), "position": position.round(5).tolist()})
                     first += len(block)
                     cut += [case.case] * (lost > 0.002)
@@ -1530,7 +1577,8 @@ class ResUNet(nn.Module):
             self.merge.append(TwoConvolutions(c_out + c_skip, c_out))
             c = c_out
         self.head = nn.Conv2d(c, 3 if predict == "regions" else 4, 1)
-        nn.init.constant_(self.head.bias[-3:].data, -3 / self.GAIN)
+        nn.init.zeros_(self.head.bias)
+        self.head.bias.data[-3:] = -3 / self.GAIN
 
     def forward(self, images):
         height, width = images.shape[-2:]
@@ -1771,61 +1819,67 @@ def score_case(predicted, truth, spacing, full=True):
 
 @dataclass
 class Segmenter:
-    """A trained ResUNet, the grid it was trained on, and the hashes of the label maps it has seen."""
+    """A trained ResUNet, the grid it was trained on, and the case_hashes of all it was trained or chosen by."""
     net: ResUNet
     resolution: int
     fov: float
     device: torch.device
-    trained_on: frozenset = frozenset()
+    seen: frozenset = frozenset()
+    digest: str = ""                            # of its file
 
     @torch.no_grad()
-    def probability(self, images, batch=64):
-        """images float (N, C, R, R) in [-1, 1] or their bytes -> float32 (N, K, R, R) on the CPU."""
+    def ask(self, part, images, batch=64):
+        """part: function of images on the device; images float (N, C, R, R) in [-1, 1] -> (N, ...) on the CPU."""
         out = []
-        for part in images.split(batch):
-            part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
-            part, = to_device(self.device, part)
+        for some in images.split(batch):
+            some, = to_device(self.device, some)
             with fast_math(self.device):
-                logits = self.net(part)
-            out.append((logits.float().sigmoid() if self.net.predict == "regions" else logits.float().softmax(1)).cpu())
+                out.append(part(some).float().cpu())
         return torch.cat(out)
 
-    @torch.no_grad()
-    def features(self, images, batch=64):
+    def probability(self, images):
+        """images float (N, C, R, R) in [-1, 1] -> float32 (N, K, R, R)."""
+        logits = self.ask(self.net, images)
+        return logits.sigmoid() if self.net.predict == "regions" else logits.softmax(1)
+
+    def features(self, images):
         """images float (N, C, R, R) in [-1, 1] -> the encoder's last output averaged over each slice, (N, F)."""
-        out = []
-        for part in images.split(batch):
-            part, = to_device(self.device, part)
-            with fast_math(self.device):
-                out.append(self.net.encoder(part)[-1].float().mean((2, 3)).cpu())
-        return torch.cat(out)
+        return self.ask(lambda some: self.net.encoder(some)[-1].float().mean((2, 3)), images)
+
+    def slice_dice(self, images, labels):
+        """Dice of WT, TC, ET over all slices of one case on the model's grid: images float (D, C, R, R) in
+        [-1, 1], labels int (D, R, R) -> list of three."""
+        predicted = labels_of(self.probability(images).movedim(1, 0), self.net.predict)
+        return [dice(a, b) for a, b in zip(regions_of(predicted), regions_of(labels))]
 
     def segment(self, got):
         """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the scans:
         probabilities are brought back linearly, then decided; never outside the brain."""
-        probability = self.probability(torch.from_numpy(got["images"]))                     # (D, K, R, R)
+        probability = self.probability(to_images(got["images"]))                            # (D, K, R, R)
         grown = got["grid"].grow(probability.movedim(1, 0).numpy())                         # (K, D, H, W)
         labels = from_slices(labels_of(torch.from_numpy(grown), self.net.predict).numpy())
         return np.where(got["brain"], labels, 0).astype(np.uint8)
 
-    def prepare(self, cases):
-        """Cases as this segmenter wants them, one by one: (Case, what prepare_case returns)."""
-        for case in cases:
-            yield case, prepare_case(case, self.resolution, self.fov, "tumour")
-
     def evaluate(self, prepared, see=None, full=True):
         """Segment and score cases on their own grid: [{"case": name, "region": "WT", "dice": ..., ...}], three
-        rows a case. prepared: from prepare; see: function (Case, got, predicted labels), called for each;
+        rows a case. prepared: from prepare_blind; see: function (Case, got, predicted labels), called for each;
         full: as score_case."""
         rows = []
-        for case, got in prepared:
+        for case, got, truth in prepared:
             predicted = self.segment(got)
-            spacing = np.linalg.norm(got["grid"].affine[:3, :3], axis=0)
-            figures = score_case(predicted, got["labels"], spacing, full)
+            figures = score_case(predicted, truth, spacing_of(got["grid"].affine), full)
             rows += [{"case": case.case, "region": region, **its} for region, its in figures.items()]
             if see is not None:
                 see(case, got, predicted)
         return rows
+
+
+def prepare_blind(cases, resolution, fov):
+    """Cases as a segmenter is tested on them, one by one: (Case, what prepare_case returns when it cannot see
+    the labels, true labels uint8 (X, Y, Z))."""
+    for case in cases:
+        files = {name: path for name, path in case.files.items() if name != "seg"}
+        yield case, prepare_case(Case(case.case, files, case.modern), resolution, fov, "tumour"), read_labels(case)[0]
 
 
 def summarise(rows):
@@ -1869,12 +1923,13 @@ def find_data(args):
     cases = find_cases(folder)
     if not args.data:                           # a folder may hold more than this run asks for
         cases = [case for case in cases if phantom_seed(case.case) in range(args.phantoms)]
+    refuse_synthetic(cases)
     return cases, split_patients(cases, args.split)
 
 
 # What may differ when a run is resumed; the data are compared by the label maps' hashes instead, so
 # that a checkpoint holds no path.
-PATHS = ("data", "split", "out", "synthetic", "weights")
+PATHS = ("data", "split", "out", "synthetic", "weights")           # digests tell what was there
 FREE_TO_CHANGE = {*PATHS, "device", "steps", "minutes", "guidance", "sample_every"}
 
 
@@ -2031,7 +2086,7 @@ def learning_rate(peak, progress, step, warmup=50):
 class EMA:
     """Running mean of a network's parameters, float32 on the CPU, whatever the network runs on.
 
-    Parameters only: no schedule, and no buffer (a batch norm's statistics are a running mean already).
+    Parameters only: no schedule, and no buffer (a batch norm's statistics are taken from the network as it is).
     Every k-th step counts the newest copy k times, with
     decay^k: where weights move slowly the same as every step, at 1/k of the cost. The decay at a
     step is min(decay, (1 + step) / (10 + step)): a short run averages its last tenth instead of
@@ -2063,14 +2118,19 @@ class EMA:
         return twin.eval()
 
 
+def save_state(path, state):
+    """torch.save to an open file: a full disk then arrives as an OSError."""
+    with open(path, "wb") as handle:
+        torch.save(state, handle)
+
+
 def save_checkpoint(folder, state):
     """Write state to folder/checkpoint.pt, whole or not at all; the one before it is kept as
     checkpoint.previous.pt. Plain tensors, numbers, strings, lists and dicts only."""
     newest, previous = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.previous.pt"
 
     def write(temporary):
-        with open(temporary, "wb") as handle:   # a file object: a full disk arrives as an OSError
-            torch.save(state, handle)
+        save_state(temporary, state)
         if newest.exists():
             previous.unlink(missing_ok=True)
             try:
@@ -2081,7 +2141,8 @@ def save_checkpoint(folder, state):
     replace_file(newest, write)
 
 
-SCRIPT = {"ddpm": "train_ddpm.py", "seg": "train_seg.py"}       # kind of checkpoint: who writes it
+# kind of checkpoint: who writes it. "segmenter" is best.pt, "seg" what a run continues from.
+SCRIPT = {"ddpm": "train_ddpm.py", "seg": "train_seg.py", "segmenter": "train_seg.py"}
 
 
 def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "checkpoint.previous.pt")):
@@ -2112,12 +2173,12 @@ def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "check
 
 
 def load_segmenter(path, device):
-    """The Segmenter in a run's folder (its best.pt) or in a file. BadInput where there is none."""
-    state = load_checkpoint(path, "seg", names=("best.pt",))
+    """The Segmenter in a run's folder or in its best.pt. BadInput where there is none."""
+    state = load_checkpoint(path, "segmenter", names=("best.pt",))
     net = ResUNet(**state["network"])
     net.load_state_dict(state["weights"])
     net = net.to(device, memory_format=torch.channels_last).eval()
-    return Segmenter(net, state["resolution"], state["fov"], device, frozenset(state["trained_on"]))
+    return Segmenter(net, state["resolution"], state["fov"], device, frozenset(state["seen"]), file_hash(state["file"]))
 
 
 def catch_signals():
@@ -2215,12 +2276,14 @@ def parse_edit(words):
                 edit[name] = value
             else:
                 raise ValueError
+            if [w.partition("=")[0] for w in words].count(name) > 1:
+                raise ValueError
             numbers = np.atleast_1d(edit[name]) if name not in ("drop", "add") else np.zeros(1)
             if not np.isfinite(numbers).all() or len(edit.get("shift", (1, 2, 3))) != 3 or edit.get("scale", 1) <= 0:
                 raise ValueError
         except ValueError as error:
             raise BadInput(f"--edit {word}: expected scale=1.2, shift=10,0,0 (mm), rotate=15 (degrees), elastic=3 "
-                           "(mm), mirror, drop=NCR, add=ED, or random alone") from error
+                           "(mm), mirror, drop=NCR, add=ED, each once, or random alone") from error
     return edit
 
 
@@ -2228,6 +2291,17 @@ def random_edit(rng):
     """A mild edit, for variety: rng a numpy Generator -> see edit_labels."""
     return {"scale": round(float(np.exp(rng.normal(0, 0.15))), 3), "rotate": round(float(rng.uniform(-25, 25)), 1),
             "shift": rng.normal(0, 6, 3).round(1).tolist(), "mirror": bool(rng.uniform() < 0.5), "elastic": 1.5}
+
+
+def to_mm(voxels, affine):
+    """Voxel indices (..., 3) -> mm (..., 3)."""
+    return np.asarray(voxels, float) @ affine[:3, :3].T + affine[:3, 3]
+
+
+def box_of(mask, affine):
+    """Middle and half the size, mm (3,) each, of the box around a bool mask (X, Y, Z)."""
+    at = to_mm(np.argwhere(mask), affine)
+    return (at.min(0) + at.max(0)) / 2, (at.max(0) - at.min(0)) / 2
 
 
 def edit_labels(labels, affine, brain, edit, rng, home=None):
@@ -2241,18 +2315,14 @@ def edit_labels(labels, affine, brain, edit, rng, home=None):
                      spread of a smooth random displacement), drop and add (a label)
     rng              numpy Generator, for elastic
 
-    Dropped NCR turns into ET and ET into NCR, dropped ED into brain. Added: ED as a rim of 6 mm around
-    the tumour, ET as the outer 3 mm of the tumour core, NCR as what lies deeper than 3 mm in it. In the
-    end what lies outside the brain is cut off.
+    Dropped NCR turns into ET and ET into NCR, dropped ED into brain. Added: ED as a rim of
+    about 6 mm around the tumour, ET as about the outer 3 mm of the tumour core, NCR as what lies deeper
+    (counted in voxels of mean size). In the end what lies outside the brain is cut off.
     """
     home = affine if home is None else home
-    tumour = np.argwhere(labels > 0)
-    if not len(tumour):
+    if not labels.any():
         return np.zeros(brain.shape, np.uint8)
-    to_mm = lambda voxels, a: np.asarray(voxels, float) @ a[:3, :3].T + a[:3, 3]
-    here = to_mm(tumour.mean(0), affine)                                # centre of the tumour, mm
-    outline = to_mm(np.argwhere(brain), home)
-    middle = (outline.min(0) + outline.max(0)) / 2
+    here, (middle, _) = to_mm(np.argwhere(labels > 0), affine).mean(0), box_of(brain, home)
     there = np.array(edit.get("place", here))                           # where the centre goes to
     flip = np.array([-1.0 if edit.get("mirror") else 1.0, 1, 1])
     there = middle + (there - middle) * flip + np.array(edit.get("shift", (0, 0, 0)))
@@ -2262,16 +2332,15 @@ def edit_labels(labels, affine, brain, edit, rng, home=None):
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in brain.shape], indexing="ij"), -1)
     point = to_mm(grid, home) - there
     if edit.get("elastic"):
-        spacing = np.linalg.norm(home[:3, :3], axis=0)
-        point += edit["elastic"] * np.stack([smooth_noise(rng, 40, brain.shape, spacing) for _ in range(3)], -1)
+        noise = [smooth_noise(rng, 40, brain.shape, spacing_of(home)) for _ in range(3)]
+        point += edit["elastic"] * np.stack(noise, -1)
     source = (point @ turn.T) * flip / edit.get("scale", 1.0) + here
     voxel = (source - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
     where = (2 * voxel[..., ::-1] + 1) / np.array(labels.shape[::-1]) - 1       # grid_sample wants z, y, x
     onehot = F.one_hot(torch.from_numpy(labels.astype(np.int64)), 4).movedim(-1, 0)[1:].float()
     share = F.grid_sample(onehot[None], torch.from_numpy(where.astype(np.float32))[None], align_corners=False)[0]
     out = torch.where(share.sum(0) > 0.5, share.argmax(0) + 1, 0).numpy().astype(np.uint8)
-    spacing = np.linalg.norm(home[:3, :3], axis=0).mean()
-    steps = lambda mm: max(1, round(mm / spacing))
+    steps = lambda mm: max(1, round(mm / spacing_of(home).mean()))
     if "drop" in edit:
         out[out == LABELS.index(edit["drop"]) + 1] = DROPPED[edit["drop"]]
     if "add" in edit:
@@ -2287,12 +2356,8 @@ def edit_labels(labels, affine, brain, edit, rng, home=None):
 def relative_place(labels, affine, brain, other, other_affine):
     """Where the centre of a tumour (labels, affine, in the outline `brain`) lies in another outline, mm
     (3,): the same share of the way from the middle of the outline to its edge, along each axis."""
-    boxes = []
-    for mask, a in ((brain, affine), (other, other_affine)):
-        at = np.argwhere(mask) @ a[:3, :3].T + a[:3, 3]
-        boxes.append(((at.min(0) + at.max(0)) / 2, (at.max(0) - at.min(0)) / 2))
-    centre = np.argwhere(labels > 0).mean(0) @ affine[:3, :3].T + affine[:3, 3]
-    return boxes[1][0] + (centre - boxes[0][0]) / boxes[0][1] * boxes[1][1]
+    (middle, half), (its_middle, its_half) = box_of(brain, affine), box_of(other, other_affine)
+    return its_middle + (to_mm(np.argwhere(labels > 0), affine).mean(0) - middle) / half * its_half
 
 
 def balanced_target(number, count, low, high):
@@ -2303,17 +2368,18 @@ def balanced_target(number, count, low, high):
 
 
 def edit_to_volume(labels, affine, brain, name, target, edit, seed):
-    """edit_labels with the scale that makes `name` (a label or region) measure `target` mL.
+    """edit_labels with the scale that makes `name` (a label or region) measure `target` mL -> (labels, the
+    edit with that scale).
 
-    The first guess is the cube root of the ratio; what the brain's edge cuts off is made up for in
-    four more rounds, within 0.4 to 2.5 times the length. The result may still miss: measure it.
+    After each try the scale is multiplied by the cube root of what is missing, five tries in all, within
+    0.4 to 2.5; so what the brain's edge cuts off is made up for. The result may still miss: measure it.
     """
     scale = edit.get("scale", 1.0)
     for _ in range(5):
         edit = {**edit, "scale": round(float(np.clip(scale, 0.4, 2.5)), 4)}
         out = edit_labels(labels, affine, brain, edit, np.random.default_rng(seed))
         scale = edit["scale"] * (target / max(volume_ml(out, affine, name), 1e-2)) ** (1 / 3)
-    return out
+    return out, edit
 
 
 # ================================================================================================
@@ -2421,8 +2487,8 @@ def synthetic_facts(case):
     path = case.folder / f"{case.case}.json"
     try:
         facts = json.loads(path.read_text())
-        if facts["SyntheticData"] != "YES":
-            raise ValueError("it does not say SyntheticData YES")
+        if facts["SyntheticData"] != "YES" or not {"LabelMapSHA256", "BrainSHA256", "GeneratorTrainedOn"} <= set(facts):
+            raise ValueError("it does not say SyntheticData YES and where it comes from")
         return facts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: no sidecar of a synthetic case ({error}); make the set with sample.py") from error
@@ -2432,8 +2498,8 @@ def contaminated(case, hashes):
     """Whether a synthetic Case owes anything to label maps with these hashes: its own map, the outline, or
     one its generator was trained on."""
     facts, known = synthetic_facts(case), {digest[:16] for digest in hashes}
-    used = [facts.get("LabelMapSHA256", ""), facts.get("BrainSHA256", ""), *facts.get("GeneratorTrainedOn", [])]
-    return any(digest[:16] in known for digest in used)
+    return any(digest[:16] in known for digest in
+               (facts["LabelMapSHA256"], facts["BrainSHA256"], *facts["GeneratorTrainedOn"]))
 
 
 def write_labels(path, labels, case, affine):
@@ -2465,9 +2531,10 @@ def write_csv(path, rows):
 
 
 def write_json(path, facts):
-    """A dict as a JSON file; NaN, which JSON has not, becomes null."""
+    """A dict as a JSON file; NaN and infinity, which JSON has not, become null."""
     plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
-                       [plain(v) for v in x] if isinstance(x, (list, tuple)) else None if x != x else x)
+                       [plain(v) for v in x] if isinstance(x, (list, tuple)) else
+                       None if isinstance(x, float) and not math.isfinite(x) else x)
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(plain(facts), indent=1) + "\n"))
 
 
@@ -2542,8 +2609,8 @@ def roughness(volume, classes):
 
 def mean_roughness(prepared):
     """Mean roughness over cases. prepared: list of (Case, what prepare_case returns)."""
-    return float(np.mean([roughness(torch.from_numpy(got["images"]).float() / 127.5 - 1,
-                                    torch.from_numpy(got["classes"])) for _, got in prepared]))
+    return float(np.mean([roughness(to_images(got["images"]), torch.from_numpy(got["classes"]))
+                          for _, got in prepared]))
 
 
 def judge_slices(real, sampled, classes, condition):
@@ -2590,6 +2657,8 @@ def precision_recall(real, made, k=5):
     made points inside some real ball; recall: the other way round; density: real balls a made point lies
     in, / k; coverage: share of real balls that hold a made point.
     """
+    if min(len(real), len(made)) <= k:          # no k-th neighbour
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     real, made = real.double(), made.double()
     reach = [torch.cdist(x, x).kthvalue(k + 1).values for x in (real, made)]     # the point itself is first
     distance = torch.cdist(real, made)                                           # (N, M)
@@ -2604,7 +2673,8 @@ def ms_ssim(a, b):
     """Multi-scale structural similarity [MSSSIM] of pictures (N, C, H, W) in [-1, 1], pair by pair: (N,).
 
     As many of the five scales as leave 11 pixels a side, weights renormalised (three at 64 pixels); a
-    Gaussian window of 11 pixels, sigma 1.5; negative contrast terms count as 0.
+    Gaussian window of 11 pixels, sigma 1.5; each scale is averaged over pixels and channels before the
+    scales are multiplied, and counts as 0 where negative.
     """
     weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
     weights = weights[: max(1, min(5, int(math.log2(min(a.shape[-2:]) / 11)) + 1))]
@@ -2651,7 +2721,7 @@ def equal_sets(prepared, most=600):
     for its in sets.values():
         pick = np.linspace(0, len(its["case"]) - 1, count).astype(int)
         its.update({name: torch.from_numpy(values[pick]) for name, values in its.items()})
-        its["images"] = its["images"].float() / 127.5 - 1
+        its["images"] = to_images(its["images"])
     return sets
 
 
@@ -2667,7 +2737,9 @@ def compare_sets(segmenter, real, other):
 
 def pair_similarity(its, pairs=200):
     """Mean MS-SSIM of pairs of slices from different cases at about the same height in the brain: the lower,
-    the more varied a set is. its: from equal_sets."""
+    the more varied a set is. its: from equal_sets; NaN for a set of one case."""
+    if len(its["case"].unique()) < 2:
+        return math.nan
     picks = np.random.default_rng(0).integers(0, len(its["case"]), pairs)
     partner = [int(((its["position"] - its["position"][i]).abs() + 9 * (its["case"] == its["case"][i])).argmin())
                for i in picks]
@@ -2728,7 +2800,7 @@ def main():
         write_phantom(folder, 0)
         got = prepare_case(find_cases(folder)[0], 96, 192.0, "tumour")
     best = int((got["classes"] > 1).sum((1, 2)).argmax())
-    x0 = torch.from_numpy(got["images"][best]).float()[None] / 127.5 - 1
+    x0 = to_images(got["images"][best])[None]
     alpha_bar, eps = cosine_alpha_bar(), torch.randn(x0.shape, generator=generator(0, "ladder"))
     rows = [[got["classes"][best], *x0[0]]]
     for t in (100, 300, 500, 700, 900, T):

@@ -35,8 +35,8 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("label maps")
-    data.add_argument("--labels", help="folder of BraTS cases whose label maps are used, in the order of "
-                      "their names; without it those of fresh phantoms")
+    data.add_argument("--labels", help="folder of BraTS cases whose label maps are used, in an order shuffled by "
+                      "--seed; without it those of fresh phantoms")
     data.add_argument("--part", choices=["train", "val", "test"], help="only of this part of the split of --labels")
     data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
     data.add_argument("--count", type=int, default=4, help="how many cases to make")
@@ -45,8 +45,10 @@ def parse_arguments(argv=None):
     edit = parser.add_argument_group("edited label maps")
     edit.add_argument("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) rotate=15 "
                       "(degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")
-    edit.add_argument("--paste", metavar="DIR", help="cases whose tumours are put into the brains of --labels")
-    edit.add_argument("--balance", choices=names, help="spread this volume evenly over the set, by choice and scale")
+    edit.add_argument("--paste", metavar="DIR", help="cases whose tumours (of --part, if given) are put into the "
+                      "brains of --labels")
+    edit.add_argument("--balance", choices=names, help="spread this volume evenly over the --count cases, by "
+                      "choice and scale")
     edit.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="mL that --balance spans (default: what the label maps span)")
     model = parser.add_argument_group("model")
@@ -85,15 +87,23 @@ def parse_arguments(argv=None):
     return args
 
 
+def cases_of_part(args, folder):
+    """The real cases in a folder, of --part alone where it is given."""
+    cases = bs.find_cases(folder)
+    bs.refuse_synthetic(cases)
+    if args.part:
+        cases = bs.split_patients(cases, args.split)[args.part]
+    if not cases:
+        raise bs.BadInput(f"{folder}: no case is in part {args.part}; choose another --part or --split")
+    return cases
+
+
 def label_sources(args, scratch, scanner):
-    """Function: number of a synthetic case -> the Case whose label map and outline it gets."""
+    """Function: number of a synthetic case -> the Case whose label map and outline it gets; and all there are."""
     if args.labels:
-        cases = bs.find_cases(args.labels)
-        if args.part:
-            cases = bs.split_patients(cases, args.split)[args.part]
-        if not cases:
-            raise bs.BadInput(f"{args.labels}: no case is in part {args.part}; choose another --part or --split")
-        return lambda number: cases[number % len(cases)]
+        cases = cases_of_part(args, args.labels)
+        order = np.random.default_rng(args.seed).permutation(len(cases))
+        return lambda number: cases[order[number % len(cases)]], cases
 
     def fresh(number):
         folder = Path(scratch) / str(number)
@@ -101,18 +111,19 @@ def label_sources(args, scratch, scanner):
             bs.write_phantom(folder, FRESH + number, scanner)
         return bs.find_cases(folder)[0]
 
-    return fresh
+    return fresh, [fresh(number) for number in range(args.count if args.balance else 0)]
 
 
 def plan(args, number, of_number, donors, volumes):
     """What synthetic case `number` is made of: a namespace with case (gives scans and outline), donor (gives
-    the tumour), relabel (as prepare_case wants it, or None) and facts for the sidecar.
+    the tumour), relabel (as prepare_case wants it, or None), facts for the sidecar, and applied: the edit as
+    it was carried out, filled in by relabel.
 
     donors: cases for --paste; volumes: [(Case, mL)] for --balance.
     """
     key = [args.seed, number]
     edit = bs.random_edit(np.random.default_rng([*key, 1])) if args.edit == ["random"] else bs.parse_edit(args.edit)
-    case, relabel, asked = of_number(number), None, {}
+    case, relabel, asked, applied = of_number(number), None, {}, dict(edit)
     donor = case
     if args.balance:
         low, high = args.range or (min(ml for _, ml in volumes), max(ml for _, ml in volumes))
@@ -123,7 +134,9 @@ def plan(args, number, of_number, donors, volumes):
         asked = {args.balance: target}
 
         def relabel(labels, brain, affine):
-            return bs.edit_to_volume(labels, affine, brain, args.balance, target, edit, [*key, 3])
+            out, scaled = bs.edit_to_volume(labels, affine, brain, args.balance, target, edit, [*key, 3])
+            applied.update(scaled)
+            return out
     elif args.paste:
         others = [c for c in donors if c.case != case.case] or donors
         donor = others[number % len(others)]
@@ -131,12 +144,13 @@ def plan(args, number, of_number, donors, volumes):
         def relabel(labels, brain, affine):
             scans, tumour, its_affine = bs.read_case(donor)
             place = bs.relative_place(tumour, its_affine, bs.brain_mask(scans, donor.folder), brain, affine)
-            return bs.edit_labels(tumour, its_affine, brain, {**edit, "place": place.tolist()},
+            applied["place"] = place.round(2).tolist()
+            return bs.edit_labels(tumour, its_affine, brain, applied,
                                   np.random.default_rng([*key, 3]), affine)
     elif edit:
         def relabel(labels, brain, affine):
             return bs.edit_labels(labels, affine, brain, edit, np.random.default_rng([*key, 3]))
-    return SimpleNamespace(case=case, donor=donor, relabel=relabel,
+    return SimpleNamespace(case=case, donor=donor, relabel=relabel, applied=applied,
                            facts={"Edits": edit, "Pasted": bool(args.paste), "RequestedML": asked})
 
 
@@ -155,17 +169,17 @@ def make_case(args, number, its, denoiser, state, facts):
         written = np.moveaxis(grid.grow(np.moveaxis(images.numpy(), 1, 0)), 0, 1)       # (D, C, H, W)
         labels, outline, affine = bs.to_slices(got["labels"]), bs.to_slices(got["brain"]), grid.affine
     else:
-        first_lesion = len(state["classes"]) - len(bs.LABELS)
-        labels = np.clip(got["classes"].astype(int) - first_lesion + 1, 0, None)
+        labels = bs.tumour_labels(got["classes"], state["condition"])
         written, outline, affine = images, got["classes"], grid.model_affine()
     counts, labels = bs.image_counts(written, outline), bs.from_slices(labels).astype(np.uint8)
+    sources = {*got["hashes"], *(() if its.donor is its.case else bs.hashes_of(its.donor))}
     of_labels = got["hashes"][0] if its.donor is its.case else bs.hashes_of(its.donor)[0]
-    facts = {**facts, "LabelMapSHA256": of_labels, "BrainSHA256": got["hashes"][1],
-             "LabelMapUsedInTraining": of_labels in state["trained_on"],
+    facts = {"LabelMapSHA256": of_labels, "BrainSHA256": got["hashes"][1], **facts, "EditsApplied": its.applied,
+             "UsedInTraining": bool(sources & set(state["trained_on"])),
              "VolumesML": {name: round(bs.volume_ml(labels, affine, name), 3) for name in (*bs.LABELS, "TC", "WT")},
              "GeneratorTrainedOn": [digest[:16] for digest in state["trained_on"]]}
     bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
-    source = torch.from_numpy(got["images"]).float() / 127.5 - 1
+    source = bs.to_images(got["images"])
     return got, images, facts, (bs.roughness(source, classes), bs.roughness(images, classes))
 
 
@@ -226,21 +240,19 @@ def make_set(args, device):
     denoiser, state, common = load_generator(args, device)
     rough, made, asked = [], 0, []
     with tempfile.TemporaryDirectory() as scratch:
-        of_number = label_sources(args, scratch, state["args"]["scanner"])
-        donors = bs.find_cases(args.paste) if args.paste else []
-        donors = [case for case in donors if bs.read_labels(case)[0].any()]
-        volumes = {}
-        for case in (of_number(i) for i in range(args.count if args.balance else 0)):
-            if case.case not in volumes:
-                volumes[case.case] = case, bs.volume_ml(*bs.read_labels(case), args.balance)
-        volumes = [pair for pair in volumes.values() if pair[1] > 0]
+        of_number, everyone = label_sources(args, scratch, state["args"]["scanner"])
+        donors = [c for c in (cases_of_part(args, args.paste) if args.paste else []) if bs.read_labels(c)[0].any()]
+        volumes = [(c, bs.volume_ml(*bs.read_labels(c), args.balance)) for c in everyone if args.balance]
+        volumes = [(case, ml) for case, ml in volumes if ml > 0]
         if args.paste and not donors or args.balance and not volumes:
             raise bs.BadInput("no label map shows what --paste or --balance asks for; use other cases")
         for number in range(args.count):
             its = plan(args, number, of_number, donors, volumes)
             facts = json.loads(json.dumps({"Case": f"BraTS-SYN-{number:05d}-000", **common, **its.facts}))
             if args.labels and (Path(args.out) / facts["Case"]).exists():
-                facts["LabelMapSHA256"] = bs.hashes_of(its.donor)[0]        # another --labels must not pass for this
+                # another --labels must not pass for this one
+                facts["LabelMapSHA256"] = bs.hashes_of(its.donor)[0]
+                facts["BrainSHA256"] = bs.hashes_of(its.case)[1]
             if already_there(args.out, facts):
                 continue
             started = time.time()
@@ -266,66 +278,84 @@ def close_loop(args, device):
     """A scan without labels -> segmented -> a new case synthesised from the predicted labels; a picture."""
     denoiser, state, common = load_generator(args, device)
     segmenter, rows = bs.load_segmenter(args.segmenter[0], device), []
+    common["SegmenterSHA256"] = segmenter.digest
     cases = bs.find_cases(args.scan, labelled=False)
     for number, case in enumerate(cases):
         case.files.pop("seg", None)                         # labels that lie there are not looked at
-        _, got = next(segmenter.prepare([case]))
+        got = bs.prepare_case(case, segmenter.resolution, segmenter.fov, "tumour")
         predicted = segmenter.segment(got)
+        of_labels, of_brain = bs.case_hashes(predicted, got["brain"])
+        facts = json.loads(json.dumps({"Case": f"BraTS-SYN-{number:05d}-000", **common, "LabelMapSHA256": of_labels,
+                                       "BrainSHA256": of_brain}))
+        if already_there(args.out, facts):
+            print(f"{facts['Case']} is there already")
+            continue
         path = Path(args.out) / f"{case.case}_prediction.nii.gz"
         bs.write_labels(path, predicted, case, got["grid"].affine)
         volumes = {name: bs.volume_ml(predicted, got["grid"].affine, name) for name in bs.LABELS}
         print(f"{case.case}: " + ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items()) + f" -> {path}")
-        facts = json.loads(json.dumps({"Case": f"BraTS-SYN-{number:05d}-000", **common}))
-        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted)
-        if (Path(args.out) / facts["Case"]).exists():
-            raise bs.BadInput(f"{Path(args.out) / facts['Case']} is there already; choose another --out")
+        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted, applied={})
         got, images, *_ = make_case(args, number, its, denoiser, state, facts)
-        labels = np.clip(got["classes"].astype(int) - len(state["classes"]) + len(bs.LABELS) + 1, 0, None)
+        labels = bs.tumour_labels(got["classes"], state["condition"])
         at = int(((labels > 0).sum((1, 2)) * 1000 + (got["classes"] > 0).sum((1, 2))).argmax())
-        scans = got["images"][at] / 127.5 - 1
+        scans = bs.to_images(got["images"][at]).numpy()
         rows += [[*scans], [bs.overlay(scan, labels[at]) for scan in scans], [*images[at]]]
+    if not rows:
+        return
     bs.draw_rows(Path(args.out) / "loop.png", rows, bs.MODALITIES, "tumour",
                  "scan, predicted labels, SYNTHETIC")
     print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'loop.png'}")
 
 
-def known_truth(segmenters, made, held):
+def mean_dice(segmenter, prepared):
+    """{region: mean Dice over cases} on the model's grid, where synthetic cases live: on a finer one real cases
+    would lose to resampling what synthetic ones cannot. prepared: [(Case, what prepare_case returns)]."""
+    scores = [segmenter.slice_dice(bs.to_images(got["images"]), torch.from_numpy(bs.tumour_labels(got["classes"])))
+              for _, got in prepared]
+    return dict(zip(bs.REGIONS, np.mean(scores, 0).tolist()))
+
+
+def known_truth(segmenters, sets):
     """Synthetic cases as known truth: does a segmenter's Dice on them say what it will be on real ones? A dict:
-    mean Dice of every segmenter on both, Spearman's rho (from five segmenters on), mean difference."""
+    mean Dice of every segmenter on both, Spearman's rho (from five segmenters on), mean difference.
+    sets: (synthetic, real) Cases."""
     pairs = []
-    for segmenter in segmenters:
-        scores = [np.mean([row["dice"] for row in segmenter.evaluate(segmenter.prepare(cases), full=False)])
-                  for cases in (made, held)]
-        pairs.append([float(score) for score in scores])
+    for one in segmenters:
+        prepared = [[(c, bs.prepare_case(c, one.resolution, one.fov, "tumour")) for c in cases] for cases in sets]
+        pairs.append([float(np.mean(list(mean_dice(one, its).values()))) for its in prepared])
     on_made, on_real = zip(*sorted(pairs))
     return {"dice_on_synthetic": on_made, "dice_on_real": on_real,
             "spearman": bs.rank_correlation(on_made, on_real) if len(pairs) >= 5 else float("nan"),
             "mean_error": float(np.mean(np.abs(np.subtract(on_made, on_real))))}
 
 
-def held_out_cases(args, segmenters):
-    """The split of the real cases --judge compares with, its held-out cases, and their hashes. BadInput where
-    a segmenter was trained on one of those: the ceiling would be none."""
+def judged_by(args, segmenters, made):
+    """The real cases --judge compares with: the split, and the hashes of its test cases. BadInput where a
+    segmenter was trained or chosen by one of those, or trained on the set it shall judge."""
     _, split = bs.find_data(SimpleNamespace(data=args.data, out=args.segmenter[0], phantoms=args.phantoms,
                                             scanner=args.scanner, split=args.split))
-    held = split["test"] or split["val"]
-    hashes = [digest for case in held for digest in bs.hashes_of(case)]
-    if not held or any(segmenter.trained_on & set(hashes) for segmenter in segmenters):
-        raise bs.BadInput("no real case is held out from the segmenter; judge with the --data, --split or --phantoms "
-                          "it was trained with")
-    return split, held, hashes
+    hashes = {digest for case in split["test"] for digest in bs.hashes_of(case)}
+    for path, segmenter in zip(args.segmenter, segmenters):
+        if not hashes or segmenter.seen & hashes:
+            raise bs.BadInput(f"no real case is held out from {path}; judge with the --data, --split or --phantoms it "
+                              "was trained with")
+        if segmenter.seen & {bs.file_hash(case.folder / f"{case.case}.json") for case in made}:
+            raise bs.BadInput(f"{path} was trained on {args.judge}; judge with a segmenter trained on real cases alone")
+    return split, hashes
 
 
 def judge(args, device):
     """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json, judge.png."""
     segmenters = [bs.load_segmenter(path, device) for path in args.segmenter]
     first, made = segmenters[0], bs.find_cases(args.judge)
-    split, held, hashes = held_out_cases(args, segmenters)
-    owing = sum(bs.contaminated(case, hashes) for case in made)
-    prepared = {"synthetic": list(first.prepare(made)), "real": list(first.prepare(held)),
-                "training": list(first.prepare(split["train"][:len(held)]))}
-    dices = {who: {region: its["dice"] for region, its in bs.summarise(
-        first.evaluate(prepared[who], full=False)).items()} for who in ("synthetic", "real")}
+    for case in made:
+        bs.synthetic_facts(case)                # says at once which case has no sidecar
+    split, hashes = judged_by(args, segmenters, made)
+    held, owing = split["test"], sum(bs.contaminated(case, hashes) for case in made)
+    spread = np.linspace(0, len(split["train"]) - 1, min(len(held), len(split["train"]))).astype(int)
+    prepared = {who: [(c, bs.prepare_case(c, first.resolution, first.fov, "tumour")) for c in cases] for who, cases in
+                (("synthetic", made), ("real", held), ("training", [split["train"][i] for i in spread]))}
+    dices = {who: mean_dice(first, prepared[who]) for who in ("synthetic", "real")}
     sets = bs.equal_sets(prepared)
     far = {"synthetic": bs.compare_sets(first, sets["real"], sets["synthetic"]),
            "real": bs.compare_sets(first, sets["real"], sets["training"])}
@@ -351,7 +381,7 @@ def judge(args, device):
               ("against held-out cases, in feature space", "linear",
                {who: (shares, [its[name] for name in shares], None) for who, its in far.items()})]
     if len(segmenters) > 1:
-        report["known_truth"] = known = known_truth(segmenters, made, held)
+        report["known_truth"] = known = known_truth(segmenters, (made, held))
         on_made, on_real = known["dice_on_synthetic"], known["dice_on_real"]
         panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
                        {f"{len(on_made)} segmenters": (on_made, on_real, None), "equal": (on_made, on_made)}))

@@ -127,7 +127,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=bs.has_fused_optimiser(device))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    trained_on = sorted({c["hash"] for c in cache.cases if c["part"] == "train"})
+    trained_on = cache.hashes("train")
     state = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)
     if state:
         prior = state["prior"]                  # not as measured again: that may differ by rounding

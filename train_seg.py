@@ -26,11 +26,16 @@ import brainsyn as bs
 
 STEPS = 1200                                    # a run's length when neither bound is given
 STUDY_STEPS = 200                               # of every segmenter of a study, whatever it is trained on
-FEW = 5                                         # patients an interval needs before it may speak
+FEW = 8                                         # patients an interval needs before it may speak
 # What the study compares: which cases a batch is made of, and how they are augmented.
+PATIENTS = ["2", "10", "all"]                   # of the default study
 ARMS = {"real": ("real", "standard"), "real + strong augmentation": ("real", "strong"),
         "synthetic": ("synthetic", "standard"), "real + synthetic": ("both", "standard"),
         "real + balanced": ("balanced", "standard")}
+# Which differences it reports: the second one is what the first must beat.
+AGAINST = [("real + strong augmentation", "real"), ("synthetic", "real"), ("real + synthetic", "real"),
+           ("real + synthetic", "real + strong augmentation"), ("real + balanced", "real + synthetic")]
+BALANCED_ML = (2, 40)                           # ET volumes of the balanced sets
 
 
 def parse_arguments(argv=None):
@@ -39,7 +44,7 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
-    data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
+    data.add_argument("--phantoms", type=int, help="how many phantom cases to make (default 60; for a study 120)")
     data.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre the phantoms come from")
     data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
     data.add_argument("--fov", type=float, default=192.0, help="width of a slice in mm")
@@ -67,21 +72,26 @@ def parse_arguments(argv=None):
     study = parser.add_argument_group("study")
     study.add_argument("--study", action="store_true", help="compare training sets, not train one segmenter")
     study.add_argument("--seeds", type=int, default=3, help="trainings of every kind")
-    study.add_argument("--patients", nargs="+", default=["2", "10", "all"], help="how many real training patients")
+    study.add_argument("--patients", nargs="+", help=f"how many real training patients (default {' '.join(PATIENTS)})")
     study.add_argument("--test-scanner", choices=sorted(bs.SCANNERS), help="test on the same phantoms in this scanner")
     study.add_argument("--generator-steps", type=int, default=400, help="training steps of each generator")
     study.add_argument("--made", type=int, default=24, help="synthetic cases a set")
     study.add_argument("--calls", type=int, default=10, help="network calls a slice when they are sampled")
-    study.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour",
-                       help="labels given to the generator")
     args = parser.parse_args(argv)
     if args.steps is None and args.minutes is None:
         args.steps = STUDY_STEPS if args.study else STEPS
+    elif args.study and args.minutes:
+        raise bs.BadInput("--minutes does not go with --study, whose trainings all get the same --steps")
     args.out = args.out or ("runs/study" if args.study else "runs/seg")
+    args.phantoms = args.phantoms or (120 if args.study else 60)
+    try:
+        args.encoder = args.weights and bs.file_hash(args.weights)          # the path itself is not kept
+    except OSError as error:
+        raise bs.BadInput(f"--weights {args.weights}: cannot be read ({error.strerror})") from error
     bs.require_positive(args, "phantoms", "resolution", "fov", "steps", "minutes", "batch", "lr", "validate_every",
                         "seeds", "generator_steps", "made", "calls")
-    if not 0 <= args.synthetic_share <= 1:
-        raise bs.BadInput(f"--synthetic-share {args.synthetic_share}: goes from 0 to 1")
+    if args.batch < 2:
+        raise bs.BadInput("--batch 1: batch norms need at least two slices")
     return args
 
 
@@ -100,7 +110,7 @@ def draw_batch(sources, args, step):
         parts.append(its.cache.batch(rows))
         left -= count
     images, classes = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    return bs.augment(images, (classes - 1).clamp(min=0), args.augment, (args.seed, "augment", step))
+    return bs.augment(images, bs.tumour_labels(classes), args.augment, (args.seed, "augment", step))
 
 
 def validate(segmenter, cache):
@@ -109,17 +119,15 @@ def validate(segmenter, cache):
     for entry in (c for c in cache.cases if c["part"] == "val"):
         rows = np.arange(entry["first"], entry["first"] + entry["count"])
         images, classes, _ = cache.batch(rows)
-        predicted = bs.labels_of(segmenter.probability(images).movedim(1, 0), segmenter.net.predict)
-        truth = bs.regions_of((classes - 1).clamp(min=0))
-        scores += [bs.dice(a, b) for a, b in zip(bs.regions_of(predicted), truth)]
+        scores += segmenter.slice_dice(images, bs.tumour_labels(classes))
     return float(np.mean(scores)) if scores else float("nan")
 
 
 def fit(args, sources, cache, device, trained_on=None):
     """Train one segmenter on `sources` -> (Segmenter, Pace).
 
-    trained_on: hashes for its checkpoint; then it is validated on the val cases of `cache` and the best
-    weights are returned. Without (in the study) nothing is written or validated: the last ones are."""
+    trained_on: hashes for its checkpoint; then it is validated on the val cases of `cache`, the real ones, and
+    the best weights are returned. Without (in the study) nothing is written or validated: the last ones are."""
     torch.manual_seed(args.seed)
     network = {"depth": args.depth, "channels": len(cache.meta["modalities"]), "predict": args.predict}
     net = bs.ResUNet(**network).to(device, memory_format=torch.channels_last)
@@ -149,6 +157,18 @@ def fit(args, sources, cache, device, trained_on=None):
             "args": bs.kept_arguments(args), "network": network, "weights": net.state_dict(), "ema": ema.weights,
             "optimizer": optimizer.state_dict(), "best": best, "trained_on": trained_on})
 
+    def check():
+        """Validate the averaged weights and keep them if they are the best so far -> their Dice."""
+        twin = ema.copy_of(net, pace.step)
+        score = validate(bs.Segmenter(twin, args.resolution, args.fov, device), cache)
+        if not score <= best["dice"]:                           # NaN: nobody to validate on, the last one counts
+            best.update(dice=score, step=pace.step)
+            bs.replace_file(Path(args.out) / "best.pt", lambda path: bs.save_state(path, {
+                "kind": "segmenter", "version": bs.__version__, **best, "args": bs.kept_arguments(args),
+                "network": network, "weights": twin.state_dict(), "resolution": args.resolution, "fov": args.fov,
+                "seen": sorted({*trained_on, *cache.hashes("val")})}))
+        return score
+
     while pace.progress() < 1 and not stop:
         # ------------------------------------------------------------------ one training step ---
         images, labels = bs.to_device(device, *draw_batch(sources, args, pace.step))    # (B, C, R, R), (B, R, R)
@@ -166,14 +186,7 @@ def fit(args, sources, cache, device, trained_on=None):
         # ---------------------------------------------------------------------------------------
         score = float("nan")
         if keep and (pace.step % args.validate_every == 0 or pace.progress() >= 1):
-            twin = ema.copy_of(net, pace.step)
-            score = validate(bs.Segmenter(twin, args.resolution, args.fov, device), cache)
-            if not score <= best["dice"]:                       # NaN: nobody to validate on, the last one counts
-                best = {"dice": score, "step": pace.step}
-                bs.replace_file(Path(args.out) / "best.pt", lambda path: torch.save({
-                    "kind": "seg", "version": bs.__version__, **best, "args": bs.kept_arguments(args),
-                    "network": network, "weights": twin.state_dict(), "resolution": args.resolution,
-                    "fov": args.fov, "trained_on": trained_on}, path))
+            score = check()
         if keep:
             book.add(loss.view(1))
             if pace.due("log", 5) or score == score or pace.progress() >= 1:
@@ -187,6 +200,8 @@ def fit(args, sources, cache, device, trained_on=None):
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
     if keep:
+        if not (Path(args.out) / "best.pt").exists():           # resumed at its end, before any validation
+            check()
         return bs.load_segmenter(args.out, device), pace
     return bs.Segmenter(ema.copy_of(net, pace.step), args.resolution, args.fov, device), pace
 
@@ -195,21 +210,23 @@ def close(args, segmenter, split, pace):
     """What a run ends with: every held-out case segmented on its own grid, table, CSV, pictures."""
     out, part = Path(args.out), "test" if split["test"] else "val"
     cases, pictures = split[part] or split["train"], {}
-    who = f"{len(cases)} {part if split[part] else 'training'} cases"
+    who = f"{len(cases)} " + ("training cases" if not split[part] else "test cases" if part == "test" else
+                              "validation cases (which chose the weights)")
 
     def see(case, got, predicted):
         bs.write_labels(out / "predictions" / f"{case.case}_prediction.nii.gz", predicted, case, got["grid"].affine)
-        truth, guess = bs.to_slices(got["labels"]), bs.to_slices(predicted)
+        truth, guess = bs.to_slices(bs.read_labels(case)[0]), bs.to_slices(predicted)
         at = int(((truth > 0) | (guess > 0)).sum((1, 2)).argmax())
-        scans = [got["grid"].grow(got["images"][at, bs.MODALITIES.index(m)] / 127.5 - 1.0) for m in ("t1ce", "flair")]
+        pictured = bs.to_images(got["images"][at]).numpy()
+        scans = [got["grid"].grow(pictured[bs.MODALITIES.index(m)] ) for m in ("t1ce", "flair")]
         pictures[case.case] = [*scans, bs.overlay(scans[0], truth[at]), bs.overlay(scans[0], guess[at])]
 
-    rows = segmenter.evaluate(segmenter.prepare(cases), see)
+    rows = segmenter.evaluate(bs.prepare_blind(cases, args.resolution, args.fov), see)
     mean = {name: np.mean([row["dice"] for row in rows if row["case"] == name]) for name in pictures}
     order = sorted(mean, key=mean.get)
     shown = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, min(6, len(order))).astype(int))]
     bs.draw_rows(out / "predictions.png", [pictures[name] for name in shown],
-                 ["t1ce", "flair", "truth", "prediction"], "tumour", "held-out cases, worst (above) to best")
+                 ["t1ce", "flair", "truth", "prediction"], "tumour", f"{who}, worst (above) to best")
     bs.write_csv(out / "cases.csv", rows)
     log = bs.read_log(out / "log.csv")
     lines = {"loss": ([r["step"] for r in log], [r["loss"] for r in log])}
@@ -225,30 +242,39 @@ def close(args, segmenter, split, pace):
         print(f"wrote: {out / name}")
 
 
-def synthetic_cache(folder, split, args):
-    """The cache of a folder of synthetic cases. Refused are cases that owe anything, through their
-    label map or their generator, to a validation or test patient."""
+def synthetic_cache(folder, held, args):
+    """The cache of a folder of synthetic cases and digests of their sidecars. Refused are cases that owe
+    anything, by the hashes in their sidecars, to the validation or test cases whose hashes `held` are."""
     cases = bs.find_cases(folder)
-    held = [digest for case in split["val"] + split["test"] for digest in bs.hashes_of(case)]
     bad = [case.case for case in cases if bs.contaminated(case, held)]
     if bad:
         raise bs.BadInput(f"{folder}: {len(bad)} of {len(cases)} cases ({bad[0]} for one) come from label maps or a "
                           "generator that used validation or test patients; make them from training cases alone")
-    return bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour",
-                          {"train": cases, "val": [], "test": []})
+    cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour",
+                           {"train": cases, "val": [], "test": []})
+    return cache, sorted(bs.file_hash(case.folder / f"{case.case}.json") for case in cases)
+
+
+def hashes_of_all(cases):
+    """case_hashes of Cases on disk, both of each, sorted."""
+    return sorted(digest for case in cases for digest in bs.hashes_of(case))
 
 
 def make_sets(args, folder, cases, out):
     """Train a generator on these real cases alone, sample two sets from their edited label maps, one as the
-    maps are spread and one with ET volumes spread evenly -> {"synthetic": folder, "balanced": folder}. What
-    is there already is kept. The commands are printed: anyone can type them."""
+    maps are spread and one with ET volumes spread evenly -> {"synthetic": folder, "balanced": folder}, the
+    second only where a map has ET. What is there already is kept. The commands are printed: anyone can type
+    them."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "split.json").write_text(json.dumps({"train": sorted(case.case for case in cases)}))
     common = ["--split", out / "split.json", "--device", args.device, "--seed", args.seed]
     commands = [] if (out / "ddpm/closing.json").exists() else [
         ["train_ddpm.py", "--data", folder, *common, "--resolution", args.resolution, "--fov", args.fov,
-         "--condition", args.condition, "--steps", args.generator_steps, "--sample-every", 0, "--out", out / "ddpm"]]
-    for name, more in (("synthetic", []), ("balanced", ["--balance", "ET"])):
+         "--steps", args.generator_steps, "--sample-every", 0, "--out", out / "ddpm"]]
+    sets = {"synthetic": []}
+    if any((bs.read_labels(case)[0] == 3).any() for case in cases):
+        sets["balanced"] = ["--balance", "ET", "--range", *BALANCED_ML]
+    for name, more in sets.items():
         commands.append(["sample.py", "--checkpoint", out / "ddpm", "--labels", folder, "--part", "train", *common,
                          "--edit", "random", *more, "--count", args.made, "--steps", args.calls, "--out", out / name])
     for command in commands:
@@ -259,7 +285,7 @@ def make_sets(args, folder, cases, out):
         if done.returncode:
             raise bs.BadInput(f"{command[0]} ended with status {done.returncode}: "
                               + (done.stdout.strip().splitlines() or ["no word"])[-1])
-    return {name: out / name for name in ("synthetic", "balanced")}
+    return {name: out / name for name in sets}
 
 
 def study_test(args, split):
@@ -275,53 +301,59 @@ def study_test(args, split):
 
 
 def report(args, rows, note):
-    """Table, study.csv, study.json and study.png from all rows of a study. Patients are what differs: seeds
-    are averaged first, time points of one patient too; "better" and "worse" only where the interval leaves
-    out 0 and at least FEW patients are behind it."""
+    """Table, study.csv, study.json and study.png from all rows of a study.
+
+    Intervals are about patients: seeds are averaged first, time points of one patient too, and differences are
+    paired. "better" and "worse" only where an interval leaves out 0 and at least FEW patients are behind it.
+    All seeds of a row share its training patients, generator and synthetic set: what other patients or another
+    generator would have given is not in the interval.
+    """
     out, everyone = Path(args.out), {row["case"]: row for row in rows if row["region"] == "ET"}
     ill = sorted((name for name, row in everyone.items() if row["true_ml"] > 0), key=lambda n: everyone[n]["true_ml"])
-    rare = set(ill[:max(1, len(ill) // 3)])     # the rare end: the third of the tumours with least ET
-    columns = {region: lambda row, r=region: row["region"] == r for region in bs.REGIONS}
-    columns["rare ET"] = lambda row: row["region"] == "ET" and row["case"] in rare
+    rare = ill[:max(1, len(ill) // 2)]          # the rare end: the half of the tumours with less ET
+    columns = {**{region: lambda row, r=region: row["region"] == r for region in bs.REGIONS},
+               "small ET": lambda row: row["region"] == "ET" and row["case"] in rare}
 
-    def per_patient(size, arm, wanted):         # {patient: Dice of every seed}
+    def per_patient(size, arm, column):         # {patient: Dice, seeds averaged}, [mean over patients of every seed]
         scores = {}
         for row in rows:
-            if row["patients"] == size and row["arm"] == arm and wanted(row):
+            if row["patients"] == size and row["arm"] == arm and columns[column](row):
                 scores.setdefault(row["patient"], {}).setdefault(row["seed"], []).append(row["dice"])
-        return {patient: [np.mean(its[seed]) for seed in sorted(its)] for patient, its in scores.items()}
+        scores = {patient: [np.mean(its[seed]) for seed in sorted(its)] for patient, its in scores.items()}
+        return {patient: float(np.mean(its)) for patient, its in scores.items()}, np.mean(list(scores.values()), 0)
 
-    summary, lines = [], {column: {} for column in columns}
-    print(f"--- Dice on {len(everyone)} held-out cases: mean ± spread over {args.seeds} seeds (paired difference to\n"
-          f"    real with 95% interval over patients); rare ET: the {len(rare)} cases with least ET "
-          f"(up to {max((everyone[n]['true_ml'] for n in rare), default=0):.1f} mL)")
-    for size in sorted({row["patients"] for row in rows}):
-        for arm in ARMS:
-            entry = {"patients": size, "arm": arm, "note": note(size, arm)}
-            text = f"{size:3d} patients  {arm:26}"
-            for column, wanted in columns.items():
-                scores, base = per_patient(size, arm, wanted), per_patient(size, "real", wanted)
-                if not scores:
-                    break
-                by_seed = np.mean(list(scores.values()), 0)
-                change = bs.bootstrap_interval([np.mean(scores[c]) - np.mean(base[c]) for c in scores])
+    print(f"--- Dice on {len(everyone)} held-out cases, mean ± spread over {args.seeds} seeds; small ET: the "
+          f"{len(rare)} cases with least ET, up to {max((everyone[n]['true_ml'] for n in rare), default=0):.1f} mL")
+    summary, lines, done = [], {column: {} for column in columns}, {(row["patients"], row["arm"]) for row in rows}
+    for size in sorted({size for size, _ in done}):
+        for arm in (arm for arm in ARMS if (size, arm) in done):
+            entry, text = {"patients": size, "arm": arm, "note": note(size, arm)}, f"{size:3d} patients  {arm:28}"
+            for column in columns:
+                by_seed = per_patient(size, arm, column)[1]
                 spread = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else float("nan")
-                verdict = "better" if change[1] > 0 else "worse" if change[2] < 0 else ""
-                verdict = verdict if len(scores) >= FEW else "too few to tell"
-                entry[column] = {"dice": float(by_seed.mean()), "sd_over_seeds": spread, "against_real": change,
-                                 "verdict": verdict,
-                                 "share_of_real": float(by_seed.mean() / np.mean(list(base.values())))}
+                entry[column] = {"dice": float(by_seed.mean()), "sd_over_seeds": spread}
                 text += f"  {column} {by_seed.mean():.3f} ± {spread:.3f}"
-                if arm != "real":
-                    text += f" ({change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}]{' ' * bool(verdict) + verdict})"
                 line = lines[column].setdefault(arm, ([], [], []))
-                for values, value in zip(line, (size, by_seed.mean(), 0 if spread != spread else spread)):
+                for values, value in zip(line, (size, float(by_seed.mean()), 0.0 if spread != spread else spread)):
                     values.append(value)
-            if len(entry) > 3:
-                summary.append(entry)
-                print(text + (f"  [{entry['note']}]" if entry["note"] else ""))
+            summary.append(entry)
+            print(text + (f"  [{entry['note']}]" if entry["note"] else ""))
+    print("--- paired differences of Dice with 95% interval over patients")
+    differences = []
+    for size, arm, base in ((size, *pair) for size in sorted({size for size, _ in done}) for pair in AGAINST):
+        if {(size, arm), (size, base)} <= done:
+            text = f"{size:3d} patients  {arm} against {base}:"
+            for column in columns:
+                mine, theirs = per_patient(size, arm, column)[0], per_patient(size, base, column)[0]
+                mean, low, high = bs.bootstrap_interval([mine[p] - theirs[p] for p in mine])
+                verdict = ("too few to tell" if len(mine) < FEW else "better" if low > 0 else
+                           "worse" if high < 0 else "")
+                differences.append({"patients": size, "arm": arm, "against": base, "region": column, "difference": mean,
+                                    "low": low, "high": high, "test_patients": len(mine), "verdict": verdict})
+                text += f"  {column} {mean:+.3f} [{low:+.3f}, {high:+.3f}]{' ' * bool(verdict)}{verdict}"
+            print(text)
     bs.write_csv(out / "study.csv", rows)
-    bs.write_json(out / "study.json", {"rows": summary, "rare": sorted(rare)})
+    bs.write_json(out / "study.json", {"rows": summary, "differences": differences, "small_et": rare})
     bs.draw_lines(out / "study.png", [(f"Dice, {c}", "linear", its) for c, its in lines.items()],
                   "real training patients", "log")
     for name in ("study.csv", "study.json", "study.png"):
@@ -334,34 +366,35 @@ def study(args, split, device):
     out, started = Path(args.out), time.time()
     test, patients = study_test(args, split), sorted({case.patient for case in split["train"]})
     order = [patients[i] for i in np.random.default_rng(0).permutation(len(patients))]
+    wanted = args.patients or [n for n in PATIENTS if n == "all" or int(n) < len(order)]
     try:
-        sizes = sorted({len(order) if size == "all" else int(size) for size in args.patients})
+        sizes = sorted({len(order) if size == "all" else int(size) for size in wanted})
     except ValueError:
         sizes = [0]
     if not test or not 1 <= sizes[0] <= sizes[-1] <= len(order):
-        raise bs.BadInput(f"--patients {' '.join(args.patients)}: the split has {len(order)} training patients and "
+        raise bs.BadInput(f"--patients {' '.join(wanted)}: the split has {len(order)} training patients and "
                           f"{len(test)} test cases; name numbers up to that, or all")
+    held = hashes_of_all([*split["val"], *split["test"]])
+    given, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
     settings = {k: v for k, v in bs.kept_arguments(args).items() if k not in ("device", "seeds", "patients")}
-    settings["trained_on"] = sorted(digest for case in split["train"] for digest in bs.hashes_of(case))
-    settings["synthetic"] = str(args.synthetic)
+    settings.update(trained_on=hashes_of_all(split["train"]), tested_on=hashes_of_all(test), synthetic=digests)
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
         raise bs.BadInput(f"{out} holds a study with other settings or data; choose another --out, or delete it")
     bs.write_json(out / "settings.json", settings)
-    beside = [Path(args.out).parent / "cache", args.resolution, args.fov, "tumour"]
-    real = bs.build_cache(split["train"], *beside, {"train": split["train"]})
+    real = bs.build_cache(split["train"], Path(args.out).parent / "cache", args.resolution, args.fov, "tumour",
+                          {"train": split["train"]})
     folder = Path(args.data) if args.data else split["train"][0].folder.parent
-    prepared = list(bs.Segmenter(None, args.resolution, args.fov, device).prepare(test))
-    given = synthetic_cache(args.synthetic, split, args) if args.synthetic else None
+    prepared = list(bs.prepare_blind(test, args.resolution, args.fov))
     rows, patient_of = [], {case.case: case.patient for case in test}
     for size in sizes:
         cases = [case for case in split["train"] if case.patient in order[:size]]
         caches = {"synthetic": given} if given else {
-            name: synthetic_cache(made, split, args) for name, made in
+            name: synthetic_cache(made, held, args)[0] for name, made in
             make_sets(args, folder, cases, out / f"patients_{size:03d}").items()}
         mine = [np.arange(c["first"], c["first"] + c["count"]) for c in real.cases if c["patient"] in order[:size]]
         mine = source(real, np.concatenate(mine))
         for arm, (data, kind) in ARMS.items():
-            if data == "balanced" and "balanced" not in caches:
+            if data == "balanced" and "balanced" not in caches:         # one given set, or no ET to scale
                 continue
             made = caches["balanced" if data == "balanced" else "synthetic"]
             made = source(made, made.part("train"), args.synthetic_share)
@@ -387,18 +420,15 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
     cases, split = bs.find_data(args)
-    made = [case.case for part in ("val", "test") for case in split[part] if case.case.startswith("BraTS-SYN-")]
-    if made:
-        raise bs.BadInput(f"{made[0]} is synthetic and would be validated or tested on; keep only real cases in --data")
     if args.study:
         return study(args, split, device)
     cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour", split)
     sources = [source(cache, cache.part("train"))]
-    trained_on = {c["hash"] for c in cache.cases if c["part"] == "train"}
+    trained_on = set(cache.hashes("train"))
     if args.synthetic:
-        made = synthetic_cache(args.synthetic, split, args)
+        made, digests = synthetic_cache(args.synthetic, cache.hashes("val", "test"), args)
         print(f"synthetic: {len(made.cases)} cases, {args.synthetic_share:.0%} of every batch")
-        trained_on |= {c["hash"] for c in made.cases}
+        trained_on |= {*made.hashes("train"), *digests}
         sources = [source(made, made.part("train"), args.synthetic_share), *sources]
     segmenter, pace = fit(args, sources, cache, device, sorted(trained_on))
     close(args, segmenter, split, pace)

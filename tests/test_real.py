@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import brainsyn as bs
-from test_scripts import run
+from test_scripts import run, sources_of
 
 
 def test_real_cases_read_and_tell_tissue_apart(real_folder):
@@ -46,7 +46,7 @@ def test_a_short_training_and_sampling_on_real_cases(few, tmp_path):
                "--batch", "4", "--condition", "tissue", "--out", "runs/real")
     assert "step 00004/4" in text
     run(tmp_path, "sample.py", "--checkpoint", "runs/real", "--labels", few, "--count", "1", "--steps", "2", "--native")
-    made, source = bs.find_cases(tmp_path / "synthetic")[0], bs.find_cases(few)[0]
+    made, source = bs.find_cases(tmp_path / "synthetic")[0], sources_of(tmp_path / "synthetic", few)[0]
     scans, labels, affine = bs.read_case(made)
     _, truth, truth_affine = bs.read_case(source)
     assert np.array_equal(labels, truth) and np.allclose(affine, truth_affine, atol=1e-3)

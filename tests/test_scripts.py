@@ -59,7 +59,7 @@ def test_the_checkpoint_holds_all_that_sampling_needs(trained):
     assert state["modalities"] == list(bs.MODALITIES) and state["args"]["width"] == 16
     cases = bs.find_cases(trained[0] / "runs/phantoms/A")
     split = bs.split_patients(cases)
-    hashes = {part: {bs.hashes_of(c)[0] for c in split[part]} for part in split}
+    hashes = {part: {digest for c in split[part] for digest in bs.hashes_of(c)} for part in split}
     assert set(state["trained_on"]) == hashes["train"] and not hashes["test"] & set(state["trained_on"])
 
 
@@ -138,11 +138,17 @@ def synthetic(trained):
                        "--count", "2", "--steps", "3", "--out", "synthetic")
 
 
+def sources_of(made, folder):
+    """The cases of `folder` whose label maps the synthetic cases in `made` carry, by their hashes."""
+    known = {bs.hashes_of(case)[0]: case for case in bs.find_cases(folder)}
+    return [known[bs.synthetic_facts(case)["LabelMapSHA256"]] for case in bs.find_cases(made)]
+
+
 def test_sampling_writes_whole_labelled_volumes(synthetic):
     """BraTS-2023 layout, the conditioning labels as seg at the right place in mm, a contact sheet."""
     folder, text = synthetic
     cases = bs.find_cases(folder / "synthetic")
-    sources = bs.find_cases(folder / "runs/phantoms/A")
+    sources = sources_of(folder / "synthetic", folder / "runs/phantoms/A")
     assert [c.case for c in cases] == ["BraTS-SYN-00000-000", "BraTS-SYN-00001-000"] and all(c.modern for c in cases)
     assert (folder / "synthetic/contact_sheet.png").exists() and "roughness of the source volumes" in text
     for case, source in zip(cases, sources):
@@ -161,14 +167,14 @@ def test_sidecars_say_how_and_not_from_whom(synthetic):
     """Synthetic, hashes of the unedited label map and of the checkpoint, all settings; no path, no
     source name in any file."""
     folder, _ = synthetic
-    sources = bs.find_cases(folder / "runs/phantoms/A")
+    sources = sources_of(folder / "synthetic", folder / "runs/phantoms/A")
     trained_on = set(bs.load_checkpoint(folder / "runs/ddpm")["trained_on"])
     for case, source in zip(bs.find_cases(folder / "synthetic"), sources):
         home = case.files["seg"].parent
         text = (home / f"{case.case}.json").read_text()
         facts, digest = json.loads(text), bs.hashes_of(source)[0]
         assert facts["SyntheticData"] == "YES" and facts["LabelMapSHA256"] == digest
-        assert facts["LabelMapUsedInTraining"] == (digest in trained_on)
+        assert facts["UsedInTraining"] == (digest in trained_on) and facts["BrainSHA256"] == bs.hashes_of(source)[1]
         weights = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
         assert facts["CheckpointSHA256"] == hashlib.sha256(weights).hexdigest()
         settings = [facts[k] for k in ("Seed", "Steps", "Sampler", "Condition", "Edits")]
@@ -207,7 +213,7 @@ def test_fresh_phantoms_were_never_trained_on(trained):
     case = bs.find_cases(folder / "fresh")[0]
     facts = json.loads((case.files["seg"].parent / f"{case.case}.json").read_text())
     scan, truth, _ = bs.phantom(sample.FRESH)
-    assert not facts["LabelMapUsedInTraining"] and facts["LabelMapSHA256"] == bs.case_hashes(truth, scan[0])[0]
+    assert not facts["UsedInTraining"] and facts["LabelMapSHA256"] == bs.case_hashes(truth, scan[0])[0]
     scans, labels, affine = bs.read_case(case)
     assert np.array_equal(labels, truth) and scans.shape[1:] == bs.PHANTOM_SHAPE
     assert np.allclose(np.linalg.norm(affine[:3, :3], axis=0), bs.PHANTOM_SPACING)

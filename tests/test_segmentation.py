@@ -214,9 +214,24 @@ def test_predictions_come_back_on_the_grid_of_the_scans(phantom_folder):
     """Labels painted into a modality on the model's grid come back, through the segmenter, on the scans'
     own grid where the label map has them."""
     case = bs.find_cases(phantom_folder)[0]
-    got = bs.prepare_case(case, 96, 192.0, "tumour")
-    paint = np.array([0, 0, 96, 160, 255], np.uint8)[got["classes"]]
-    got["images"] = np.repeat(paint[:, None], 4, 1)
-    predicted = bs.Segmenter(Oracle(), 96, 192.0, torch.device("cpu")).segment(got)
-    figures = bs.score_case(predicted, got["labels"], bs.PHANTOM_SPACING)
-    assert predicted.shape == got["labels"].shape and all(its["dice"] > 0.97 for its in figures.values()), figures
+    (_, blind, truth), = bs.prepare_blind([case], 96, 192.0)
+    assert not blind["labels"].any() and blind["classes"].max() == 1 and truth.max() == 3
+    seen = bs.prepare_case(case, 96, 192.0, "tumour")
+    paint = np.array([0, 0, 96, 160, 255], np.uint8)[seen["classes"]]
+    blind["images"] = np.repeat(paint[:, None], 4, 1)
+    segmenter, shown = bs.Segmenter(Oracle(), 96, 192.0, torch.device("cpu")), []
+    rows = segmenter.evaluate([(case, blind, truth)], lambda *what: shown.append(what))
+    assert [(row["case"], row["region"]) for row in rows] == [(case.case, region) for region in bs.REGIONS]
+    assert all(row["dice"] > 0.97 and row["hd95_mm"] < 3 for row in rows), rows
+    assert shown[0][2].shape == truth.shape and shown[0][2].dtype == np.uint8
+    labels = torch.from_numpy(bs.tumour_labels(seen["classes"]))
+    assert segmenter.slice_dice(bs.to_images(blind["images"]), labels) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("condition", list(bs.CONDITIONS))
+def test_labels_of_classes(condition):
+    """Whatever the condition and the type, healthy classes are 0 and tumour classes 1, 2, 3."""
+    count = len(bs.CONDITIONS[condition])
+    expected = [0] * (count - 3) + [1, 2, 3]
+    assert bs.tumour_labels(np.arange(count, dtype=np.uint8), condition).tolist() == expected
+    assert bs.tumour_labels(torch.arange(count), condition).tolist() == expected

@@ -134,7 +134,7 @@ def test_before_training_tumour_is_unlikely():
     """The head starts with low logits for all that is tumour: most pixels are healthy, and a network that
     has to learn that first spends its first hundreds of steps on it."""
     for predict in ("regions", "labels"):
-        net = bs.ResUNet(predict=predict)
+        net = bs.ResUNet(predict=predict).eval()
         nn.init.zeros_(net.head.weight)
         with torch.no_grad():
             logits = net(torch.randn(1, 4, 32, 32))

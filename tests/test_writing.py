@@ -99,7 +99,8 @@ def test_debts_of_synthetic_cases_are_found(tmp_path):
 
 def test_a_case_without_sidecar_is_not_taken_for_synthetic(tmp_path):
     """No sidecar, another file, or one that does not say so: one sentence."""
-    for i, facts in enumerate(({"SyntheticData": "NO"}, {"Name": 1})):
+    older = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64}       # does not say all of what it owes
+    for i, facts in enumerate(({"SyntheticData": "NO"}, {"Name": 1}, older)):
         with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
             bs.synthetic_facts(synthetic_case(tmp_path / str(i), **facts))
     with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
@@ -110,5 +111,5 @@ def test_tables_are_plain_csv_and_json(tmp_path):
     """Six digits in CSV; NaN, which JSON does not know, becomes null at any depth."""
     bs.write_csv(tmp_path / "a.csv", [{"case": "x", "dice": 1 / 3}, {"case": "y", "dice": float("nan")}])
     assert (tmp_path / "a.csv").read_text().split() == ["case,dice", "x,0.333333", "y,nan"]
-    bs.write_json(tmp_path / "a.json", {"a": [1, float("nan")], "b": {"c": float("nan"), "d": (2,)}})
+    bs.write_json(tmp_path / "a.json", {"a": [1, float("nan")], "b": {"c": float("inf"), "d": (2,)}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None], "b": {"c": None, "d": [2]}}

@@ -2403,8 +2403,8 @@ def draw_rows(path, rows, titles, condition, headline=""):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False,
-                                figsize=(1.25 * len(titles), 1.25 * len(rows) + 0.6), dpi=110)
+    height = 1.25 * len(rows) + 0.6
+    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(1.25 * len(titles), height), dpi=110)
     for axis in axes.flat:
         axis.axis("off")
     for axis, title in zip(axes[0], titles):
@@ -2420,8 +2420,8 @@ def draw_rows(path, rows, titles, condition, headline=""):
                 axis.imshow(colour_labels(image, condition), interpolation="nearest")
             else:
                 axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
-    figure.suptitle(headline, fontsize=9)
-    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / (1.25 * len(rows) + 0.6), 0.02, 0.02)
+    figure.suptitle(headline, fontsize=9, y=1 - 0.06 / height, va="top")
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / height, 0.02, 0.02)
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     plt.close(figure)
 
@@ -2707,37 +2707,60 @@ def modality_correlation(images, classes, n_classes, voxels=200):
     return out
 
 
-def equal_sets(prepared, most=600):
-    """Sets of slices of equal size, for figures that depend on it. prepared: {who: list of (Case, what
-    prepare_case returns)} -> {who: {"images" (N, C, R, R) in [-1, 1], "classes" (N, R, R), "position" (N,),
-    "case" (N,)}}: N <= most slices with brain on 5% of the picture, spread evenly over each set."""
-    sets = {}
-    for who, cases in prepared.items():
-        keep = [(got["classes"] > 0).mean((1, 2)) > 0.05 for _, got in cases]
-        gather = lambda name: np.concatenate([got[name][k] for (_, got), k in zip(cases, keep)])
-        sets[who] = {"images": gather("images"), "classes": gather("classes"), "position": gather("position"),
-                     "case": np.repeat(np.arange(len(cases)), [k.sum() for k in keep])}
-    count = min(most, *(len(its["case"]) for its in sets.values()))
-    for its in sets.values():
-        pick = np.linspace(0, len(its["case"]) - 1, count).astype(int)
-        its.update({name: torch.from_numpy(values[pick]) for name, values in its.items()})
-        its["images"] = to_images(its["images"])
-    return sets
+def slice_set(prepared, per_case=40):
+    """Slices of cases as one dict of tensors: images (N, C, R, R) in [-1, 1], classes (N, R, R), position (N,),
+    case (N,): `per_case` slices of each, evenly spread over those with brain on 5% of the picture (some twice
+    where a case has fewer), so that equal numbers of cases are equal numbers of slices.
+    prepared: list of (Case, what prepare_case returns)."""
+    parts = {"images": [], "classes": [], "position": [], "case": []}
+    for number, (_, got) in enumerate(prepared):
+        shown = np.where((got["classes"] > 0).mean((1, 2)) > 0.05)[0]
+        pick = shown[np.linspace(0, len(shown) - 1, per_case).astype(int)]
+        parts["case"].append(np.full(per_case, number))
+        for name in ("images", "classes", "position"):
+            parts[name].append(got[name][pick])
+    its = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+    return {**its, "images": to_images(its["images"])}
 
 
-def compare_sets(segmenter, real, other):
-    """How far apart two sets of slices (from equal_sets) are, in the features of a segmenter and in how
-    modalities go together inside each label: {figure: number}."""
-    a, b = [segmenter.features(its["images"]) for its in (real, other)]
+def compare_sets(real, other):
+    """How far apart two sets of slices are: {figure: number}. real, other: from slice_set, with "features"
+    (N, F) of each slice added. Frechet and kernel distance and the rest in feature space; and how much the
+    correlation of modalities inside each label differs."""
+    a, b = real["features"], other["features"]
     between = [modality_correlation(its["images"], its["classes"], 5) for its in (real, other)]
     return {"Frechet distance": frechet_distance(a, b), "kernel distance": kernel_distance(a, b),
             **precision_recall(a, b),
             "modality correlation, mean error": (between[0] - between[1]).abs().nanmean().item()}
 
 
-def pair_similarity(its, pairs=200):
+def compare_draws(sets, draws=10):
+    """compare_sets of synthetic against held-out real slices, and of training against held-out real slices: the
+    floor. sets: {"synthetic", "real", "training"} from slice_set with features.
+
+    A set of more cases is nearer to anything: so every draw takes the same number of cases from each, at
+    random, and what is returned is the mean over draws: ({"synthetic": {figure: ..}, "real": {..}}, the same
+    with standard deviations, number of cases). With them pair_similarity of synthetic and held-out slices.
+    """
+    cases = min(len(its["case"].unique()) for its in sets.values())
+    rng, found = np.random.default_rng(0), {"synthetic": [], "real": []}
+    for _ in range(draws):
+        drawn = {}
+        for who, its in sets.items():
+            chosen = torch.from_numpy(rng.permutation(int(its["case"].max()) + 1)[:cases])
+            rows = torch.isin(its["case"], chosen)
+            drawn[who] = {name: values[rows] for name, values in its.items()}
+        for who, other in (("synthetic", "synthetic"), ("real", "training")):
+            found[who].append({**compare_sets(drawn["real"], drawn[other]),
+                               "MS-SSIM of pairs (less: more varied)": pair_similarity(drawn[who])})
+    over = lambda f: {who: {name: float(f([draw[name] for draw in its])) for name in its[0]}
+                      for who, its in found.items()}
+    return over(np.mean), over(np.std), cases
+
+
+def pair_similarity(its, pairs=100):
     """Mean MS-SSIM of pairs of slices from different cases at about the same height in the brain: the lower,
-    the more varied a set is. its: from equal_sets; NaN for a set of one case."""
+    the more varied a set is. its: from slice_set; NaN for a set of one case."""
     if len(its["case"].unique()) < 2:
         return math.nan
     picks = np.random.default_rng(0).integers(0, len(its["case"]), pairs)

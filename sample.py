@@ -352,25 +352,30 @@ def judge(args, device):
         bs.synthetic_facts(case)                # says at once which case has no sidecar
     split, hashes = judged_by(args, segmenters, made)
     held, owing = split["test"], sum(bs.contaminated(case, hashes) for case in made)
-    spread = np.linspace(0, len(split["train"]) - 1, min(len(held), len(split["train"]))).astype(int)
+    spread = np.linspace(0, len(split["train"]) - 1, min(5 * len(held), len(split["train"]))).astype(int)
     prepared = {who: [(c, bs.prepare_case(c, first.resolution, first.fov, "tumour")) for c in cases] for who, cases in
                 (("synthetic", made), ("real", held), ("training", [split["train"][i] for i in spread]))}
+    sets = {who: bs.slice_set(its) for who, its in prepared.items()}
+    for its in sets.values():
+        its["features"] = first.features(its["images"])
+    far, spreads, cases = bs.compare_draws(sets)
     dices = {who: mean_dice(first, prepared[who]) for who in ("synthetic", "real")}
-    sets = bs.equal_sets(prepared)
-    far = {"synthetic": bs.compare_sets(first, sets["real"], sets["synthetic"]),
-           "real": bs.compare_sets(first, sets["real"], sets["training"])}
-    own = {who: {"MS-SSIM of pairs (less: more varied)": bs.pair_similarity(sets[who]),
-                 "slice-to-slice roughness": bs.mean_roughness(prepared[who])} for who in ("synthetic", "real")}
-    print(f"{len(made)} synthetic cases against {len(held)} held-out real ones; sets of {len(sets['real']['case'])} "
-          f"slices; features: last stage of the encoder of {args.segmenter[0]}, averaged over the slice")
-    print(f"{'':36}{'synthetic':>10}{'real':>10}  real is")
-    report = {"synthetic_cases": len(made), "held_out_cases": len(held), "slices_a_set": len(sets["real"]["case"]),
-              "synthetic_cases_that_owe_to_held_out": owing, "synthetic": {}, "real": {}}
+    rough = {who: {"slice-to-slice roughness": bs.mean_roughness(prepared[who])} for who in ("synthetic", "real")}
+    slices = cases * len(sets["real"]["case"]) // len(held)
+    print(f"{len(made)} synthetic cases against {len(held)} held-out real ones; distances: ten draws of {cases} cases, "
+          f"{slices} slices, of each, mean ± spread;\nfeatures: last stage of the encoder of {args.segmenter[0]}, "
+          "averaged over a slice")
+    print(f"{'':38}{'synthetic':>10}{'real':>20}  real is")
+    report = {"synthetic_cases": len(made), "held_out_cases": len(held), "cases_a_draw": cases, "slices_a_draw": slices,
+              "synthetic_cases_that_owe_to_held_out": owing, "synthetic": {}, "real": {}, "sd_over_draws": spreads}
     for figures, what in ((dices, "the same segmenter on held-out cases, which is the ceiling"),
-                          (far, "training cases against held-out ones, which is the floor"), (own, "held-out cases")):
+                          (far, "training cases against held-out ones, which is the floor"), (rough, "held-out cases")):
         for name in figures["real"]:
-            label = f"Dice {name}" if figures is dices else name
-            print(f"{label:36}{figures['synthetic'][name]:10.4f}{figures['real'][name]:10.4f}  {what}")
+            label, words = f"Dice {name}" if figures is dices else name, what
+            if name.startswith("MS-SSIM"):
+                words = "held-out cases"
+            sd = [f" ± {spreads[who][name]:.3f}" if figures is far else "" for who in ("synthetic", "real")]
+            print(f"{label:38}{figures['synthetic'][name]:10.4f}{sd[0]}{figures['real'][name]:10.4f}{sd[1]}  {words}")
             for who in ("synthetic", "real"):
                 report[who][label] = figures[who][name]
     if owing:

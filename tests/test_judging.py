@@ -159,13 +159,40 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     assert all(np.isnan(bs.bootstrap_interval([])))
 
 
-def test_sets_are_equal_in_size_and_pairs_come_from_two_cases(phantom_folder):
-    """Figures that depend on the number of slices are computed on equal numbers; a set of copies is less
-    varied than one of different heads."""
+@pytest.fixture(scope="module")
+def slice_sets(phantom_folder):
+    """Slices of six phantoms, of six others, and of one six times over, with blurred pictures as features."""
     cases = bs.find_cases(phantom_folder)
     prepare = lambda some: [(c, bs.prepare_case(c, 32, 192.0, "tumour")) for c in some]
-    varied, copies = prepare(cases[:4]), prepare(cases[:1]) * 4
-    sets = bs.equal_sets({"varied": varied, "copies": copies}, most=80)
-    assert {len(its[name]) for its in sets.values() for name in its} == {80}
-    assert sets["varied"]["images"].min() == -1 and set(sets["varied"]["case"].tolist()) == {0, 1, 2, 3}
-    assert bs.pair_similarity(sets["copies"]) > 0.95 > bs.pair_similarity(sets["varied"]) + 0.1
+    sets = {"real": prepare(cases[:6]), "training": prepare(cases[6:]), "synthetic": prepare(cases[:1]) * 6}
+    sets = {who: bs.slice_set(its, 20) for who, its in sets.items()}
+    for its in sets.values():
+        its["features"] = torch.nn.functional.avg_pool2d(its["images"], 8).flatten(1)
+    return sets
+
+
+def test_every_case_gives_equally_many_slices(slice_sets):
+    """Figures that depend on the number of slices are computed on equal numbers, all heights included."""
+    for its in slice_sets.values():
+        assert {len(values) for values in its.values()} == {120} and torch.bincount(its["case"]).tolist() == [20] * 6
+        assert its["images"].min() == -1 and its["position"].min() < -0.6 and its["position"].max() > 0.6
+
+
+def test_a_set_of_copies_is_found_far_and_monotonous(slice_sets):
+    """One head six times over: further from the held-out heads than other heads are, misses most of them, and
+    its pairs look alike."""
+    mean, sd, cases = bs.compare_draws(slice_sets, draws=3)
+    made, real = mean["synthetic"], mean["real"]
+    assert cases == 6 and set(sd["real"]) == set(real)
+    assert made["Frechet distance"] > 1.3 * real["Frechet distance"] and made["coverage"] < real["coverage"]
+    similar = "MS-SSIM of pairs (less: more varied)"
+    assert made[similar] > 0.95 > real[similar] + 0.1
+
+
+def test_distances_are_between_equal_numbers_of_cases(slice_sets):
+    """A larger set is drawn down to the size of the smallest: otherwise more cases alone would look nearer."""
+    keep = slice_sets["real"]["case"] < 2
+    few = {**slice_sets, "real": {name: values[keep] for name, values in slice_sets["real"].items()}}
+    assert bs.compare_draws(few, draws=1)[2] == 2
+    one = {**few, "real": {name: values[few["real"]["case"] < 1] for name, values in few["real"].items()}}
+    assert np.isnan(bs.pair_similarity(one["real"]))

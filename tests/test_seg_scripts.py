@@ -210,7 +210,8 @@ def test_judging_writes_one_table_one_json_one_plot(made):
     for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "kernel distance", "precision", "recall",
                  "density", "coverage", "modality correlation, mean error", "slice-to-slice roughness"):
         assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
-    assert f"sets of {report['slices_a_set']} slices" in text and report["slices_a_set"] > 50
+    assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text
+    assert report["cases_a_draw"] == 2 and report["slices_a_draw"] == 80
     known = report["known_truth"]
     assert len(known["dice_on_real"]) == 5 and known["dice_on_synthetic"] == sorted(known["dice_on_synthetic"])
     assert known["spearman"] == pytest.approx(bs.rank_correlation(known["dice_on_synthetic"], known["dice_on_real"]))

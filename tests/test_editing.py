@@ -14,8 +14,8 @@ def head():
     brain[2:42, 2:32, 1:25] = True
     labels = np.zeros(brain.shape, np.uint8)
     labels[24:36, 8:20, 6:18] = 2
-    labels[27:33, 11:17, 8:16] = 3
-    labels[29:31, 13:15, 10:14] = 1
+    labels[25:31, 11:17, 8:16] = 3
+    labels[27:29, 13:15, 10:14] = 1
     return labels, brain
 
 
@@ -59,6 +59,7 @@ def test_mirror_swaps_left_and_right_about_the_middle_of_the_brain():
     middle = (across[0] + across[-1]) / 2
     mean = lambda volume: np.argwhere(volume > 0)[:, 0].mean()
     assert mean(once) - middle == pytest.approx(middle - mean(labels)) and mean(once) < middle
+    assert np.array_equal(once[across[0]:across[-1] + 1], labels[across[0]:across[-1] + 1][::-1])
     assert np.array_equal(bs.edit_labels(once, AFFINE, brain, {"mirror": True}, np.random.default_rng(0)), labels)
 
 
@@ -85,6 +86,7 @@ def test_labels_are_dropped_and_added():
     """Dropped necrosis enhances, dropped ET is necrosis, dropped oedema is brain; added ones come back."""
     values = lambda words, **kw: set(np.unique(edited(words, **kw)).tolist())
     assert values(["drop=NCR"]) == {0, 2, 3} and values(["drop=ET"]) == {0, 1, 2} and values(["drop=ED"]) == {0, 1, 3}
+    assert np.array_equal(edited(["drop=NCR"]) == 3, np.isin(head()[0], (1, 3)))
     core = edited(["drop=ED"])
     rim = edited(["add=ED"], labels=core)
     assert (rim == 2).sum() > 0 and np.array_equal(rim * (rim != 2), core)
@@ -92,7 +94,7 @@ def test_labels_are_dropped_and_added():
     hollow = edited(["add=NCR"], labels=solid)
     assert (hollow == 1).sum() > 0 and np.array_equal(np.isin(hollow, (1, 3)), solid == 3)
     ring = edited(["add=ET"], labels=edited(["drop=ET"]))
-    assert (ring == 3).sum() > 0 and (ring == 1).sum() > 0 and ring[30, 14, 12] == 1
+    assert (ring == 3).sum() > 0 and (ring == 1).sum() > 0 and ring[28, 14, 12] == 1
 
 
 def test_tumours_stay_inside_the_brain():
@@ -153,5 +155,5 @@ def test_uncovered_tissue_is_that_of_the_other_side(phantom_folder):
     after = bs.prepare_case(case, 48, 192.0, "tissue", lambda labels, brain, affine: labels * 0)
     uncovered = before["classes"] >= 4
     share = np.bincount(after["classes"][uncovered], minlength=7) / uncovered.sum()
-    assert share[4:].sum() == 0 and share[0] < 0.05 and share[1] < 0.35 and share[2] + share[3] > 0.6, share
+    assert share[4:].sum() == 0 and share[0] < 0.05 and share[1] < 0.35 and share[2] + share[3] > 0.6 and share[3] > 0.15, share
     assert before["hashes"] == after["hashes"] and not after["labels"].any()

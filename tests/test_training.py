@@ -185,3 +185,17 @@ def test_one_batch_can_be_learned(cache):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0], f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+
+
+def test_averaged_networks_keep_the_batch_norms_as_they_are():
+    """Parameters are averaged; running statistics, which are no parameters, come from the network itself."""
+    net = bs.ResUNet()
+    ema = bs.EMA(net, decay=0.9, every=1)
+    net(torch.randn(4, 4, 32, 32))                                  # moves the statistics
+    with torch.no_grad():
+        net.head.bias += 1
+    twin = ema.copy_of(net, 1)
+    assert torch.equal(twin.encoder.bn1.running_mean, net.encoder.bn1.running_mean)
+    assert twin.encoder.bn1.running_mean.abs().max() > 0 and not twin.training
+    ema.update(net, 1)
+    assert not torch.equal(ema.copy_of(net, 1).head.bias, net.head.bias)

@@ -220,7 +220,7 @@ def close(args, segmenter, split, pace):
         truth, guess = bs.to_slices(bs.read_labels(case)[0]), bs.to_slices(predicted)
         at = int(((truth > 0) | (guess > 0)).sum((1, 2)).argmax())
         pictured = bs.to_images(got["images"][at]).numpy()
-        scans = [got["grid"].grow(pictured[bs.MODALITIES.index(m)] ) for m in ("t1ce", "flair")]
+        scans = [got["grid"].grow(pictured[bs.MODALITIES.index(m)]) for m in ("t1ce", "flair")]
         pictures[case.case] = [*scans, bs.overlay(scans[0], truth[at]), bs.overlay(scans[0], guess[at])]
 
     rows = segmenter.evaluate(bs.prepare_blind(cases, args.resolution, args.fov), see)

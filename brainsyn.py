@@ -1927,9 +1927,9 @@ def find_data(args):
     return cases, split_patients(cases, args.split)
 
 
-# What may differ when a run is resumed; the data are compared by the label maps' hashes instead, so
-# that a checkpoint holds no path.
-PATHS = ("data", "split", "out", "synthetic", "weights")           # digests tell what was there
+# Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
+PATHS = ("data", "split", "out", "synthetic", "weights")
+# What may differ when a run is resumed.
 FREE_TO_CHANGE = {*PATHS, "device", "steps", "minutes", "guidance", "sample_every"}
 
 

@@ -14,7 +14,6 @@ Again     the same command makes only what is missing; finished cases are never 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 import time
@@ -159,7 +158,7 @@ def make_case(args, number, its, denoiser, state, facts):
     (D, C, R, R), the sidecar, and slice-to-slice roughness of (source scans, sample)."""
     got = bs.prepare_case(its.case, state["resolution"], state["fov"], state["condition"], its.relabel)
     grid, classes = got["grid"], torch.from_numpy(got["classes"]).long()                # (D, R, R)
-    thickness = float(np.linalg.norm(grid.affine[:3, 2]))
+    thickness = float(bs.spacing_of(grid.affine)[2])
     brain = torch.where((classes > 0).any(2).any(1))[0]
     brain = slice(int(brain[0]), int(brain[-1]) + 1)        # slices below and above are air
     images = torch.full((len(classes), len(state["modalities"]), *classes.shape[1:]), -1.0)
@@ -172,10 +171,9 @@ def make_case(args, number, its, denoiser, state, facts):
         labels = bs.tumour_labels(got["classes"], state["condition"])
         written, outline, affine = images, got["classes"], grid.model_affine()
     counts, labels = bs.image_counts(written, outline), bs.from_slices(labels).astype(np.uint8)
-    sources = {*got["hashes"], *(() if its.donor is its.case else bs.hashes_of(its.donor))}
-    of_labels = got["hashes"][0] if its.donor is its.case else bs.hashes_of(its.donor)[0]
-    facts = {"LabelMapSHA256": of_labels, "BrainSHA256": got["hashes"][1], **facts, "EditsApplied": its.applied,
-             "UsedInTraining": bool(sources & set(state["trained_on"])),
+    of_donor = got["hashes"] if its.donor is its.case else bs.hashes_of(its.donor)
+    facts = {"LabelMapSHA256": of_donor[0], "BrainSHA256": got["hashes"][1], **facts, "EditsApplied": its.applied,
+             "UsedInTraining": bool({*got["hashes"], *of_donor} & set(state["trained_on"])),
              "VolumesML": {name: round(bs.volume_ml(labels, affine, name), 3) for name in (*bs.LABELS, "TC", "WT")},
              "GeneratorTrainedOn": [digest[:16] for digest in state["trained_on"]]}
     bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
@@ -208,6 +206,11 @@ def already_there(folder, facts):
     return True
 
 
+def fullest(ill, brain):
+    """The slice with most tumour, and of several the one with most brain: bool (D, R, R) each -> its number."""
+    return int((ill.sum((1, 2)) * 1000 + brain.sum((1, 2))).argmax())
+
+
 def contact_sheet(folder):
     """out/contact_sheet.png from the files as written: per case the slice with most tumour."""
     rows = []
@@ -215,7 +218,7 @@ def contact_sheet(folder):
         scans, labels, _ = bs.read_case(case)
         brain = (scans > 0).any(0)
         classes = bs.to_slices(np.where(labels > 0, labels + 1, brain).astype(int))
-        best = int(((classes > 1).sum((1, 2)) * 1000 + (classes > 0).sum((1, 2))).argmax())
+        best = fullest(classes > 1, classes > 0)
         rows.append([classes[best], *(bs.to_slices(scans)[:, best] / 500 - 1)])
     bs.draw_rows(Path(folder) / "contact_sheet.png", rows, ["labels", *bs.MODALITIES], "tumour",
                  "SYNTHETIC: made by brainsyn, no patient was scanned")
@@ -228,7 +231,7 @@ def load_generator(args, device):
     net.load_state_dict(state["ema"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     common = {"SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",
-              "CheckpointSHA256": hashlib.sha256(Path(state["file"]).read_bytes()).hexdigest(), "Seed": args.seed,
+              "CheckpointSHA256": bs.file_hash(state["file"]), "Seed": args.seed,
               **{k.capitalize(): v for k, v in sampling(args).items()},
               "Condition": state["condition"], "Grid": "native" if args.native else "model",
               "LabelMaps": "segmented" if args.scan else "cases" if args.labels else "phantoms"}
@@ -297,7 +300,7 @@ def close_loop(args, device):
         its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted, applied={})
         got, images, *_ = make_case(args, number, its, denoiser, state, facts)
         labels = bs.tumour_labels(got["classes"], state["condition"])
-        at = int(((labels > 0).sum((1, 2)) * 1000 + (got["classes"] > 0).sum((1, 2))).argmax())
+        at = fullest(labels > 0, got["classes"] > 0)
         scans = bs.to_images(got["images"][at]).numpy()
         rows += [[*scans], [bs.overlay(scan, labels[at]) for scan in scans], [*images[at]]]
     if not rows:

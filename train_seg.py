@@ -303,7 +303,8 @@ def study_test(args, split):
 
 
 def report(args, rows, note):
-    """Table, study.csv, study.json and study.png from all rows of a study.
+    """Table, study.csv, study.json and study.png from all rows of a study. note: function (patients, arm) ->
+    what has to be said of that row, or "".
 
     Intervals are about patients: seeds are averaged first, time points of one patient too, and differences are
     paired. "better" and "worse" only where an interval leaves out 0 and at least FEW patients are behind it.
@@ -312,9 +313,9 @@ def report(args, rows, note):
     """
     out, everyone = Path(args.out), {row["case"]: row for row in rows if row["region"] == "ET"}
     ill = sorted((name for name, row in everyone.items() if row["true_ml"] > 0), key=lambda n: everyone[n]["true_ml"])
-    rare = ill[:max(1, len(ill) // 2)]          # the rare end: the half of the tumours with less ET
+    small = ill[:max(1, len(ill) // 2)]         # the rare end: the half of the tumours with less ET
     columns = {**{region: lambda row, r=region: row["region"] == r for region in bs.REGIONS},
-               "small ET": lambda row: row["region"] == "ET" and row["case"] in rare}
+               "small ET": lambda row: row["region"] == "ET" and row["case"] in small}
 
     def per_patient(size, arm, column):         # {patient: Dice, seeds averaged}, [mean over patients of every seed]
         scores = {}
@@ -325,7 +326,7 @@ def report(args, rows, note):
         return {patient: float(np.mean(its)) for patient, its in scores.items()}, np.mean(list(scores.values()), 0)
 
     print(f"--- Dice on {len(everyone)} held-out cases, mean ± spread over {args.seeds} seeds; small ET: the "
-          f"{len(rare)} cases with least ET, up to {max((everyone[n]['true_ml'] for n in rare), default=0):.1f} mL")
+          f"{len(small)} cases with least ET, up to {max((everyone[n]['true_ml'] for n in small), default=0):.1f} mL")
     summary, lines, done = [], {column: {} for column in columns}, {(row["patients"], row["arm"]) for row in rows}
     for size in sorted({size for size, _ in done}):
         for arm in (arm for arm in ARMS if (size, arm) in done):
@@ -355,7 +356,7 @@ def report(args, rows, note):
                 text += f"  {column} {mean:+.3f} [{low:+.3f}, {high:+.3f}]{' ' * bool(verdict)}{verdict}"
             print(text)
     bs.write_csv(out / "study.csv", rows)
-    bs.write_json(out / "study.json", {"rows": summary, "differences": differences, "small_et": rare})
+    bs.write_json(out / "study.json", {"rows": summary, "differences": differences, "small_et": small})
     bs.draw_lines(out / "study.png", [(f"Dice, {c}", "linear", its) for c, its in lines.items()],
                   "real training patients", "log")
     for name in ("study.csv", "study.json", "study.png"):

@@ -329,6 +329,9 @@ def test_generators_saw_all_is_said(made):
 @pytest.mark.parametrize("script, arguments, words", [
     ("train_seg.py", ["--data", "nowhere"], "no such folder"),
     ("train_seg.py", ["--synthetic-share", "2"], "--synthetic-share 2"),
+    ("train_seg.py", ["--batch", "1"], "--batch 1"),
+    ("train_seg.py", ["--study", "--minutes", "1"], "--minutes does not go with --study"),
+    ("sample.py", ["--seed", "-1"], "--seed -1"),
     ("train_seg.py", ["--study", "--phantoms", "4", "--patients", "77"], "--patients 77"),
     ("train_seg.py", ["--phantoms", "4", "--weights", "nowhere.pth", "--resolution", "24"], "nowhere.pth"),
     ("sample.py", ["--edit", "scale=big"], "--edit scale=big"),

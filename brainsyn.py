@@ -7,7 +7,7 @@ This one file is the library. It reads top to bottom; each section uses only wha
      3 reading         folders of BraTS cases -> slices in a memory-mapped cache, split by patient
      4 noise process   alpha_bar, add_noise, v_target, split_v, loss weights: pure functions
      5 networks        residual blocks, attention, the U-Net
-     6 devices         the only place that names cpu, cuda, mps
+     6 devices         the only place that names cpu, cuda, mps, xla; several of them
      7 sampling        DDPM, DDIM, DPM-Solver++(2M) as four numbers a step; guidance; noise along z
      8 segmenter       ResNet encoder with torchvision's parameter names, U-Net decoder
      9 segmentation    regions, losses, augmentation; Dice, HD95 and lesion-wise Dice per case
@@ -45,6 +45,7 @@ SOURCES (the key in brackets is how comments below refer to them)
     [ADM]     Dhariwal & Nichol 2021, arXiv 2105.05233  scale-shift norm in residual blocks
     [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning
     [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
+    [GSPMD]   Xu et al. 2021, arXiv 2105.04663      one program for several chips
     [RESNET]  He et al. 2015, arXiv 1512.03385       residual networks
     [VNET]    Milletari et al. 2016, arXiv 1606.04797  Dice as a loss
     [LESION]  Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics  lesion-wise Dice
@@ -57,6 +58,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import hashlib
 import json
 import math
@@ -77,6 +79,7 @@ from statistics import NormalDist
 import nibabel as nib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -104,14 +107,18 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Call main(); print a BadInput, or what the disk refused, as one sentence; leave with status 2."""
+    """Call main(), then say what XLA did, if it was used; print a BadInput, or what the disk refused, as one
+    sentence and leave with status 2."""
     try:
         main()
+        print(xla_report(), end="\n" * bool(xla_report()))
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        leave_processes()
 
 
 def require_positive(args, *names):
@@ -1250,16 +1257,25 @@ def precondition(out, x_t, signal, sigma, mean, std):
 
 # ================================================================================================
 # 6  DEVICES
-# The only section that names cpu, cuda or mps; everything else is handed a device.
+# The only section that names cpu, cuda, mps or xla, and that knows how many of them share a batch. There
+# are two ways to use several. torchrun starts one process for each; every process takes its share of the
+# global batch and DistributedDataParallel averages the gradients. XLA on a TPU needs one process for all
+# chips: arrays are marked as split along the batch, and the compiler puts the communication in [GSPMD].
 # ================================================================================================
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "xla")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
+def pick_device(name="auto", several=False):
+    """"auto", "cpu", "cuda", "mps" or "xla" -> torch.device. auto takes the fastest of the first three; a
+    device asked for by name that is not there is a BadInput, never a silent fall-back.
 
-def pick_device(name="auto"):
-    """"auto", "cpu", "cuda" or "mps" -> torch.device. auto takes the fastest there is; a device
-    asked for by name that is not there is a BadInput, never a silent fall-back."""
+    several: whether the caller can share its work with other processes. Under torchrun they are joined
+    here, each with a GPU of its own; only the first one prints from now on.
+    """
+    if name == "xla":
+        return pick_xla()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
@@ -1268,31 +1284,286 @@ def pick_device(name="auto"):
                        "use --device auto")
     if name == "cpu":
         torch.set_flush_denormal(True)          # tiny numbers cost time and mean nothing
-    return torch.device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(name)
+    number = int(os.environ["LOCAL_RANK"])
+    if not several:
+        raise BadInput("this command runs in one process; start it with python, not with torchrun")
+    if name == "mps" or name == "cuda" and number >= torch.cuda.device_count():
+        raise BadInput(f"--device {name}: no device here for process {number + 1}; start fewer with torchrun")
+    if name == "cuda":
+        torch.cuda.set_device(number)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    if not first_process():
+        sys.stdout = open(os.devnull, "w")
+    return torch.device(name, number) if name == "cuda" else torch.device(name)
+
+
+def pick_xla():
+    """The XLA device, standing for all chips of this machine together (SPMD). BadInput without torch_xla or
+    without a chip; PJRT_DEVICE=CPU in the environment asks for XLA on the CPU."""
+    asked = os.environ.get("PJRT_DEVICE")       # torch_xla sets it itself where it is not set
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("--device xla drives all chips from one process; start it with python, not with torchrun")
+    try:
+        import torch_xla
+        import torch_xla.runtime as xr
+        xr.use_spmd()
+        device, found = torch_xla.device(), xr.device_type()
+        xla_devices()                           # asks for the chips, which are not looked for before
+    except ImportError as error:
+        raise BadInput(f"--device xla: torch_xla cannot be imported ({str(error).splitlines()[0]}); "
+                       "pip install -r requirements-tpu.txt") from error
+    except (RuntimeError, OSError) as error:
+        raise BadInput(f"--device xla: XLA cannot use a {asked or 'TPU'} here ({str(error).splitlines()[0]}); on a TPU "
+                       "machine pip install -r requirements-tpu.txt") from error
+    if found == "CPU" and asked != "CPU":
+        raise BadInput("--device xla: there is no TPU here; PJRT_DEVICE=CPU in front of the command runs XLA on the CPU")
+    return device
+
+
+def describe(device, precision="auto"):
+    """The device really used, in words, for the first line of a log."""
+    name, count = device.type, processes()
+    if name == "cuda":
+        name = f"cuda ({torch.cuda.get_device_name(device)})"
+    if name == "xla":
+        import torch_xla.runtime as xr
+        name, count = f"xla ({xr.device_type()})", xla_devices()
+    return f"device {name}{f' x {count}' if count > 1 else ''}, " + (
+        "bfloat16" if uses_bf16(device, precision) else "float32")
+
+
+def processes():
+    """How many processes share a batch: those torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leave_processes():
+    """End what torchrun began."""
+    if dist.is_initialized():
+        gc.collect()                            # DistributedDataParallel must go first, or leaving may crash
+        dist.destroy_process_group()
+
+
+def first_process():
+    """Whether this process is the one that prints, writes and draws."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share_of(batch):
+    """Which samples of a global batch this process works on: a slice."""
+    mine = batch // processes()
+    return slice(dist.get_rank() * mine, (dist.get_rank() + 1) * mine) if processes() > 1 else slice(0, batch)
+
+
+def require_divisible(batch, device):
+    """BadInput unless a global batch divides evenly: unequal parts would not count the same in a mean."""
+    count = xla_devices() if device.type == "xla" else processes()
+    if batch % count:
+        raise BadInput(f"--batch {batch}: does not divide evenly over {count} devices; choose a multiple of {count}")
+
+
+def in_turn(make):
+    """make() in the first process alone and then in all others, who find on disk what it wrote."""
+    if first_process():
+        made = make()
+    if processes() > 1:
+        dist.barrier()
+    return made if first_process() else make()
+
+
+def agreed(value):
+    """The first process's number, in all of them: clocks differ, and all must stop at the same step."""
+    if processes() == 1:
+        return value
+    told = torch.tensor(float(value), dtype=torch.float64)
+    dist.broadcast(told, 0)
+    return told.item()
+
+
+def gathered(tensor):
+    """tensor (B / processes, ...) of every process -> (B, ...) in the order of the global batch."""
+    if processes() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(processes())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Forward: the sum of a tensor over all processes. Every process's result depends on every process's tensor,
+    so the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient.contiguous())
+
+
+def summed(tensor):
+    """Sum of a tensor over all processes, differentiable: what is no mean over samples needs it."""
+    return SumOverProcesses.apply(tensor) if processes() > 1 else tensor
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm, x (B, C, H, W) -> the same, whose statistics while training are those of the global batch.
+
+    Written out where torch's own is not that: with several processes, and on XLA, whose running variance lacks
+    the factor n / (n - 1)."""
+
+    def forward(self, x):
+        if not self.training or processes() == 1 and x.device.type != "xla":
+            return super().forward(x)
+        n = x.numel() // x.shape[1] * processes()
+        mean = summed(x.float().mean((0, 2, 3))) / processes()
+        centred = x.float() - mean.view(-1, 1, 1)
+        variance = summed((centred ** 2).mean((0, 2, 3))) / processes()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight / (variance + self.eps).sqrt()
+        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+def xla_devices():
+    """How many chips (or virtual devices of the CPU) XLA drives."""
+    import torch_xla.runtime as xr
+    return xr.global_runtime_device_count()
+
+
+def xla_sharding(axes, split):
+    """How XLA shall lay out an array of so many axes: split along the first one, or whole on every chip."""
+    import torch_xla.distributed.spmd as xs
+    mesh = xs.Mesh(np.arange(xla_devices()), (xla_devices(),), ("batch",))
+    return mesh, ("batch",) * bool(split and axes) + (None,) * (axes - bool(split and axes))
 
 
 def to_device(device, *tensors):
-    """The tensors, on the device."""
-    return [tensor.to(device) for tensor in tensors]
+    """The tensors (B, ...), on the device; on XLA split along the batch over all chips."""
+    if device.type != "xla":
+        return [tensor.to(device) for tensor in tensors]
+    import torch_xla.core.xla_model as xm
+    import torch_xla.distributed.spmd as xs
+    return [xm.send_cpu_data_to_device([tensor], device, xs.ShardingSpec(
+        *xla_sharding(tensor.ndim, len(tensor) % xla_devices() == 0)))[0] for tensor in tensors]
 
 
-def has_fused_optimiser(device):
-    """Whether torch's one-kernel AdamW runs there."""
-    return device.type != "mps"
+def to_host(tree):
+    """A tensor, or a dict or list of them (nested, other values among them), with every tensor on the CPU and
+    detached. From XLA all come in one transfer: one by one, each waits for the one before."""
+    try:
+        xla = sys.modules.get("torch_xla")      # imported by pick_xla, or there is nothing of it to move
+        tree = xla.core.xla_model._maybe_convert_to_cpu(tree) if xla else tree
+    except AttributeError:                      # not a public name of torch_xla: then one by one
+        pass
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().cpu()
+    if isinstance(tree, dict):
+        return {key: to_host(value) for key, value in tree.items()}
+    return type(tree)(to_host(value) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def has_fast_bf16(device):
-    """Whether bfloat16 arithmetic is faster than float32 there."""
+def place_network(net, device):
+    """net on the device, in the memory layout that is fastest there; on XLA whole on every chip."""
+    if device.type != "xla":
+        return net.to(device, memory_format=torch.channels_last)
+    net = net.to(device)
+    mark_whole([*net.parameters(), *net.buffers()])
+    return net
+
+
+def mark_whole(tensors):
+    """Tell XLA that every chip holds these tensors whole, before a graph is made that would guess it."""
+    import torch_xla
+    import torch_xla.distributed.spmd as xs
+    for tensor in tensors:
+        xs.mark_sharding(tensor, *xla_sharding(tensor.ndim, split=False))
+    torch_xla.sync()
+
+
+def make_optimizer(net, lr, device):
+    """AdamW as both training scripts use it, in the form that is fastest on the device: one kernel for all
+    weights; on XLA with the step count as a tensor, since numbers that happen to be equal in step 1, and not in
+    step 2, make another graph."""
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01,
+                             fused=device.type in ("cpu", "cuda"), capturable=device.type == "xla")
+
+
+def prepare_training(net, optimizer, device, compiled=False):
+    """What a training loop calls in place of net, whose parameters it shares: with gradients averaged over
+    processes, or through torch.compile. Call it once net and optimizer hold what they start from.
+
+    On XLA the optimiser's state is made here: Adam makes it in step 1, and step 2, which finds it there,
+    would be another graph, compiled anew.
+    """
+    if device.type == "xla":
+        for p in net.parameters():
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+        mark_whole([its for state in optimizer.state.values() for its in state.values()])
+    if processes() > 1:
+        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+    return torch.compile(net) if compiled else net
+
+
+def end_step(device, *read):
+    """On XLA everything since the last call becomes one graph and is run; elsewhere it has run already.
+    read: tensors that will be looked at later, which the graph then gathers from all chips."""
+    if device.type == "xla":
+        mark_whole(read)
+
+
+def in_parts(device, function, batch, *tensors):
+    """function(*parts) for every `batch` rows of the tensors (N, ...), joined and on the CPU. On XLA the last
+    part is filled up with copies of its last row, so that all parts are the same graph."""
+    out = []
+    for parts in zip(*(tensor.split(batch) for tensor in tensors)):
+        n = len(parts[0])
+        if n < batch and device.type == "xla":
+            parts = [torch.cat([part, part[-1:].expand(batch - n, *part.shape[1:])]) for part in parts]
+        got = function(*parts)
+        end_step(device, got)
+        out.append(got.cpu()[:n])
+    return torch.cat(out)
+
+
+def xla_report():
+    """What XLA did so far, in words; "" where it was not used. Ops it cannot compile run on the CPU instead and cut
+    a graph in two."""
+    if "torch_xla" not in sys.modules:
+        return ""
+    import torch_xla.debug.metrics as met
+    count, nanoseconds, *_ = met.metric_data("CompileTime") or (0, 0)
+    fallen = sorted(name for name in met.counter_names() if name.startswith("aten::"))
+    return (f"XLA compiled {count} graphs in {nanoseconds / 1e9:.1f} s; run on the CPU instead: "
+            + (", ".join(fallen) or "nothing"))
+
+
+def uses_bf16(device, precision="auto"):
+    """Whether layers compute in bfloat16: as asked for, or, "auto", where that is faster than float32."""
+    if precision != "auto":
+        return precision == "bfloat16"
     if device.type == "cpu":
-        can = torch.cpu.get_capabilities()
+        can = getattr(torch.cpu, "get_capabilities", dict)()        # older torch cannot tell
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    if device.type == "xla":
+        import torch_xla.runtime as xr
+        return xr.device_type() == "TPU"
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def fast_math(device):
+def fast_math(device, precision="auto"):
     """Context in which layers compute in bfloat16 where the device does that fast; weights, the
     noise process and the loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 # ================================================================================================
@@ -1385,17 +1656,22 @@ class Denoiser:
     prior: dict                                 # from measure_prior
     alpha_bar: torch.Tensor                     # (T + 1,)
     device: torch.device
+    batch: int = 32                             # slices a call of the network, for memory only
 
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars):
-        """x_t (B, C, H, W), t int (B,), onehot (B, K, H, W), scalars (B, S), all on the CPU ->
-        v_hat float32 (B, C, H, W) on the CPU."""
+        """x_t (N, C, H, W), t int (N,), onehot (N, K, H, W), scalars (N, S), all on the CPU ->
+        v_hat float32 (N, C, H, W) on the CPU."""
+        return in_parts(self.device, self.ask, self.batch, x_t, t, onehot, scalars)
+
+    def ask(self, x_t, t, onehot, scalars):
+        """The same for one part of N, from the CPU, left on the device."""
         mean, std = expected(self.prior, onehot, scalars[:, 0])
         x_t, t, onehot, scalars, mean, std, signal, sigma = to_device(
             self.device, x_t, t, onehot, scalars, mean, std, *signal_sigma(self.alpha_bar, t))
         with fast_math(self.device):
             out = self.net(x_t, t, onehot, scalars)
-        return precondition(out, x_t, signal, sigma, mean, std).cpu()
+        return precondition(out, x_t, signal, sigma, mean, std)
 
 
 def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
@@ -1446,14 +1722,14 @@ SAMPLING = {"steps": 20, "sampler": "ddim", "eta": 0.0, "guidance": 1.0, "rescal
             "interval": (0.2, 0.8), "coherence": 4.0}
 
 
-def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING, batch=32):
+def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING):
     """One whole volume: label map in, images out, slice by slice with noise shared along z.
 
     classes int (D, H, W); position float (D,); thickness: mm between slices; settings: see
-    SAMPLING; key: (seed, case number), from which all noise follows; batch: slices a network call,
-    which changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
+    SAMPLING; key: (seed, case number), from which all noise follows; how many slices a network call
+    takes changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
     """
-    n_classes, channels = denoiser.net.classes, denoiser.net.channels
+    onehot, channels = one_hot(classes, denoiser.net.classes), denoiser.net.channels
     shape, visited = (len(classes), channels, *classes.shape[1:]), timesteps(settings["steps"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
 
@@ -1463,9 +1739,7 @@ def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING
     def predict_v(x, t):
         low, high = settings["interval"]
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        return torch.cat([guided_v(denoiser, x[i:i + batch], t.expand(len(x[i:i + batch])),
-                                   one_hot(classes[i:i + batch], n_classes), position[i:i + batch, None],
-                                   scale, settings["rescale"]) for i in range(0, len(x), batch)])
+        return guided_v(denoiser, x, t.expand(len(x)), onehot, position[:, None], scale, settings["rescale"])
 
     return sample(predict_v, noise("start"), visited, table, noise)
 
@@ -1497,10 +1771,10 @@ class ResNetBlock(nn.Module):
         self.convolutions = len(shapes)
         for i, (a, b, kernel, step) in enumerate(shapes, 1):
             self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(b))
+            self.add_module(f"bn{i}", BatchNorm(b))
         self.downsample = None
         if stride > 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), BatchNorm(c_out))
 
     def forward(self, x):
         h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -1518,7 +1792,7 @@ class ResNet(nn.Module):
 
     def __init__(self, depth, channels):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.conv1, self.bn1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False), BatchNorm(64)
         self.widths = [64]
         for i, blocks in enumerate(STAGES[depth]):
             c, c_in, stage = 64 * 2 ** i, self.widths[-1], []
@@ -1651,12 +1925,12 @@ def labels_of(probability, predict):
 
 def dice_loss(probability, target, smooth=1.0):
     """1 - mean over channels of soft Dice = (2 sum(p g) + smooth) / (sum p + sum g + smooth), sums over
-    the whole batch: a slice without tumour then says "nothing here" instead of 0/0 [VNET].
+    the whole global batch: a slice without tumour then says "nothing here" instead of 0/0 [VNET].
 
     probability, target: float (B, K, H, W) in [0, 1]. Returns a scalar.
     """
     over = (0, 2, 3)
-    shared, total = (probability * target).sum(over), probability.sum(over) + target.sum(over)
+    shared, total = summed(torch.stack([(probability * target).sum(over), (probability + target).sum(over)]))
     return 1 - ((2 * shared + smooth) / (total + smooth)).mean()
 
 
@@ -1683,9 +1957,10 @@ AUGMENT = {
 }
 
 
-def augment(images, labels, kind, key):
+def augment(images, labels, kind, key, share=None):
     """Randomly moved and recoloured slices: images (B, C, H, W) in [-1, 1], labels int (B, H, W) -> the
-    same, on the CPU; a pure function of its arguments. kind: a key of AUGMENT; key: of generator.
+    same, on the CPU; a pure function of its arguments. kind: a key of AUGMENT; key: of generator; share: the
+    (B, slice) that these images are of a global batch of B, for which chance is drawn.
 
     One smooth map of the plane for images (linear) and labels (nearest), half of them mirrored; then
     gamma, contrast and noise in each modality. Air stays -1.
@@ -1693,20 +1968,21 @@ def augment(images, labels, kind, key):
     how, batch, size = AUGMENT[kind], len(images), images.shape[-2:]
     if how is None:
         return images, labels
-    g = generator(*key)
-    normal, uniform = lambda *shape: torch.randn(shape, generator=g), lambda: torch.rand(batch, generator=g) * 2 - 1
+    g, (whole, mine) = generator(*key), share or (batch, slice(None))
+    normal = lambda *shape: torch.randn(whole, *shape, generator=g)[mine]
+    uniform = lambda: (torch.rand(whole, generator=g) * 2 - 1)[mine]
     angle, scale = uniform() * math.radians(how["rotate"]), torch.exp(uniform() * how["scale"])
     mirror = uniform().sign()
     rows = [torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), uniform() * how["shift"]], 1),
             torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), uniform() * how["shift"]], 1)]
     where = F.affine_grid(torch.stack(rows, 1), (batch, 1, *size), align_corners=False)     # (B, H, W, 2)
-    bend = F.interpolate(how["bend"] * normal(batch, 2, 6, 6), size, mode="bicubic", align_corners=False)
+    bend = F.interpolate(how["bend"] * normal(2, 6, 6), size, mode="bicubic", align_corners=False)
     where = where + bend.movedim(1, -1)
     images = F.grid_sample((images + 1) / 2, where, align_corners=False)                     # air is 0 here
     labels = F.grid_sample(labels[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].long()
-    each = (batch, images.shape[1], 1, 1)
+    each = (images.shape[1], 1, 1)
     moved = images.clamp(1e-6, 1) ** torch.exp(how["gamma"] * normal(*each)) * (1 + how["contrast"] * normal(*each))
-    moved = moved + how["noise"] * normal(*images.shape)
+    moved = moved + how["noise"] * normal(*images.shape[1:])
     return torch.where(images > 0, moved, 0.0).clamp(0, 1) * 2 - 1, labels
 
 
@@ -1830,12 +2106,12 @@ class Segmenter:
     @torch.no_grad()
     def ask(self, part, images, batch=64):
         """part: function of images on the device; images float (N, C, R, R) in [-1, 1] -> (N, ...) on the CPU."""
-        out = []
-        for some in images.split(batch):
+        def ask(some):
             some, = to_device(self.device, some)
             with fast_math(self.device):
-                out.append(part(some).float().cpu())
-        return torch.cat(out)
+                return part(some).float()
+
+        return in_parts(self.device, ask, batch, images)
 
     def probability(self, images):
         """images float (N, C, R, R) in [-1, 1] -> float32 (N, K, R, R)."""
@@ -1917,7 +2193,7 @@ def find_data(args):
     """
     folder = Path(args.data) if args.data else Path(args.out).parent / "phantoms" / args.scanner
     if not args.data:
-        started, made = time.time(), make_phantoms(folder, args.phantoms, scanner=args.scanner)
+        started, made = time.time(), in_turn(lambda: make_phantoms(folder, args.phantoms, scanner=args.scanner))
         if made:
             print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
     cases = find_cases(folder)
@@ -1930,7 +2206,7 @@ def find_data(args):
 # Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
 PATHS = ("data", "split", "out", "synthetic", "weights")
 # What may differ when a run is resumed.
-FREE_TO_CHANGE = {*PATHS, "device", "steps", "minutes", "guidance", "sample_every"}
+FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance", "sample_every"}
 
 
 def kept_arguments(args):
@@ -1954,7 +2230,11 @@ def resume(args, kind, trained_on, net, ema, optimizer):
         raise BadInput(f"{args.out} holds a run on other training cases; choose another --out, or delete the folder")
     net.load_state_dict(state["weights"])
     ema.weights = state["ema"]
-    optimizer.load_state_dict(state["optimizer"])
+    # its state alone: whether it is fused is the device's affair
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+    for p, its in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # laid out like p: fused kernels pair numbers by place in memory
+            its[name] = torch.empty_like(p).copy_(its[name])
     print(f"resumed: {args.out} at step {state['step']}")
     return state
 
@@ -1973,7 +2253,7 @@ class Pace:
 
     def tick(self):
         """One step is done."""
-        self.step, self.seconds = self.step + 1, time.time() - self.clock
+        self.step, self.seconds = self.step + 1, agreed(time.time() - self.clock)
 
     def due(self, what, every):
         """True once in `every` seconds, for each `what`."""
@@ -2097,7 +2377,11 @@ class EMA:
 
     def __init__(self, net, decay=0.999, every=10):
         self.decay, self.every = decay, every
-        self.weights = {k: p.detach().float().cpu().clone() for k, p in net.named_parameters()}
+        self.weights = {k: p.float().clone() for k, p in self.of(net).items()}
+
+    def of(self, net):
+        """The parameters as they are now, on the CPU."""
+        return to_host({name: p.detach() for name, p in net.named_parameters()})
 
     def update(self, net, step):
         """Call after optimiser step number `step` (1, 2, ...); acts on every `every`-th."""
@@ -2107,8 +2391,7 @@ class EMA:
     def advanced(self, net, step, count):
         """The averaged weights after `count` more steps that ended at `net`: {name: tensor}."""
         keep = min(self.decay, (1 + step) / (10 + step)) ** count
-        return {name: torch.lerp(p.detach().float().cpu(), self.weights[name], keep)
-                for name, p in net.named_parameters()}
+        return {name: torch.lerp(p.float(), self.weights[name], keep) for name, p in self.of(net).items()}
 
     def copy_of(self, net, step):
         """A copy of `net`, on its device, that carries the averaged weights: what samples best. Steps
@@ -2119,9 +2402,9 @@ class EMA:
 
 
 def save_state(path, state):
-    """torch.save to an open file: a full disk then arrives as an OSError."""
+    """torch.save to an open file: a full disk then arrives as an OSError. On the CPU, so that it loads anywhere."""
     with open(path, "wb") as handle:
-        torch.save(state, handle)
+        torch.save(to_host(state), handle)
 
 
 def save_checkpoint(folder, state):
@@ -2177,8 +2460,7 @@ def load_segmenter(path, device):
     state = load_checkpoint(path, "segmenter", names=("best.pt",))
     net = ResUNet(**state["network"])
     net.load_state_dict(state["weights"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    return Segmenter(net, state["resolution"], state["fov"], device, frozenset(state["seen"]), file_hash(state["file"]))
+    return Segmenter(place_network(net.eval(), device), state["resolution"], state["fov"], device, frozenset(state["seen"]), file_hash(state["file"]))
 
 
 def catch_signals():
@@ -2209,6 +2491,8 @@ class LogBook:
     def __init__(self, folder, step, more=QUARTERS):
         self.path, self.losses, self.since = Path(folder) / "log.csv", [], (step, time.time())
         self.fields = ("step", "loss", *more, "lr", "images_per_s", "seconds")
+        if not first_process():
+            return
         old = [r for r in read_log(self.path) if r["step"] <= step]     # after a kill: none twice
         with open(self.path, "w", newline="") as handle:
             writer = csv.DictWriter(handle, self.fields)
@@ -2216,15 +2500,17 @@ class LogBook:
             writer.writerows(old)
 
     def add(self, losses, t=None):
-        """losses float (B,) or (1,), and with QUARTERS t int (B,), on any device."""
-        self.losses.append((losses.detach(), t))
+        """losses float (B,) or (1,), and with QUARTERS t int (B,), on any device; every process calls it."""
+        everyones = [gathered(its) for its in (losses.detach(), t) if its is not None]
+        if first_process():
+            self.losses.append(everyones)
 
     def line(self, step, lr, batch, seconds, more=()):
         """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`). more: the
         values of the further columns, unless they are QUARTERS."""
-        losses = torch.cat([loss for loss, _ in self.losses]).float().cpu()
-        if self.fields[2:6] == QUARTERS:
-            quarter = (torch.cat([t for _, t in self.losses]).cpu() - 1) * 4 // T
+        losses, *t = [torch.cat(its) for its in zip(*to_host(self.losses))]
+        if t:
+            quarter = (t[0] - 1) * 4 // T
             more = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
         speed = (step - self.since[0]) * batch / max(time.time() - self.since[1], 1e-6)
         self.losses, self.since = [], (step, time.time())

@@ -72,7 +72,8 @@ def parse_arguments(argv=None):
     run.add_argument("--out", default="synthetic", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="noise follows from it and the case number")
     run.add_argument("--batch", type=int, default=32, help="slices a network call, for memory only")
-    run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
+    run.add_argument("--device", default="auto", choices=bs.DEVICES, 
+                     help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
     args = parser.parse_args(argv)
     bs.require_positive(args, "count", "steps", "batch", "phantoms")
     if args.steps > bs.T or not 0 <= args.eta <= 1:
@@ -163,7 +164,7 @@ def make_case(args, number, its, denoiser, state, facts):
     brain = slice(int(brain[0]), int(brain[-1]) + 1)        # slices below and above are air
     images = torch.full((len(classes), len(state["modalities"]), *classes.shape[1:]), -1.0)
     images[brain] = bs.sample_volume(denoiser, classes[brain], torch.from_numpy(got["position"][brain]),
-                                     thickness, (args.seed, number), sampling(args), args.batch)
+                                     thickness, (args.seed, number), sampling(args))
     if args.native:
         written = np.moveaxis(grid.grow(np.moveaxis(images.numpy(), 1, 0)), 0, 1)       # (D, C, H, W)
         labels, outline, affine = bs.to_slices(got["labels"]), bs.to_slices(got["brain"]), grid.affine
@@ -229,13 +230,14 @@ def load_generator(args, device):
     state = bs.load_checkpoint(args.checkpoint)
     net = bs.UNet(**state["network"])
     net.load_state_dict(state["ema"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
     common = {"SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",
               "CheckpointSHA256": bs.file_hash(state["file"]), "Seed": args.seed,
               **{k.capitalize(): v for k, v in sampling(args).items()},
               "Condition": state["condition"], "Grid": "native" if args.native else "model",
               "LabelMaps": "segmented" if args.scan else "cases" if args.labels else "phantoms"}
-    return bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device), state, common
+    denoiser = bs.Denoiser(bs.place_network(net.eval(), device), state["prior"], bs.cosine_alpha_bar(state["shift"]),
+                           device, args.batch)
+    return denoiser, state, common
 
 
 def make_set(args, device):
@@ -406,6 +408,7 @@ def main(argv=None):
     """One of the three: judge a set, close the loop over scans, make a set."""
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
+    print(bs.describe(device), flush=True)
     (judge if args.judge else close_loop if args.scan else make_set)(args, device)
 
 

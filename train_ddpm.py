@@ -59,7 +59,11 @@ def parse_arguments(argv=None):
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/ddpm", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
-    run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
+    run.add_argument("--device", default="auto", choices=bs.DEVICES,
+                     help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
+    run.add_argument("--precision", default="auto", choices=bs.PRECISIONS,
+                     help="of the layers' arithmetic; auto takes bfloat16 where that is fast")
+    run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--guidance", type=float, default=1.0,
                      help="guidance scale of pictures and closing figures, 1 for none")
     run.add_argument("--sample-every", type=int, default=250, help="steps between sample pictures, 0 for none")
@@ -108,9 +112,12 @@ def close(args, cache, denoiser, settings, pace):
 def main(argv=None):
     """One training run, start to end, resumed where one was begun."""
     args = parse_arguments(argv)
-    device = bs.pick_device(args.device)
+    device = bs.pick_device(args.device, several=True)
+    print(bs.describe(device, args.precision), flush=True)
+    bs.require_divisible(args.batch, device)
     cases, split = bs.find_data(args)
-    cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, args.condition, split)
+    cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
+                                              args.condition, split))
     names = bs.CONDITIONS[args.condition]
     first_lesion, alpha_bar = names.index(bs.LABELS[0]), bs.cosine_alpha_bar(args.shift)
     train, val, test = [cache.part(part) for part in ("train", "val", "test")]
@@ -122,24 +129,35 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = {"channels": len(cache.meta["modalities"]), "classes": len(names), "width": args.width,
                "mults": args.mults, "blocks": args.blocks, "patch": args.patch}
-    net = bs.UNet(**network).to(device, memory_format=torch.channels_last)
+    net = bs.place_network(bs.UNet(**network), device)
     ema = bs.EMA(net, args.ema)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=bs.has_fused_optimiser(device))
+    optimizer = bs.make_optimizer(net, args.lr, device)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     trained_on = cache.hashes("train")
     state = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)
     if state:
         prior = state["prior"]                  # not as measured again: that may differ by rounding
+    trained = bs.prepare_training(net, optimizer, device, args.compile)
     pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
     book = bs.LogBook(args.out, pace.step)
-    print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | "
-          f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices "
-          f"({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
-          f"{len(val) + len(test)} held out")
+    print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices ({len(tumour)} with "
+          f"tumour) of {args.resolution}x{args.resolution}, {len(val) + len(test)} held out", flush=True)
 
     settings = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}      # slices, not volumes
     shown = cache.batch(pick_rows(cache, val if len(val) else train, first_lesion, 4))
+    mine = bs.share_of(args.batch)              # of every batch; all of it unless several processes share it
+
+    def draw_batch(step):
+        rows = bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)[mine]
+        t, eps, keep, given, mirror = [its[mine] for its in bs.training_noise(
+            args.seed, step, (args.batch, *picture), args.drop)]
+        x0, classes, position = cache.batch(rows, mirror)                           # (B, C, H, W), (B, H, W), (B,)
+        onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
+        scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
+        weight = bs.lesion_weight(classes, first_lesion, args.lesion_weight)
+        weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr)             # (B, 1, H, W)
+        return (t, x0, eps, onehot, scalars, weight, *bs.signal_sigma(alpha_bar, t),
+                *bs.expected(prior, onehot, scalars[:, 0]))
 
     def draw(step):
         denoiser = bs.Denoiser(ema.copy_of(net, step), prior, alpha_bar, device)
@@ -158,39 +176,36 @@ def main(argv=None):
 
     stop = bs.catch_signals()
 
-    while pace.progress() < 1 and not stop:
+    while pace.progress() < 1 and not bs.agreed(len(stop)):
         # ------------------------------------------------------------------ one training step ---
-        rows = bs.batch_rows(tumour, other, args.tumour_share, args.seed, pace.step, args.batch)
-        t, eps, keep, given, mirror = bs.training_noise(args.seed, pace.step, (args.batch, *picture), args.drop)
-        x0, classes, position = cache.batch(rows, mirror)                           # (B, C, H, W), (B, H, W), (B,)
-        onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
-        scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
-        weight = bs.lesion_weight(classes, first_lesion, args.lesion_weight)
-        weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr)             # (B, 1, H, W)
-        x0, eps, t, onehot, scalars, weight, signal, sigma, mean, std = bs.to_device(
-            device, x0, eps, t, onehot, scalars, weight, *bs.signal_sigma(alpha_bar, t),
-            *bs.expected(prior, onehot, scalars[:, 0]))
+        levels, *batch = draw_batch(pace.step)
+        t, x0, eps, onehot, scalars, weight, signal, sigma, mean, std = bs.to_device(device, levels, *batch)
         x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
         for group in optimizer.param_groups:
             group["lr"] = lr = bs.learning_rate(args.lr, pace.progress(), pace.step)
-        with bs.fast_math(device):
-            out = net(x_t, t, onehot, scalars)
+        with bs.fast_math(device, args.precision):
+            out = trained(x_t, t, onehot, scalars)
         v_hat = bs.precondition(out, x_t, signal, sigma, mean, std)
         losses = (weight * (v_hat - v) ** 2).mean((1, 2, 3))                        # (B,)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        bs.end_step(device, losses)
         pace.tick()
         ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
-        book.add(losses, t)
+        book.add(losses, levels)
+        if not bs.first_process():
+            continue
         if pace.due("log", 5) or pace.progress() >= 1:
             pace.say(book.line(pace.step, lr, args.batch, pace.seconds)[1])
         if args.sample_every and pace.step % args.sample_every == 0:
             draw(pace.step)
         if pace.step == 1 or pace.due("save", 60):
             save()                              # step 1 finds a full or read-only disk at once
+    if not bs.first_process():
+        return
     save()
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")

@@ -69,7 +69,11 @@ def parse_arguments(argv=None):
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="output folder (default runs/seg; of a study runs/study)")
     run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
-    run.add_argument("--device", default="auto", choices=bs.DEVICES, help="auto takes the fastest there is")
+    run.add_argument("--device", default="auto", choices=bs.DEVICES,
+                     help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
+    run.add_argument("--precision", default="auto", choices=bs.PRECISIONS,
+                     help="of the layers' arithmetic; auto takes bfloat16 where that is fast")
+    run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--validate-every", type=int, default=150, help="steps between two validations")
     study = parser.add_argument_group("study")
     study.add_argument("--study", action="store_true", help="compare training sets, not train one segmenter")
@@ -104,15 +108,18 @@ def source(cache, rows, share=1.0):
 
 
 def draw_batch(sources, args, step):
-    """The slices of one step: images float (B, C, R, R) in [-1, 1] and labels int (B, R, R) in 0..3."""
-    parts, left = [], args.batch
+    """The slices of one step, this process's share of them: images float (B, C, R, R) in [-1, 1] and labels int
+    (B, R, R) in 0..3."""
+    mine, parts, first = bs.share_of(args.batch), [], 0
     for i, its in enumerate(sources):
-        count = left if i + 1 == len(sources) else round(args.batch * its.share)
+        count = args.batch - first if i + 1 == len(sources) else round(args.batch * its.share)
         rows = bs.batch_rows(its.tumour, its.other, args.tumour_share, (args.seed, i), step, count)
-        parts.append(its.cache.batch(rows))
-        left -= count
+        rows = rows[max(mine.start - first, 0):max(mine.stop - first, 0)]
+        if len(rows):
+            parts.append(its.cache.batch(rows))
+        first += count
     images, classes = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    return bs.augment(images, bs.tumour_labels(classes), args.augment, (args.seed, "augment", step))
+    return bs.augment(images, bs.tumour_labels(classes), args.augment, (args.seed, "augment", step), (args.batch, mine))
 
 
 def validate(segmenter, cache):
@@ -132,10 +139,9 @@ def fit(args, sources, cache, device, trained_on=None):
     the best weights are returned. Without (in the study) nothing is written or validated: the last ones are."""
     torch.manual_seed(args.seed)
     network = {"depth": args.depth, "channels": len(cache.meta["modalities"]), "predict": args.predict}
-    net = bs.ResUNet(**network).to(device, memory_format=torch.channels_last)
+    net = bs.place_network(bs.ResUNet(**network), device)
     ema = bs.EMA(net, args.ema)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=bs.has_fused_optimiser(device))
+    optimizer = bs.make_optimizer(net, args.lr, device)
     keep, state, best = trained_on is not None, None, {"dice": -1.0, "step": 0}
     if keep:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -145,12 +151,12 @@ def fit(args, sources, cache, device, trained_on=None):
     elif args.weights:
         bs.load_encoder(net.encoder, args.depth, args.weights)
         ema = bs.EMA(net, args.ema)
+    trained = bs.prepare_training(net, optimizer, device, args.compile)
     pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
     book = bs.LogBook(args.out, pace.step, ("val_dice",)) if keep else None
     if keep:
-        print(f"device {device}, {'bfloat16' if bs.has_fast_bf16(device) else 'float32'} | ResNet-{args.depth} U-Net, "
-              f"{bs.count_parameters(net) / 1e6:.1f} M parameters | training slices "
-              + ", ".join(f"{len(s.tumour) + len(s.other)} ({len(s.tumour)} with tumour)" for s in sources))
+        print(f"ResNet-{args.depth} U-Net, {bs.count_parameters(net) / 1e6:.1f} M parameters | training slices "
+              + ", ".join(f"{len(s.tumour) + len(s.other)} ({len(s.tumour)} with tumour)" for s in sources), flush=True)
     stop = bs.catch_signals() if keep else []
 
     def save():
@@ -171,41 +177,45 @@ def fit(args, sources, cache, device, trained_on=None):
                 "seen": sorted({*trained_on, *cache.hashes("val")})}))
         return score
 
-    while pace.progress() < 1 and not stop:
+    while pace.progress() < 1 and not bs.agreed(len(stop)):
         # ------------------------------------------------------------------ one training step ---
         images, labels = bs.to_device(device, *draw_batch(sources, args, pace.step))    # (B, C, R, R), (B, R, R)
         for group in optimizer.param_groups:
             group["lr"] = lr = bs.learning_rate(args.lr, pace.progress(), pace.step)
-        with bs.fast_math(device):
-            logits = net(images)                                                        # (B, K, R, R)
-        loss = bs.segmentation_loss(logits, labels, args.predict)
-        loss.backward()
+        with bs.fast_math(device, args.precision):
+            logits = trained(images)                                                        # (B, K, R, R)
+        losses = bs.segmentation_loss(logits, labels, args.predict).view(1)
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        bs.end_step(device, losses)
         pace.tick()
         ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
-        score = float("nan")
-        if keep and (pace.step % args.validate_every == 0 or pace.progress() >= 1):
-            score = check()
         if keep:
-            book.add(loss.view(1))
-            if pace.due("log", 5) or score == score or pace.progress() >= 1:
-                text = book.line(pace.step, lr, args.batch, pace.seconds, (score,))[1]
-                pace.say(text + (f" | validation Dice {score:.3f}" if score == score else ""))
-            if pace.step == 1 or pace.due("save", 60):
-                save()                          # step 1 finds a full or read-only disk at once
-    if keep:
-        save()
+            book.add(losses)
+        if not keep or not bs.first_process():
+            continue
+        score = float("nan")
+        if pace.step % args.validate_every == 0 or pace.progress() >= 1:
+            score = check()
+        if pace.due("log", 5) or score == score or pace.progress() >= 1:
+            text = book.line(pace.step, lr, args.batch, pace.seconds, (score,))[1]
+            pace.say(text + (f" | validation Dice {score:.3f}" if score == score else ""))
+        if pace.step == 1 or pace.due("save", 60):
+            save()                              # step 1 finds a full or read-only disk at once
+    if not keep:
+        return bs.Segmenter(ema.copy_of(net, pace.step), args.resolution, args.fov, device), pace
+    if not bs.first_process():
+        return None, pace
+    save()
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
-    if keep:
-        if not (Path(args.out) / "best.pt").exists():           # resumed at its end, before any validation
-            check()
-        return bs.load_segmenter(args.out, device), pace
-    return bs.Segmenter(ema.copy_of(net, pace.step), args.resolution, args.fov, device), pace
+    if not (Path(args.out) / "best.pt").exists():               # resumed at its end, before any validation
+        check()
+    return bs.load_segmenter(args.out, device), pace
 
 
 def close(args, segmenter, split, pace):
@@ -421,20 +431,24 @@ def study(args, split, device):
 def main(argv=None):
     """One training run, start to end, resumed where one was begun; or a study."""
     args = parse_arguments(argv)
-    device = bs.pick_device(args.device)
+    device = bs.pick_device(args.device, several=not args.study)
+    print(bs.describe(device, args.precision), flush=True)
+    bs.require_divisible(args.batch, device)
     cases, split = bs.find_data(args)
     if args.study:
         return study(args, split, device)
-    cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour", split)
+    cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
+                                              "tumour", split))
     sources = [source(cache, cache.part("train"))]
     trained_on = set(cache.hashes("train"))
     if args.synthetic:
-        made, digests = synthetic_cache(args.synthetic, cache.hashes("val", "test"), args)
+        made, digests = bs.in_turn(lambda: synthetic_cache(args.synthetic, cache.hashes("val", "test"), args))
         print(f"synthetic: {len(made.cases)} cases, {args.synthetic_share:.0%} of every batch")
         trained_on |= {*made.hashes("train"), *digests}
         sources = [source(made, made.part("train"), args.synthetic_share), *sources]
     segmenter, pace = fit(args, sources, cache, device, sorted(trained_on))
-    close(args, segmenter, split, pace)
+    if bs.first_process():
+        close(args, segmenter, split, pace)
 
 
 if __name__ == "__main__":

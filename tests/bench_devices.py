@@ -6,7 +6,8 @@
     python tests/bench_devices.py --monai                               beside MONAI's DiffusionModelUNet, if installed
 
 Prints    images and steps per second (median step), seconds the first step takes longer than that (compiling,
-          choosing kernels), memory, and which share of the device's own matrix product rate the step reaches
+          choosing kernels), peak memory (on a GPU of this row; elsewhere of the process up to it), and which share
+          of the device's own matrix product rate the step reaches
 Compare   figures of one run only: machines are shared
 """
 from __future__ import annotations
@@ -14,11 +15,14 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
 
 
@@ -75,7 +79,7 @@ def measure(name, make, device, args, resolution):
         optimizer.step()
         optimizer.zero_grad()
         bs.end_step(device, loss)
-        loss.item()
+        bs.to_host(loss)
         times.append(time.perf_counter() - started)
     step = statistics.median(times[1:])
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else

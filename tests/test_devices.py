@@ -251,7 +251,7 @@ def test_xla_samples_with_two_graphs_at_most(plain):
                  "--guidance", guidance, "--interval", "0", "1"]
         text = run(folder, *words, "--out", f"xla_{steps}_{guidance}", devices=2)
         counts[steps, guidance] = int(re.search(r"XLA compiled (\d+) graphs .* instead: nothing", text)[1])
-    assert counts[3, 1] == counts[6, 1] and counts[6, 2] <= counts[6, 1] + 1, counts
+    assert counts[3, 1] == counts[6, 1] <= 2 and counts[6, 2] <= 3, counts      # one more puts the weights there
     run(folder, *words, "--out", "cpu_6_2")
     a, b = [bs.read_case(bs.find_cases(folder / name)[1])[0].astype(int) for name in ("xla_6_2", "cpu_6_2")]
     assert abs(a - b).max() <= 0.02 * b.max() and b.max() > 100

@@ -73,6 +73,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from statistics import NormalDist
 
@@ -111,14 +112,14 @@ def run_script(main):
     sentence and leave with status 2."""
     try:
         main()
-        print(xla_report(), end="\n" * bool(xla_report()))
+        report = xla_report()
+        if report:
+            print(report)
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        leave_processes()
 
 
 def require_positive(args, *names):
@@ -1260,7 +1261,7 @@ def precondition(out, x_t, signal, sigma, mean, std):
 # The only section that names cpu, cuda, mps or xla, and that knows how many of them share a batch. There
 # are two ways to use several. torchrun starts one process for each; every process takes its share of the
 # global batch and DistributedDataParallel averages the gradients. XLA on a TPU needs one process for all
-# chips: arrays are marked as split along the batch, and the compiler puts the communication in [GSPMD].
+# its cores: arrays are marked as split along the batch, and the compiler puts the communication in [GSPMD].
 # ================================================================================================
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xla")
@@ -1289,36 +1290,44 @@ def pick_device(name="auto", several=False):
     number = int(os.environ["LOCAL_RANK"])
     if not several:
         raise BadInput("this command runs in one process; start it with python, not with torchrun")
-    if name == "mps" or name == "cuda" and number >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: no device here for process {number + 1}; start fewer with torchrun")
+    if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        raise BadInput("the processes of torchrun must be on one machine; start it there alone")
+    if name == "mps":
+        raise BadInput("--device mps drives one GPU; start it with python, or give --device cpu")
+    if name == "cuda" and number >= torch.cuda.device_count():
+        raise BadInput(f"--device cuda: no GPU here for process {number + 1}; start fewer, or give --device cpu")
     if name == "cuda":
         torch.cuda.set_device(number)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    # the others wait while the first one makes phantoms, a cache, pictures: however long that takes
+    dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timeout=timedelta(days=7))
     if not first_process():
         sys.stdout = open(os.devnull, "w")
     return torch.device(name, number) if name == "cuda" else torch.device(name)
 
 
 def pick_xla():
-    """The XLA device, standing for all chips of this machine together (SPMD). BadInput without torch_xla or
-    without a chip; PJRT_DEVICE=CPU in the environment asks for XLA on the CPU."""
+    """The XLA device, standing for all devices of this machine together (SPMD). BadInput without torch_xla or
+    without a TPU; PJRT_DEVICE=CPU in the environment asks for XLA on the CPU."""
     asked = os.environ.get("PJRT_DEVICE")       # torch_xla sets it itself where it is not set
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("--device xla drives all chips from one process; start it with python, not with torchrun")
+        raise BadInput("--device xla drives all devices from one process; start it with python, not with torchrun")
     try:
         import torch_xla
         import torch_xla.runtime as xr
         xr.use_spmd()
         device, found = torch_xla.device(), xr.device_type()
-        xla_devices()                           # asks for the chips, which are not looked for before
+        xla_devices()                           # asks for the devices, which are not looked for before
     except ImportError as error:
         raise BadInput(f"--device xla: torch_xla cannot be imported ({str(error).splitlines()[0]}); "
                        "pip install -r requirements-tpu.txt") from error
     except (RuntimeError, OSError) as error:
         raise BadInput(f"--device xla: XLA cannot use a {asked or 'TPU'} here ({str(error).splitlines()[0]}); on a TPU "
                        "machine pip install -r requirements-tpu.txt") from error
+    if xr.process_count() > 1:
+        raise BadInput("--device xla drives the devices of one machine; a pod of several is not supported")
     if found == "CPU" and asked != "CPU":
-        raise BadInput("--device xla: there is no TPU here; PJRT_DEVICE=CPU in front of the command runs XLA on the CPU")
+        raise BadInput("--device xla: there is no TPU here; PJRT_DEVICE=CPU in front of the command runs XLA on "
+                       "the CPU")
     return device
 
 
@@ -1339,22 +1348,32 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def leave_processes():
-    """End what torchrun began."""
-    if dist.is_initialized():
-        gc.collect()                            # DistributedDataParallel must go first, or leaving may crash
-        dist.destroy_process_group()
+def rank():
+    """Which of them this one is, 0 for the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def first_process():
     """Whether this process is the one that prints, writes and draws."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def leave_processes():
+    """Part from the others when training is over -> whether this was the first process, which goes on alone.
+
+    Nobody may hold the network of prepare_training any more: DistributedDataParallel that outlives its group
+    can crash on the way out."""
+    first = first_process()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return first
 
 
 def share_of(batch):
     """Which samples of a global batch this process works on: a slice."""
     mine = batch // processes()
-    return slice(dist.get_rank() * mine, (dist.get_rank() + 1) * mine) if processes() > 1 else slice(0, batch)
+    return slice(rank() * mine, (rank() + 1) * mine)
 
 
 def require_divisible(batch, device):
@@ -1393,7 +1412,8 @@ def gathered(tensor):
 
 class SumOverProcesses(torch.autograd.Function):
     """Forward: the sum of a tensor over all processes. Every process's result depends on every process's tensor,
-    so the gradient is the sum of theirs."""
+    so the gradient is the sum of theirs; DistributedDataParallel, which takes the mean of all processes' gradients,
+    then makes it that of one loss."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -1406,6 +1426,7 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.forward(ctx, gradient.contiguous())
 
 
+@torch.compiler.disable
 def summed(tensor):
     """Sum of a tensor over all processes, differentiable: what is no mean over samples needs it."""
     return SumOverProcesses.apply(tensor) if processes() > 1 else tensor
@@ -1414,8 +1435,8 @@ def summed(tensor):
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm, x (B, C, H, W) -> the same, whose statistics while training are those of the global batch.
 
-    Written out where torch's own is not that: with several processes, and on XLA, whose running variance lacks
-    the factor n / (n - 1)."""
+    Written out for several processes, since torch's own sees only the share of one, and for XLA, whose running
+    variance lacks the factor n / (n - 1)."""
 
     def forward(self, x):
         if not self.training or processes() == 1 and x.device.type != "xla":
@@ -1433,20 +1454,20 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def xla_devices():
-    """How many chips (or virtual devices of the CPU) XLA drives."""
+    """How many devices XLA drives: the cores of a TPU, or virtual ones of the CPU."""
     import torch_xla.runtime as xr
     return xr.global_runtime_device_count()
 
 
 def xla_sharding(axes, split):
-    """How XLA shall lay out an array of so many axes: split along the first one, or whole on every chip."""
+    """How XLA shall lay out an array of so many axes: split along the first one, or whole on every device."""
     import torch_xla.distributed.spmd as xs
     mesh = xs.Mesh(np.arange(xla_devices()), (xla_devices(),), ("batch",))
     return mesh, ("batch",) * bool(split and axes) + (None,) * (axes - bool(split and axes))
 
 
 def to_device(device, *tensors):
-    """The tensors (B, ...), on the device; on XLA split along the batch over all chips."""
+    """The tensors (B, ...), on the device; on XLA split along the batch over all of them."""
     if device.type != "xla":
         return [tensor.to(device) for tensor in tensors]
     import torch_xla.core.xla_model as xm
@@ -1458,11 +1479,10 @@ def to_device(device, *tensors):
 def to_host(tree):
     """A tensor, or a dict or list of them (nested, other values among them), with every tensor on the CPU and
     detached. From XLA all come in one transfer: one by one, each waits for the one before."""
-    try:
-        xla = sys.modules.get("torch_xla")      # imported by pick_xla, or there is nothing of it to move
-        tree = xla.core.xla_model._maybe_convert_to_cpu(tree) if xla else tree
-    except AttributeError:                      # not a public name of torch_xla: then one by one
-        pass
+    if "torch_xla" in sys.modules:              # else there is nothing of it to move
+        import torch_xla.core.xla_model as xm
+        at_once = getattr(xm, "_maybe_convert_to_cpu", None)        # not a public name: without it, one by one
+        tree = at_once(tree) if at_once else tree
     if isinstance(tree, torch.Tensor):
         return tree.detach().cpu()
     if isinstance(tree, dict):
@@ -1471,7 +1491,7 @@ def to_host(tree):
 
 
 def place_network(net, device):
-    """net on the device, in the memory layout that is fastest there; on XLA whole on every chip."""
+    """net on the device, in the memory layout convolutions like; on XLA whole on every device."""
     if device.type != "xla":
         return net.to(device, memory_format=torch.channels_last)
     net = net.to(device)
@@ -1480,7 +1500,7 @@ def place_network(net, device):
 
 
 def mark_whole(tensors):
-    """Tell XLA that every chip holds these tensors whole, before a graph is made that would guess it."""
+    """Tell XLA that every device holds these tensors whole, before a graph is made that would guess it."""
     import torch_xla
     import torch_xla.distributed.spmd as xs
     for tensor in tensors:
@@ -1490,8 +1510,8 @@ def mark_whole(tensors):
 
 def make_optimizer(net, lr, device):
     """AdamW as both training scripts use it, in the form that is fastest on the device: one kernel for all
-    weights; on XLA with the step count as a tensor, since numbers that happen to be equal in step 1, and not in
-    step 2, make another graph."""
+    weights; on XLA with the step count as a tensor: as a Python number it decides what the graph looks like (two
+    numbers that are equal become one), and step 2 is compiled anew."""
     return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01,
                              fused=device.type in ("cpu", "cuda"), capturable=device.type == "xla")
 
@@ -1500,10 +1520,12 @@ def prepare_training(net, optimizer, device, compiled=False):
     """What a training loop calls in place of net, whose parameters it shares: with gradients averaged over
     processes, or through torch.compile. Call it once net and optimizer hold what they start from.
 
-    On XLA the optimiser's state is made here: Adam makes it in step 1, and step 2, which finds it there,
-    would be another graph, compiled anew.
+    BadInput for torch.compile on XLA. There the optimiser's state is made here: Adam makes it in step 1, and
+    step 2, which finds it there, would be another graph, compiled anew.
     """
     if device.type == "xla":
+        if compiled:
+            raise BadInput("--compile: XLA compiles by itself; leave it out")
         for p in net.parameters():
             if not optimizer.state[p]:
                 optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
@@ -1516,7 +1538,7 @@ def prepare_training(net, optimizer, device, compiled=False):
 
 def end_step(device, *read):
     """On XLA everything since the last call becomes one graph and is run; elsewhere it has run already.
-    read: tensors that will be looked at later, which the graph then gathers from all chips."""
+    read: tensors that will be looked at later, which the graph then gathers from all devices."""
     if device.type == "xla":
         mark_whole(read)
 
@@ -1557,7 +1579,7 @@ def uses_bf16(device, precision="auto"):
     if device.type == "xla":
         import torch_xla.runtime as xr
         return xr.device_type() == "TPU"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fast_math(device, precision="auto"):
@@ -2460,7 +2482,8 @@ def load_segmenter(path, device):
     state = load_checkpoint(path, "segmenter", names=("best.pt",))
     net = ResUNet(**state["network"])
     net.load_state_dict(state["weights"])
-    return Segmenter(place_network(net.eval(), device), state["resolution"], state["fov"], device, frozenset(state["seen"]), file_hash(state["file"]))
+    net = place_network(net.eval(), device)
+    return Segmenter(net, state["resolution"], state["fov"], device, frozenset(state["seen"]), file_hash(state["file"]))
 
 
 def catch_signals():

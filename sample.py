@@ -72,7 +72,7 @@ def parse_arguments(argv=None):
     run.add_argument("--out", default="synthetic", help="output folder")
     run.add_argument("--seed", type=int, default=0, help="noise follows from it and the case number")
     run.add_argument("--batch", type=int, default=32, help="slices a network call, for memory only")
-    run.add_argument("--device", default="auto", choices=bs.DEVICES, 
+    run.add_argument("--device", default="auto", choices=bs.DEVICES,
                      help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
     args = parser.parse_args(argv)
     bs.require_positive(args, "count", "steps", "batch", "phantoms")

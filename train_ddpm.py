@@ -62,7 +62,7 @@ def parse_arguments(argv=None):
     run.add_argument("--device", default="auto", choices=bs.DEVICES,
                      help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
     run.add_argument("--precision", default="auto", choices=bs.PRECISIONS,
-                     help="of the layers' arithmetic; auto takes bfloat16 where that is fast")
+                     help="of the layers' arithmetic in training; auto takes bfloat16 where that is fast")
     run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--guidance", type=float, default=1.0,
                      help="guidance scale of pictures and closing figures, 1 for none")
@@ -193,7 +193,8 @@ def main(argv=None):
         optimizer.zero_grad()
         bs.end_step(device, losses)
         pace.tick()
-        ema.update(net, pace.step)
+        if bs.first_process():
+            ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
         book.add(losses, levels)
         if not bs.first_process():
@@ -204,7 +205,8 @@ def main(argv=None):
             draw(pace.step)
         if pace.step == 1 or pace.due("save", 60):
             save()                              # step 1 finds a full or read-only disk at once
-    if not bs.first_process():
+    del trained
+    if not bs.leave_processes():
         return
     save()
     if stop:

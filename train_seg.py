@@ -72,7 +72,7 @@ def parse_arguments(argv=None):
     run.add_argument("--device", default="auto", choices=bs.DEVICES,
                      help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
     run.add_argument("--precision", default="auto", choices=bs.PRECISIONS,
-                     help="of the layers' arithmetic; auto takes bfloat16 where that is fast")
+                     help="of the layers' arithmetic in training; auto takes bfloat16 where that is fast")
     run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--validate-every", type=int, default=150, help="steps between two validations")
     study = parser.add_argument_group("study")
@@ -183,7 +183,7 @@ def fit(args, sources, cache, device, trained_on=None):
         for group in optimizer.param_groups:
             group["lr"] = lr = bs.learning_rate(args.lr, pace.progress(), pace.step)
         with bs.fast_math(device, args.precision):
-            logits = trained(images)                                                        # (B, K, R, R)
+            logits = trained(images)                                                    # (B, K, R, R)
         losses = bs.segmentation_loss(logits, labels, args.predict).view(1)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -191,7 +191,8 @@ def fit(args, sources, cache, device, trained_on=None):
         optimizer.zero_grad()
         bs.end_step(device, losses)
         pace.tick()
-        ema.update(net, pace.step)
+        if bs.first_process():
+            ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
         if keep:
             book.add(losses)
@@ -205,9 +206,11 @@ def fit(args, sources, cache, device, trained_on=None):
             pace.say(text + (f" | validation Dice {score:.3f}" if score == score else ""))
         if pace.step == 1 or pace.due("save", 60):
             save()                              # step 1 finds a full or read-only disk at once
+    del trained
+    first = bs.leave_processes()
     if not keep:
         return bs.Segmenter(ema.copy_of(net, pace.step), args.resolution, args.fov, device), pace
-    if not bs.first_process():
+    if not first:
         return None, pace
     save()
     if stop:
@@ -447,7 +450,7 @@ def main(argv=None):
         trained_on |= {*made.hashes("train"), *digests}
         sources = [source(made, made.part("train"), args.synthetic_share), *sources]
     segmenter, pace = fit(args, sources, cache, device, sorted(trained_on))
-    if bs.first_process():
+    if segmenter:                               # in the first process; the others are done
         close(args, segmenter, split, pace)
 
 

@@ -84,10 +84,11 @@ def measure(name, make, device, args, resolution):
     step = statistics.median(times[1:])
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    rate = counter.get_total_flops() / step
-    print(f"| {name} | {bs.describe(device, args.precision).removeprefix('device ')} | {resolution} | "
+    rate, place = counter.get_total_flops() / step, bs.describe(device, args.precision).removeprefix("device ")
+    print(f"| {name} | {place} | {resolution} | "
           f"{bs.count_parameters(net) / 1e6:.1f} | {1 / step:.2f} | {args.batch / step:.1f} | {times[0] - step:.1f} | "
-          f"{memory / 2 ** 30:.2f} | {rate / 1e9:.0f} | {rate / product_rate(device, args.precision):.0%} |", flush=True)
+          f"{memory / 2 ** 30:.2f} | {rate / 1e9:.0f} | "
+          f"{rate / product_rate(device, args.precision):.0%} |", flush=True)
 
 
 def main():
@@ -102,8 +103,8 @@ def main():
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--monai", action="store_true", help="also time MONAI's DiffusionModelUNet")
     args = parser.parse_args()
-    print("| network | device | pixels | M parameters | steps/s | images/s | first step, more s | memory GiB | GFLOP/s | "
-          "of a matrix product's |\n" + "|---" * 10 + "|")
+    print("| network | device | pixels | M parameters | steps/s | images/s | first step, more s | memory GiB | "
+          "GFLOP/s | of a matrix product's |\n" + "|---" * 10 + "|")
     for device in [bs.pick_device(name) for name in args.device]:
         for resolution in args.resolutions:
             measure("ours", our_network, device, args, resolution)

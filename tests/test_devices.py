@@ -121,7 +121,8 @@ def test_a_compiled_network_is_the_same_network(monkeypatch):
     net, cpu = bs.UNet(width=16, mults=(1, 2)), torch.device("cpu")
     trained = bs.prepare_training(net, bs.make_optimizer(net, 1e-3, cpu), cpu, compiled=True)
     torch.nn.init.normal_(net.conv_out.weight)
-    asked = [torch.randn(2, 4, 16, 24), torch.tensor([3, 700]), torch.zeros(2, 5, 16, 24), torch.tensor([[0.5], [torch.nan]])]
+    asked = [torch.randn(2, 4, 16, 24), torch.tensor([3, 700]), torch.zeros(2, 5, 16, 24),
+             torch.tensor([[0.5], [torch.nan]])]
     assert trained is not net and torch.allclose(trained(*asked), net(*asked), atol=1e-5)
     assert all(a is b for a, b in zip(trained.parameters(), net.parameters()))
 
@@ -136,11 +137,13 @@ def test_two_processes_give_the_weights_of_one(plain):
     assert len(losses(text)) == 12 and losses(text) == pytest.approx(losses(alone), abs=1e-5)
 
 
-def test_one_process_continues_what_two_began(plain):
+def test_one_process_and_two_continue_each_other(plain):
     """A checkpoint does not know how many made it."""
-    folder, six = plain[0], [word if word != "12" else "6" for word in DDPM]
-    run(folder, "train_ddpm", *six, "--out", "runs/begun", processes=2)
-    assert "resumed: runs/begun at step 6" in run(folder, "train_ddpm", *DDPM, "--out", "runs/begun")
+    folder, longer = plain[0], [word if word != "12" else "15" for word in DDPM]
+    for out, first, second in (("runs/two_one", 2, 1), ("runs/one_two", 1, 2)):
+        run(folder, "train_ddpm", *DDPM, "--out", out, processes=first)
+        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, processes=second)
+    assert furthest(folder / "runs/two_one", folder / "runs/one_two") < 1e-5
 
 
 def test_two_processes_stop_together(plain):
@@ -171,8 +174,8 @@ for norm, part, total in ((torch.nn.BatchNorm2d(3), slice(0, 8), lambda s: s), (
     p, t = out.sigmoid(), target[part]
     loss = 1 - (2 * total((p * t).sum()) + 1) / (total((p + t).sum()) + 1)
     (loss if part != mine else loss / 2).backward()              # DistributedDataParallel takes the mean of two
-    results.append((out.detach()[mine if part != mine else slice(0, 4)], loss.detach(), norm.running_mean, norm.running_var,
-                    some.grad[mine if part != mine else slice(0, 4)]))
+    its = mine if part != mine else slice(0, 4)
+    results.append((out.detach()[its], loss.detach(), norm.running_mean, norm.running_var, some.grad[its]))
 for whole, shared in zip(*results):
     assert torch.allclose(whole, shared, atol=1e-6, rtol=1e-5), (whole, shared)
 assert torch.equal(bs.gathered(x[mine]), x) and bs.agreed(5 + dist.get_rank()) == 5
@@ -193,7 +196,8 @@ def test_norms_and_dice_of_a_shared_batch(tmp_path):
 def test_what_cannot_be_shared_is_said(tmp_path, script, arguments, words):
     """One sentence under torchrun, nothing written."""
     text = run(tmp_path, script, *arguments, processes=2, status=1)
-    assert "error: " in text and words in text and [p.name for p in tmp_path.iterdir() if p.is_file()] == ["program.py"]
+    assert "error: " in text and words in text
+    assert {p.name for p in tmp_path.iterdir()} <= {"program.py", "__pycache__"}
 
 
 @needs_xla
@@ -247,8 +251,8 @@ def test_xla_samples_with_two_graphs_at_most(plain):
     volume as on the CPU up to rounding."""
     folder, counts = plain[0], {}
     for steps, guidance in ((3, 1), (6, 1), (6, 2)):
-        words = ["sample", "--checkpoint", "runs/plain", "--labels", "runs/phantoms/A", "--count", "2", "--steps", steps,
-                 "--guidance", guidance, "--interval", "0", "1"]
+        words = ["sample", "--checkpoint", "runs/plain", "--labels", "runs/phantoms/A", "--count", "2",
+                 "--steps", steps, "--guidance", guidance, "--interval", "0", "1"]
         text = run(folder, *words, "--out", f"xla_{steps}_{guidance}", devices=2)
         counts[steps, guidance] = int(re.search(r"XLA compiled (\d+) graphs .* instead: nothing", text)[1])
     assert counts[3, 1] == counts[6, 1] <= 2 and counts[6, 2] <= 3, counts      # one more puts the weights there
@@ -274,6 +278,7 @@ def test_xla_without_a_tpu_is_said(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PJRT_DEVICE"}
     for more, words in (({}, "there is no TPU here"), ({"PJRT_DEVICE": "TPU"}, "XLA cannot use a TPU")):
         done = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--device", "xla"], cwd=tmp_path, text=True,
-                              env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+                              env={**environment, **more}, timeout=60,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout, done.stdout
         assert not list(tmp_path.iterdir())

@@ -176,8 +176,8 @@ def test_batch_size_changes_rounding_only(sampler, monkeypatch):
     monkeypatch.setattr(bs, "uses_bf16", lambda device, precision="auto": False)
     denoiser, classes, position = make_denoiser(), torch.randint(0, 5, (6, 16, 24)), torch.linspace(-1, 1, 6)
     settings = {**bs.SAMPLING, "steps": 4, "sampler": sampler, "guidance": 1.5}
-    one, four, other = [bs.sample_volume(dataclasses.replace(denoiser, batch=batch), classes, position, 2.4, key, settings)
-                        for key, batch in (((0, 7), 1), ((0, 7), 4), ((0, 8), 4))]
+    one, four, other = [bs.sample_volume(dataclasses.replace(denoiser, batch=batch), classes, position, 2.4, key,
+                                         settings) for key, batch in (((0, 7), 1), ((0, 7), 4), ((0, 8), 4))]
     assert one.shape == (6, 4, 16, 24) and (one - four).abs().max() < 1e-4
     assert (four - other).abs().max() > 0.1, "another case must have other noise"
 

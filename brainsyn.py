@@ -1463,7 +1463,7 @@ def xla_sharding(axes, split):
     """How XLA shall lay out an array of so many axes: split along the first one, or whole on every device."""
     import torch_xla.distributed.spmd as xs
     mesh = xs.Mesh(np.arange(xla_devices()), (xla_devices(),), ("batch",))
-    return mesh, ("batch",) * bool(split and axes) + (None,) * (axes - bool(split and axes))
+    return mesh, ("batch", *[None] * (axes - 1)) if split else (None,) * axes
 
 
 def to_device(device, *tensors):

@@ -6,6 +6,7 @@ Several processes are tested with gloo on the CPU; XLA on torch_xla's CPU client
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,9 +141,10 @@ def test_two_processes_give_the_weights_of_one(plain):
 def test_one_process_and_two_continue_each_other(plain):
     """A checkpoint does not know how many made it."""
     folder, longer = plain[0], [word if word != "12" else "15" for word in DDPM]
-    for out, first, second in (("runs/two_one", 2, 1), ("runs/one_two", 1, 2)):
-        run(folder, "train_ddpm", *DDPM, "--out", out, processes=first)
-        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, processes=second)
+    shutil.copytree(folder / "runs/plain", folder / "runs/one_two")
+    run(folder, "train_ddpm", *DDPM, "--out", "runs/two_one", processes=2)
+    for out, processes in (("runs/two_one", 1), ("runs/one_two", 2)):
+        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, processes=processes)
     assert furthest(folder / "runs/two_one", folder / "runs/one_two") < 1e-5
 
 
@@ -236,10 +238,9 @@ def test_xla_splits_a_batch_over_all_devices(tmp_path):
 @needs_xla
 def test_xla_and_the_cpu_continue_each_other(plain):
     """Checkpoints carry no trace of the device they come from."""
-    folder = plain[0]
+    folder, longer = plain[0], [word if word != "12" else "15" for word in DDPM]
+    shutil.copytree(folder / "runs/plain", folder / "runs/here")
     run(folder, "train_ddpm", *DDPM, "--out", "runs/there", devices=2)
-    run(folder, "train_ddpm", *DDPM, "--out", "runs/here")
-    longer = [word if word != "12" else "18" for word in DDPM]
     for out, devices in (("runs/there", None), ("runs/here", 2)):
         assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, devices=devices)
     assert furthest(folder / "runs/there", folder / "runs/here") < 1e-5

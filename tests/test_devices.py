@@ -202,13 +202,25 @@ def test_what_cannot_be_shared_is_said(tmp_path, script, arguments, words):
     assert {p.name for p in tmp_path.iterdir()} <= {"program.py", "__pycache__"}
 
 
+@pytest.fixture(scope="module")
+def on_xla(plain):
+    """Function: number of XLA devices -> what twelve steps on them printed, in runs/xla1 and so on; run once."""
+    printed = {}
+
+    def train(devices):
+        if devices not in printed:
+            printed[devices] = run(plain[0], "train_ddpm", *DDPM, "--out", f"runs/xla{devices}", devices=devices)
+        return printed[devices]
+
+    return train
+
+
 @needs_xla
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_xla_gives_the_weights_of_the_cpu(plain, devices):
+def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, devices):
     """Twelve steps on any number of devices: the same weights and EMA; the step is compiled once, and sampling
     adds one graph; nothing runs on the CPU instead."""
-    folder, alone = plain
-    text = run(folder, "train_ddpm", *DDPM, "--out", f"runs/xla{devices}", devices=devices)
+    (folder, alone), text = plain, on_xla(devices)
     assert f"device xla (CPU){f' x {devices}' if devices > 1 else ''}, float32" in text
     for part in ("weights", "ema"):
         assert furthest(folder / "runs/plain", folder / f"runs/xla{devices}", part) < 1e-5, part
@@ -236,11 +248,12 @@ def test_xla_splits_a_batch_over_all_devices(tmp_path):
 
 
 @needs_xla
-def test_xla_and_the_cpu_continue_each_other(plain):
+def test_xla_and_the_cpu_continue_each_other(plain, on_xla):
     """Checkpoints carry no trace of the device they come from."""
     folder, longer = plain[0], [word if word != "12" else "15" for word in DDPM]
-    shutil.copytree(folder / "runs/plain", folder / "runs/here")
-    run(folder, "train_ddpm", *DDPM, "--out", "runs/there", devices=2)
+    on_xla(2)
+    for name, copy in (("plain", "here"), ("xla2", "there")):
+        shutil.copytree(folder / "runs" / name, folder / "runs" / copy)
     for out, devices in (("runs/there", None), ("runs/here", 2)):
         assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, devices=devices)
     assert furthest(folder / "runs/there", folder / "runs/here") < 1e-5

@@ -46,6 +46,7 @@ SOURCES (the key in brackets is how comments below refer to them)
     [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning
     [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
     [GSPMD]   Xu et al. 2021, arXiv 2105.04663      one program for several chips
+    [BN]      Ioffe & Szegedy 2015, arXiv 1502.03167  batch normalisation
     [RESNET]  He et al. 2015, arXiv 1512.03385       residual networks
     [VNET]    Milletari et al. 2016, arXiv 1606.04797  Dice as a loss
     [LESION]  Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics  lesion-wise Dice
@@ -1332,7 +1333,7 @@ def pick_xla():
 
 
 def describe(device, precision="auto"):
-    """The device really used, in words, for the first line of a log."""
+    """The device really used, for the first line of a log: "device cpu x 2, float32". precision: of PRECISIONS."""
     name, count = device.type, processes()
     if name == "cuda":
         name = f"cuda ({torch.cuda.get_device_name(device)})"
@@ -1433,7 +1434,9 @@ def summed(tensor):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm, x (B, C, H, W) -> the same, whose statistics while training are those of the global batch.
+    """x (B, C, H, W) -> (x - mean) / sqrt(variance + eps) * weight + bias for each channel [BN]. While training,
+    mean and variance (sum / n) are those of all n values in the global batch, and running_mean and running_var
+    move towards mean and variance n / (n - 1) by the share `momentum`; in evaluation those are used.
 
     Written out for several processes, since torch's own sees only the share of one, and for XLA, whose running
     variance lacks the factor n / (n - 1)."""
@@ -1460,14 +1463,16 @@ def xla_devices():
 
 
 def xla_sharding(axes, split):
-    """How XLA shall lay out an array of so many axes: split along the first one, or whole on every device."""
+    """How XLA shall lay out an array of so many axes: split along the first one, or whole on every device ->
+    (mesh of all devices, the mesh's axis or None for each axis of the array)."""
     import torch_xla.distributed.spmd as xs
     mesh = xs.Mesh(np.arange(xla_devices()), (xla_devices(),), ("batch",))
     return mesh, ("batch", *[None] * (axes - 1)) if split else (None,) * axes
 
 
 def to_device(device, *tensors):
-    """The tensors (B, ...), on the device; on XLA split along the batch over all of them."""
+    """The tensors (B, ...), on the device; on XLA split along the batch over all of them, or whole on each where
+    their number does not divide B."""
     if device.type != "xla":
         return [tensor.to(device) for tensor in tensors]
     import torch_xla.core.xla_model as xm
@@ -1491,7 +1496,7 @@ def to_host(tree):
 
 
 def place_network(net, device):
-    """net on the device, in the memory layout convolutions like; on XLA whole on every device."""
+    """net on the device, its weights laid out channels last, as convolutions like it; on XLA whole on every one."""
     if device.type != "xla":
         return net.to(device, memory_format=torch.channels_last)
     net = net.to(device)
@@ -1583,8 +1588,8 @@ def uses_bf16(device, precision="auto"):
 
 
 def fast_math(device, precision="auto"):
-    """Context in which layers compute in bfloat16 where the device does that fast; weights, the
-    noise process and the loss stay float32."""
+    """Context in which layers compute in bfloat16 where uses_bf16 says so; weights, the noise process and the
+    loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
@@ -2128,12 +2133,12 @@ class Segmenter:
     @torch.no_grad()
     def ask(self, part, images, batch=64):
         """part: function of images on the device; images float (N, C, R, R) in [-1, 1] -> (N, ...) on the CPU."""
-        def ask(some):
+        def on_device(some):
             some, = to_device(self.device, some)
             with fast_math(self.device):
                 return part(some).float()
 
-        return in_parts(self.device, ask, batch, images)
+        return in_parts(self.device, on_device, batch, images)
 
     def probability(self, images):
         """images float (N, C, R, R) in [-1, 1] -> float32 (N, K, R, R)."""
@@ -2508,7 +2513,7 @@ class LogBook:
 
     more: names of further columns. With QUARTERS the loss is also kept in four bins of t (quarters of
     the range, clean to noisy): the mean alone hides which noise levels still learn. Nothing is read
-    from the device until a line is due.
+    from the device until a line is due. Of several processes all add, and the first one alone writes.
     """
 
     def __init__(self, folder, step, more=QUARTERS):

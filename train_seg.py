@@ -133,7 +133,8 @@ def validate(segmenter, cache):
 
 
 def fit(args, sources, cache, device, trained_on=None):
-    """Train one segmenter on `sources` -> (Segmenter, Pace).
+    """Train one segmenter on `sources` -> (Segmenter, Pace); of several processes the first one alone gets the
+    Segmenter, the others None.
 
     trained_on: hashes for its checkpoint; then it is validated on the val cases of `cache`, the real ones, and
     the best weights are returned. Without (in the study) nothing is written or validated: the last ones are."""

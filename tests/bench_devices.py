@@ -1,9 +1,10 @@
 """How fast a training step of the default generator is here, device by device and picture size by picture size.
 
     python tests/bench_devices.py                                       the fastest device there is
-    python tests/bench_devices.py --device cpu --resolutions 64 128
-    PJRT_DEVICE=CPU python tests/bench_devices.py --device xla cpu      where torch_xla is installed
-    python tests/bench_devices.py --monai                               beside MONAI's DiffusionModelUNet, if installed
+    python tests/bench_devices.py --monai                               beside MONAI's DiffusionModelUNet, if monai
+                                                                        and einops are installed
+    python tests/bench_devices.py --resolutions 64 128 240 --compile    on a GPU
+    PJRT_DEVICE=CPU python tests/bench_devices.py --device cpu xla      where torch_xla is installed
 
 Prints    images and steps per second (median step), seconds the first step takes longer than that (compiling,
           choosing kernels), peak memory (on a GPU of this row; elsewhere of the process up to it), and which share
@@ -26,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
 
 
-def our_network(resolution):
+def our_network():
     """(network, function of it and a batch that returns what it predicts); default sizes of train_ddpm.py."""
     return bs.UNet(), lambda net, x_t, t, onehot, scalars: net(x_t, t, onehot, scalars)
 
 
-def monai_network(resolution):
+def monai_network():
     """MONAI's U-Net with as many channels a level and the same conditions, given as further input channels."""
     from monai.networks.nets import DiffusionModelUNet
     net = DiffusionModelUNet(2, 9, 4, num_res_blocks=(1, 1, 1), channels=(128, 256, 256), num_head_channels=64,
@@ -57,12 +58,12 @@ def product_rate(device, precision):
 def measure(name, make, device, args, resolution):
     """One row of the table for one network, device and picture size."""
     torch.manual_seed(0)
-    net, call = make(resolution)
+    net, call = make()
     onehot = bs.one_hot(torch.randint(0, 5, (args.batch, resolution, resolution)), 5)
     batch = [torch.randn(args.batch, 4, resolution, resolution), torch.randint(1, bs.T, (args.batch,)), onehot,
              torch.zeros(args.batch, 1)]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:       # shapes alone: costs nothing
-        call(make(resolution)[0], *(torch.empty_like(its, device="meta") for its in batch)).sum().backward()
+        call(make()[0], *(torch.empty_like(its, device="meta") for its in batch)).sum().backward()
     net = bs.place_network(net, device)
     optimizer = bs.make_optimizer(net, 1e-4, device)
     trained, times = bs.prepare_training(net, optimizer, device, args.compile), []

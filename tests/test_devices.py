@@ -100,7 +100,7 @@ def test_parts_are_joined_in_order():
         assert torch.equal(bs.in_parts(torch.device("cpu"), lambda a, b: a * b, batch, rows, rows), rows ** 2)
 
 
-def test_everything_that_is_saved_lies_on_the_cpu():
+def test_what_is_saved_keeps_its_form_and_no_graph():
     """Nested dicts, lists and tuples keep their shape; what is no tensor passes."""
     tree = {"a": [torch.ones(2, requires_grad=True), 3], "b": {0: (torch.zeros(1), "x", None)}}
     out = bs.to_host(tree)
@@ -126,6 +126,15 @@ def test_a_compiled_network_is_the_same_network(monkeypatch):
              torch.tensor([[0.5], [torch.nan]])]
     assert trained is not net and torch.allclose(trained(*asked), net(*asked), atol=1e-5)
     assert all(a is b for a, b in zip(trained.parameters(), net.parameters()))
+
+
+def test_the_bench_times_a_step(tmp_path):
+    """The README's line, shortened: one row with the size of the default network and rates above 0."""
+    done = subprocess.run([sys.executable, ROOT / "tests/bench_devices.py", "--device", "cpu", "--resolutions", "16",
+                           "--batch", "1", "--steps", "1"], cwd=tmp_path, text=True, timeout=300, capture_output=True)
+    row = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:-1]]
+    assert done.returncode == 0 and row[:3:2] == ["ours", "16"] and row[3] == "13.4", done.stdout + done.stderr
+    assert float(row[4]) > 0 and float(row[8]) > 0
 
 
 def test_two_processes_give_the_weights_of_one(plain):

@@ -27,9 +27,9 @@ def test_default_training_obeys_masks_and_looks_like_scans(folder):
 @pytest.mark.slow
 def test_default_segmenter_finds_tumours_in_held_out_cases(folder):
     """A sixth of the default run: mean Dice over twelve held-out phantoms, one of them healthy, of at least
-    0.7 for WT, 0.65 for TC and 0.55 for ET (a segmenter that finds nothing, or one region everywhere, has 0.08)."""
+    0.7 for WT and TC and 0.55 for ET (a segmenter that finds nothing, or one region everywhere, has 0.08)."""
     run(folder, "train_seg.py", "--steps", "200", timeout=900)
     closing = json.loads((folder / "runs/seg/closing.json").read_text())
     assert closing["cases"] == "12 test cases"
-    assert closing["WT"]["dice"] >= 0.7 and closing["TC"]["dice"] >= 0.65 and closing["ET"]["dice"] >= 0.55, closing
+    assert closing["WT"]["dice"] >= 0.7 and closing["TC"]["dice"] >= 0.7 and closing["ET"]["dice"] >= 0.55, closing
     assert closing["WT"]["sensitivity"] >= 0.8, closing

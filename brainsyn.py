@@ -17,6 +17,7 @@ This one file is the library. It reads top to bottom; each section uses only wha
     13 judging         figures that say whether a sample obeys its mask and looks like a scan
 
     python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10 s)
+    python brainsyn.py DIR   checks a folder of cases: what is rejected, what is doubtful, what is put right
 
 GLOSSARY (the same names everywhere)
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
@@ -57,6 +58,7 @@ SOURCES (the key in brackets is how comments below refer to them)
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import gc
@@ -476,35 +478,133 @@ def make_phantoms(folder, count, scanner="A"):
 # ================================================================================================
 
 MAX_BYTES = 2 ** 31                     # no volume of this field needs more; stops a gzip bomb
+CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FILE_NAME = re.compile(r"^(?P<case>.+?)[-_](?P<what>t1|t1ce|t2|flair|t1n|t1c|t2w|t2f|seg)\.nii(\.gz)?$")
 MODERN = {modern: name for name, modern in NAMES_2023.items()}
+# How a person's name gets into a header: DICOM writes DOE^JOHN.
+PERSON = re.compile(rb"[A-Za-z]{2,}\^[A-Za-z]|patient|birth", re.IGNORECASE)
 
 
-def read_nifti(path):
+def spacing_of(affine):
+    """Affine (4, 4) -> mm a voxel along each axis (3,)."""
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+KINDS = ("rejected", "warned", "normalised")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check has to say of a file or folder `where`. kind: "rejected" is not used, "warned" is used and
+    worth a look, "normalised" was unusual and is read rightly. text: what it is, what to do."""
+    kind: str
+    where: str
+    text: str
+
+
+def unpack(path):
+    """The bytes of a NIfTI file, unpacked and verified -> (bytes, whether it was packed). ValueError says what
+    is wrong.
+
+    The header is unpacked first: it says how long the rest may be, so that a small file cannot unfold without
+    end. Then the whole stream is, and its checksums are verified, before a voxel is used: readers that stop at
+    the last voxel return wrong values in silence when a bit has flipped.
+    """
+    raw = Path(path).read_bytes()
+    if not raw:
+        raise ValueError("it is empty")
+    if raw.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a pointer of Git LFS, not the file; git lfs pull fetches it")
+    if raw[:100].lstrip()[:1] == b"<":
+        raise ValueError("it is a web page, not a scan")
+    if raw[:2] != b"\x1f\x8b":
+        return raw, False
+    head, parts = zlib.decompressobj(31).decompress(raw, 540), []
+    room = expected_bytes(head)
+    while raw.rstrip(b"\0"):                    # a gzip file may have several members
+        stream = zlib.decompressobj(31)
+        parts.append(stream.decompress(raw, room + 1))
+        if not stream.eof:
+            raise ValueError("the gzip stream ends early" if len(parts[-1]) <= room else
+                             "it unfolds to more than its header says")
+        raw, room = stream.unused_data, room - len(parts[-1])
+    return b"".join(parts), True
+
+
+def nifti_header(raw):
+    """The nibabel header class and header that these first bytes of a NIfTI-1 or -2 file hold, of either byte
+    order. ValueError where they are neither."""
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        size = kind.header_class.template_dtype.itemsize
+        if size in (int.from_bytes(raw[:4], order) for order in ("little", "big")) and len(raw) >= size:
+            return kind, kind.header_class(raw[:size], check=False)
+    raise ValueError("it does not begin like a NIfTI file")
+
+
+def expected_bytes(raw):
+    """How long the file must be of which `raw` is the beginning. ValueError where its header makes no sense."""
+    header = nifti_header(raw)[1]
+    if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
+        raise ValueError("it is one of a pair of header and image files, or no NIfTI")
+    if not {int(header["sform_code"]), int(header["qform_code"])} <= set(range(6)):
+        raise ValueError(f"its header has sform code {header['sform_code']}, qform code {header['qform_code']}")
+    shape, dtype = [int(n) for n in header["dim"][1:1 + int(header["dim"][0])]], header.get_data_dtype()
+    if int(header["bitpix"]) != 8 * dtype.itemsize or not 1 <= len(shape) <= 7 or min(shape) < 1:
+        raise ValueError(f"its header claims {header['bitpix']} bits a voxel of {dtype} in shape {shape}")
+    size = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
+    if not 348 <= int(header["vox_offset"]) == header["vox_offset"] <= size <= MAX_BYTES:
+        raise ValueError(f"its header claims {size} bytes for shape {shape}, from byte {header['vox_offset']} on")
+    return size
+
+
+def read_nifti(path, notes=None):
     """One NIfTI volume in canonical axes (RAS+): array (X, Y, Z) and affine (4, 4), voxel -> mm.
 
-    The whole gzip stream is unpacked and its checksum verified before a voxel is used: readers that
-    stop at the last voxel return wrong values in silence when a bit has flipped.
+    notes: list that takes a Finding for whatever was unusual. BadInput where the file is damaged, is not one
+    volume of finite numbers, or does not say where it lies.
     """
+    note = lambda kind, text: notes is not None and notes.append(Finding(kind, str(path), text))
     try:
-        raw = Path(path).read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            stream = zlib.decompressobj(31)
-            raw = stream.decompress(raw, MAX_BYTES)
-            if not stream.eof:
-                raise ValueError("the gzip stream ends early or is too large")
-        image = nib.as_closest_canonical(nib.Nifti1Image.from_bytes(raw))
-        volume = np.asanyarray(image.dataobj)
-    except Exception as error:
+        raw, packed = unpack(path)
+        size = expected_bytes(raw)
+        if len(raw) != size:
+            raise ValueError(f"it holds {len(raw)} bytes where its header says {size}")
+        kind, header = nifti_header(raw)
+        image = kind.from_bytes(raw)
+        turned = nib.as_closest_canonical(image)
+        volume, affine = np.asanyarray(turned.dataobj), turned.affine
+    except Exception as error:                  # nibabel raises what it likes on damaged headers
         raise BadInput(f"{path}: cannot be read as NIfTI ({error}); copy or download it again") from error
+    if header["sform_code"] <= 0 and header["qform_code"] <= 0:
+        raise BadInput(f"{path}: its header does not say where it lies (no sform, no qform); export it again")
+    if not np.isfinite(affine).all() or not 0.05 < spacing_of(affine).min() <= spacing_of(affine).max() < 50:
+        raise BadInput(f"{path}: voxels of {spacing_of(affine).round(3).tolist()} mm; its header is damaged, export "
+                       "it again")
     while volume.ndim > 3 and volume.shape[-1] == 1:
         volume = volume[..., 0]
-    if volume.ndim != 3 or min(volume.shape) < 1 or volume.dtype.kind not in "biuf":
+        note("normalised", "one volume in more than three axes: the last one is dropped")
+    if volume.ndim != 3 or volume.dtype.kind not in "biuf":
         raise BadInput(f"{path}: holds {volume.dtype} voxels in shape {volume.shape}, not one 3-D "
                        "volume of plain numbers; split it into one file per modality")
-    if not np.isfinite(volume).all():
+    if min(volume.shape) < 2:
+        raise BadInput(f"{path}: is one slice (shape {volume.shape}), wanted is a volume")
+    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
         raise BadInput(f"{path}: contains NaN or infinite voxels; export it again or repair it")
-    return volume, image.affine
+    if not packed and str(path).endswith(".gz"):
+        note("normalised", "named .gz, but not packed: read as it is")
+    if header.endianness != nib.volumeutils.native_code:
+        note("normalised", "bytes stored the other way round: turned")
+    if header.get_slope_inter() not in ((None, None), (1.0, 0.0)):
+        note("normalised", "its header scales the voxels (scl_slope, scl_inter): applied")
+    if nib.aff2axcodes(image.affine) != ("R", "A", "S"):
+        note("normalised", f"axes stored as {''.join(nib.aff2axcodes(image.affine))}: turned to RAS")
+    words = b" ".join(header[name].item() for name in ("descrip", "intent_name", "aux_file", "db_name")
+                      if name in header.keys())
+    if PERSON.search(words) or any(its.get_code() == 2 or PERSON.search(bytes(str(its.get_content()), "utf8"))
+                                   for its in image.header.extensions):
+        note("warned", "its header seems to name a person, or holds DICOM fields; it never travels into synthetic "
+             "files, but clean it before you pass this one on")
+    return volume, affine
 
 
 @dataclass
@@ -527,85 +627,130 @@ class Case:
         return re.sub(r"_\d$", "", self.case) if re.match(r"(?i)brats1\d", self.case) else self.case
 
 
-def find_cases(folder, labelled=True):
+def find_cases(folder, labelled=True, findings=None):
     """All cases below `folder`, at any depth, sorted by name: [Case]. Both generations of BraTS
     names, .nii and .nii.gz. BadInput when there are none, a modality or (if labelled) the labels are
-    missing, or two folders hold the same case."""
+    missing, two folders hold the same case, or a link leads out of the folder.
+
+    findings: list that takes these as Findings instead; cases they concern are left out.
+    """
+    def refuse(where, text):
+        if findings is None:
+            raise BadInput(f"{where}: {text}")
+        findings.append(Finding("rejected", str(where), text))
+
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; expected a folder of BraTS cases")
-    found, where = {}, {}
-    for path in sorted(folder.rglob("*.nii*")):
+    found, bad, home = {}, set(), folder.resolve()
+    paths = [Path(at) / name for at, folders, names in os.walk(folder) for name in [*folders, *names]]
+    for path in sorted(paths):
         match = FILE_NAME.match(path.name)
-        if not match or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        case, what = match["case"], match["what"]
-        if where.setdefault(case, path.parent) != path.parent:
-            raise BadInput(f"{path.parent}: case {case} is also in {where[case]}; keep one of them")
-        files = found.setdefault(case, {})
-        name = MODERN.get(what, what)
-        if name in files:
-            raise BadInput(f"{path}: {name} of case {case} is there twice; keep one of the files")
-        files[name] = path
-        if what in MODERN:
-            files["modern"] = True
-    if not found:
-        raise BadInput(f"{folder}: holds no BraTS case; expected files like CASE/CASE_t1ce.nii.gz or "
-                       "CASE/CASE-t1c.nii.gz")
+        if (match or path.is_dir()) and path.is_symlink() and home not in path.resolve().parents:
+            refuse(path, "is a link that leads out of the folder; copy the files, or name the folder they lie in")
+            bad.add(match and match["case"])
+        elif match:
+            found.setdefault(match["case"], []).append((MODERN.get(match["what"], match["what"]), path))
+        elif findings is not None and re.search(r"\.nii(\.gz)?$", path.name):
+            findings.append(Finding("warned", str(path), "has no name of BraTS (CASE_t1ce.nii.gz, CASE-t1c.nii.gz): "
+                                    "not used"))
+    if not found and not bad:
+        refuse(folder, "holds no BraTS case; expected files like CASE/CASE_t1ce.nii.gz or CASE/CASE-t1c.nii.gz")
     cases = []
     for case, files in sorted(found.items()):
-        modern = files.pop("modern", False)
-        missing = [name for name in (*MODALITIES, *["seg"] * labelled) if name not in files]
-        if missing:
-            raise BadInput(f"{where[case]}: case {case} has no {' and no '.join(missing)}; add the "
-                           "file or move the case away")
-        cases.append(Case(case, files, modern))
+        names, where = [name for name, _ in files], [path.parent for _, path in files]
+        missing = [name for name in (*MODALITIES, *["seg"] * labelled) if name not in names]
+        twice = [path for i, (name, path) in enumerate(files) if name in names[:i]]
+        if case in bad:
+            continue
+        if not CASE_NAME.fullmatch(case):
+            refuse(where[0], f"case {case!r} is no name to use; letters, digits, dot, _ and - only, 64 at most")
+        elif len(set(where)) > 1:
+            refuse(where[-1], f"case {case} is also in {where[0]}; keep one of them")
+        elif twice:
+            refuse(twice[0], f"this file of case {case} is there twice; keep one of them")
+        elif missing:
+            refuse(where[0], f"case {case} has " + ("labels but no scans" if names == ["seg"] else "no " +
+                   " and no ".join(missing)) + "; add the files or move the case away")
+        else:
+            cases.append(Case(case, dict(files), any(FILE_NAME.match(p.name)["what"] in MODERN for _, p in files)))
     return cases
 
 
 def standard_labels(labels, modern, path="labels"):
     """Any BraTS label map -> uint8 with 0, 1 NCR, 2 ED, 3 ET. ET is 4 up to BraTS 2021 and 3 since
     2023; since 2024, 4 is a resection cavity, which has no place here and is refused."""
-    rounded = np.rint(labels)                   # files written from floats read as 1.992
-    if np.abs(labels - rounded).max() > 0.05:
-        raise BadInput(f"{path}: labels are fractional; resample labels by nearest neighbour")
-    values = set(np.unique(rounded).astype(int).tolist())
+    rounded = labels
+    if labels.dtype.kind == "f":
+        rounded = np.rint(labels)               # files written from floats read as 1.992
+        if np.abs(labels - rounded).max() > 0.05:
+            raise BadInput(f"{path}: labels are fractional; resample labels by nearest neighbour")
+    values = {value for value in range(5) if (rounded == value).any()} | {int(rounded.min()), int(rounded.max())}
+    if values == {0, 255}:
+        raise BadInput(f"{path}: is a mask of 0 and 255, not labels; expected 0, 1 NCR, 2 ED and 3 or 4 ET")
     if not values <= {0, 1, 2, 3, 4}:
-        raise BadInput(f"{path}: label values {sorted(values)}; expected 0, 1 NCR, 2 ED and 3 or 4 ET")
+        raise BadInput(f"{path}: label values from {min(values)} to {max(values)}; expected 0, 1 NCR, 2 ED and "
+                       "3 or 4 ET")
     if 4 in values and (modern or 3 in values):
         raise BadInput(f"{path}: label 4 is a resection cavity in this convention, which the model "
                        "does not know; move the case away or relabel it")
     return np.where(rounded == 4, 3, rounded).astype(np.uint8)
 
 
-def read_labels(case):
-    """The label map of a Case: uint8 (X, Y, Z) in 0..3, canonical, and its affine."""
-    labels, affine = read_nifti(case.files["seg"])
+def read_labels(case, notes=None):
+    """The label map of a Case: uint8 (X, Y, Z) in 0..3, canonical, and its affine. notes: as read_nifti."""
+    labels, affine = read_nifti(case.files["seg"], notes)
+    if notes is not None and 3.5 < labels.max() < 4.5:
+        notes.append(Finding("normalised", str(case.files["seg"]), "ET is 4, as up to BraTS 2021: read as 3"))
     return standard_labels(labels, case.modern, case.files["seg"]), affine
 
 
-def read_case(case):
+def read_case(case, notes=None):
     """Read one Case: scans float32 (C, X, Y, Z) as stored, labels uint8 (X, Y, Z) in 0..3 (0 where the
-    case has none), affine. All canonical (RAS+). BadInput when shapes or affines of the files differ.
+    case has none), affine. All canonical (RAS+). notes: as read_nifti. BadInput where shapes or affines of the
+    files differ, or a scan cannot be one.
     """
-    if "seg" in case.files:
-        labels, affine = read_labels(case)
-    else:
-        first, affine = read_nifti(case.files["t1"])
-        labels = np.zeros(first.shape, np.uint8)
-    scans = np.empty((len(MODALITIES), *labels.shape), np.float32)
+    labels, affine = read_labels(case, notes) if "seg" in case.files else (None, None)
+    scans = None
     for c, name in enumerate(MODALITIES):
-        scan, its_affine = read_nifti(case.files[name])
+        path = case.files[name]
+        scan, its_affine = read_nifti(path, notes)
+        if scans is None:
+            labels = np.zeros(scan.shape, np.uint8) if labels is None else labels
+            affine = its_affine if affine is None else affine
+            # x runs fastest in memory, as in the files: a third faster than the other way round
+            scans = np.empty((len(MODALITIES), *labels.shape[::-1]), np.float32).transpose(0, 3, 2, 1)
         if scan.shape != labels.shape:
-            raise BadInput(f"{case.files[name]}: shape {scan.shape} differs from "
-                           f"{labels.shape} of the case; register it to one grid")
+            raise BadInput(f"{path}: shape {scan.shape} differs from {labels.shape} of the case; register it to one "
+                           "grid")
         if not np.allclose(its_affine, affine, atol=0.02):
-            raise BadInput(f"{case.files[name]}: lies elsewhere in space than the case's other files "
-                           "(affines differ); register the case to one grid")
+            sizes = [spacing_of(a).round(2).tolist() for a in (its_affine, affine)]
+            raise BadInput(f"{path}: lies elsewhere in space than the case's other files (affines differ"
+                           + (f", voxels of {sizes[0]} and {sizes[1]} mm" if sizes[0] != sizes[1] else "")
+                           + "); register the case to one grid")
+        low, high = float(scan.min()), float(scan.max())
+        if low == high:
+            raise BadInput(f"{path}: every voxel has the same value; export it again")
+        if not 1e-6 < max(-low, high) < 1e9:
+            raise BadInput(f"{path}: voxels from {low:.3g} to {high:.3g}; the scale in its header is damaged")
+        if scan.dtype.kind == "i" and scan.dtype.itemsize > 1 and min(-low, high) > 0.9 * np.iinfo(scan.dtype).max:
+            raise BadInput(f"{path}: voxels from {low:.0f} to {high:.0f} have run over the end of {scan.dtype}; export "
+                           "it as float or unsigned")
         scans[c] = scan
-        if scans[c].min() == scans[c].max():
-            raise BadInput(f"{case.files[name]}: every voxel has the same value; export it again")
+        for other in range(c):                  # any() stops at the first slice that differs
+            if not any((a != b).any() for a, b in zip(scans[c].T, scans[other].T)):
+                raise BadInput(f"{path}: is the same scan as {case.files[MODALITIES[other]].name}; put the right one "
+                               "in its place")
     return scans, labels, affine
+
+
+def air_value(scan):
+    """The commonest value on the six faces of a scan (X, Y, Z); NaN where no value holds a fifth of them."""
+    faces = np.concatenate([np.moveaxis(scan, axis, 0)[i].ravel() for axis in range(3) for i in (0, -1)])
+    values, counts = np.unique(faces, return_counts=True)
+    return values[counts.argmax()] if counts.max() >= 0.2 * faces.size else math.nan
 
 
 def brain_mask(scans, where="scans"):
@@ -614,26 +759,213 @@ def brain_mask(scans, where="scans"):
     six faces of the volume (0 in BraTS, some negative number after z-scoring)."""
     brain = np.zeros(scans.shape[1:], bool)
     for scan in scans:
-        faces = np.concatenate([np.take(scan, i, axis).ravel() for axis in range(3) for i in (0, -1)])
-        values, counts = np.unique(faces, return_counts=True)
-        if counts.max() < 0.2 * faces.size:
+        air = air_value(scan)
+        if math.isnan(air):
             raise BadInput(f"{where}: the background is not one value, so the skull seems to be still "
                            "there; run a skull-stripping tool first")
-        brain |= scan != values[counts.argmax()]
+        brain |= scan != air
     return brain
 
 
-def refuse_synthetic(cases):
-    """BadInput if one of these Cases was made by sample.py (a sidecar beside it, or SYNTHETIC in a header):
-    it owes to patients who cannot be told from its own hash."""
-    for case in cases:
+def is_synthetic(path):
+    """Whether a NIfTI file, or the folder of a case, was made by sample.py. Any mark is enough: its name, its
+    header, the sidecar beside it, dataset_description.json beside it or one folder up."""
+    path = Path(path)
+    folder, files = (path, sorted(path.glob("*.nii*"))[:1]) if path.is_dir() else (path.parent, [path])
+    marks = [b"BraTS-SYN-" in bytes(path.name, "utf8")]
+    for file in files:
         try:
-            marked = b"SYNTHETIC" in nib.load(case.files["t1"]).header["descrip"].item()
+            marks.append(b"SYNTHETIC" in nib.load(file).header["descrip"].item())
         except Exception:                       # unreadable: the reader will say so
-            marked = False
-        if marked or (case.folder / f"{case.case}.json").exists():
-            raise BadInput(f"{case.folder}: is a synthetic case, wanted are real ones (or phantoms); give synthetic "
-                           "cases to train_seg.py as --synthetic, and label maps as they came from patients")
+            pass
+    sidecars = folder.glob("*.json") if path.is_dir() else [folder / re.sub(r"-\w+\.nii(\.gz)?$", ".json", path.name)]
+    for file in (*sidecars, folder / "dataset_description.json", folder.parent / "dataset_description.json"):
+        try:
+            facts = json.loads(file.read_text())
+            made_by = [its["Name"] for its in facts.get("GeneratedBy", [])] if file.stem != path.name else []
+            marks.append(facts.get("SyntheticData") == "YES" or "brainsyn" in made_by)
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
+            pass
+    return any(marks)
+
+
+def refuse_synthetic(cases):
+    """BadInput if any of these Cases was made by sample.py: it owes to patients who cannot be told from its own
+    hash, and a figure on it says nothing about real scans."""
+    made = [case for case in cases if is_synthetic(case.folder)]
+    if made:
+        raise BadInput(f"{made[0].folder}: is a synthetic case, as are {len(made)} of {len(cases)} here; wanted are "
+                       "real ones (or phantoms), for validation above all; give synthetic cases to train_seg.py as "
+                       "--synthetic, and label maps as they came from patients")
+
+
+def fit_of_labels(scans, tumour, brain, spacing):
+    """How well a tumour lies on what is bright on T2 and FLAIR: its mean brightness where it lies, divided by
+    the best it could have anywhere else in the brain (1: it lies best where it is).
+
+    scans float (C, X, Y, Z), tumour and brain bool (X, Y, Z), spacing mm (3,). Every shift is tried at once, as
+    a product of Fourier transforms, on every second voxel or fewer. 1 where there is too little to tell.
+    """
+    thin = tuple(slice(None, None, max(1, round(6 / mm))) for mm in spacing)
+    tumour, brain = [volume[thin].astype(np.float32) for volume in (tumour & brain, brain)]
+    bright, inside = np.zeros(brain.shape, np.float32), brain > 0
+    for name in ("t2", "flair"):
+        scan = scans[MODALITIES.index(name)][thin]
+        bright += np.where(inside, (scan - np.median(scan[inside])) / (scan[inside].std() + 1e-6), 0)
+    if tumour.sum() < 5:
+        return 1.0
+    transform = np.fft.rfftn(tumour).conj()
+    under, share = [np.fft.irfftn(np.fft.rfftn(volume) * transform, s=brain.shape, axes=(0, 1, 2)) / tumour.sum()
+                    for volume in (bright, brain)]
+    best = np.where(share > 0.95, under, 0).max()
+    return float(under[0, 0, 0] / best) if best > 0.5 else 1.0
+
+
+def touching(labels, value):
+    """Share of the voxels of a label that touch healthy brain: labels (X, Y, Z), with -1 for air."""
+    healthy, near = labels == 0, np.zeros(labels.shape, bool)
+    for axis in range(3):
+        near |= np.roll(healthy, 1, axis) | np.roll(healthy, -1, axis)
+    its = labels == value
+    return float((its & near).sum() / max(its.sum(), 1))
+
+
+def signature(scans, brain):
+    """What a head looks like, coarsely, whatever grid it lies on: mean signal of every modality in 16^3 equal
+    parts of the box around the brain, each modality to mean 0 and spread 1; float32 (C, 16, 16, 16), 0 where a
+    part is mostly air. scans float (C, X, Y, Z); brain bool (X, Y, Z)."""
+    ends = [np.where(brain.any(tuple({0, 1, 2} - {axis})))[0][[0, -1]] for axis in range(3)]
+    box = (..., *[slice(low, high + 1) for low, high in ends])
+    brain, scans = brain[box], scans[box]
+
+    def parts(volume):
+        for axis in (-3, -2, -1):
+            edge = np.linspace(0, volume.shape[axis], 17).astype(int)
+            wide = np.maximum(np.diff(edge), 1).reshape([-1 if k == axis else 1 for k in (-3, -2, -1)])
+            volume = np.add.reduceat(volume, edge[:-1].clip(max=volume.shape[axis] - 1), axis) / wide
+        return volume
+
+    share = parts(brain.astype(np.float32))
+    mean = parts(scans * brain) / np.maximum(share, 0.05)
+    inside = share > 0.3
+    mean = (mean - mean[:, inside].mean(1).reshape(-1, 1, 1, 1)) / (mean[:, inside].std(1).reshape(-1, 1, 1, 1) + 1e-6)
+    return np.where(inside, mean, 0).astype(np.float32)
+
+
+def check_case(case):
+    """Read a Case and look at what reading alone does not show -> ([Finding], signature or None where it is
+    rejected). All thresholds were set on 60 real cases and 30 phantoms: see the numbers beside them."""
+    notes, label_file = [], str(case.files.get("seg", ""))
+    try:
+        scans, labels, affine = read_case(case, notes)
+        skip = np.maximum(1, np.rint(3 / spacing_of(affine))).astype(int)       # voxels of 3 mm are enough from here
+        thin = (..., *[slice(None, None, int(k)) for k in skip])
+        scans, labels, spacing = scans[thin].copy(order="K"), labels[thin], skip * spacing_of(affine)
+        brain, tumour = brain_mask(scans, case.folder), labels > 0
+        for name, scan in zip(MODALITIES, scans):
+            shown = 1 - (brain & (scan == air_value(scan))).sum() / brain.sum()
+            if shown < 0.95:                                # 0.98 to 1 in 59 real cases, 0.67 in a cut one
+                notes.append(Finding("warned", str(case.files[name]), f"shows {shown:.0%} of the brain the other "
+                                     "scans show; cut or badly stripped"))
+        if label_file and not tumour.any():
+            notes.append(Finding("warned", label_file, "has no tumour; trained on as healthy"))
+        elif label_file:
+            outside, fit = (tumour & ~brain).sum() / tumour.sum(), fit_of_labels(scans, tumour, brain, spacing)
+            inner, outer = [touching(np.where(brain | tumour, labels, -1).astype(np.int8), value) for value in (1, 2)]
+            if outside > 0.05:                              # 0.000 in all
+                notes.append(Finding("warned", label_file, f"{outside:.0%} of the tumour lies outside the brain"))
+            inner = inner if (labels == 1).mean() > 1e-4 else 0.0
+            if inner > outer and (labels == 2).any():       # NCR lies inside ED in all: 0 to .38 against .18 to .6
+                notes.append(Finding("warned", label_file, "NCR touches healthy brain more than ED does; are labels "
+                                     "1 and 2 swapped?"))
+            if fit < 0.5:                                   # 0.82 to 1 in all; below 0.6 in all when shifted
+                raise BadInput(f"{label_file}: the tumour does not lie on what is bright on T2 and FLAIR, but would "
+                               "elsewhere; it is shifted or mirrored against the scans, or another case's")
+            if fit < 0.75:
+                notes.append(Finding("warned", label_file, "the tumour would lie better elsewhere; is it shifted or "
+                                     "mirrored against the scans?"))
+        return notes, signature(scans, brain)
+    except BadInput as error:
+        where, _, text = str(error).partition(": ")
+        return [Finding("rejected", where, text)], None
+
+
+ALIKE = 0.53                            # correlation of signatures; up to 0.45 between 60 real heads, 0.61 and
+                                        # 0.66 between two pairs of scans of one patient each
+
+
+def check_cases(cases):
+    """Check Cases by reading every one -> ([Finding], [Case] that can be used).
+
+    Across cases: the same scans under two names (the second is rejected), and heads that look like one patient
+    (warned): signatures, less their mean over all cases, that correlate above ALIKE. That needs ten cases.
+    """
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(check_case, cases))
+    findings, good = [note for notes, _ in results for note in notes], []
+    for case, (_, its) in zip(cases, results):
+        twin = next((other for other, theirs in good if its is not None and np.array_equal(its, theirs)), None)
+        if twin:
+            findings.append(Finding("rejected", str(case.folder), f"holds the same scans as case {twin.case}; keep one "
+                                    "of them"))
+        elif its is not None:
+            good.append((case, its))
+    if len(good) >= 10:
+        heads = np.stack([its.ravel() for _, its in good])
+        mean = heads.sum(0) / np.maximum((heads != 0).sum(0), 1)
+        close = np.triu(np.corrcoef(np.where(heads != 0, heads - mean, 0)), 1)
+        for i, j in np.argwhere(close > ALIKE):
+            if good[i][0].patient != good[j][0].patient:
+                findings.append(Finding("warned", str(good[j][0].folder), f"looks like the same patient as "
+                                        f"{good[i][0].case} (correlation {close[i, j]:.2f}); keep both on one side of "
+                                        "the split"))
+    return findings, [case for case, _ in good]
+
+
+def findings_text(findings, few=3):
+    """Findings as lines of text: one each; what is not rejected and comes more than `few` times is one line."""
+    lines, groups = [], {}
+    for its in findings:
+        groups.setdefault((its.kind, its.where if its.kind == "rejected" else "", its.text), []).append(its.where)
+    for (kind, _, text), where in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
+        lines += ([f"{kind}: {at}: {text}" for at in where] if len(where) <= few else
+                  [f"{kind}: {len(where)} files ({where[0]} for one): {text}"])
+    return lines
+
+
+def usable_cases(folder, skip_bad=False, memory=None, say=print):
+    """The cases below `folder`, all read and checked: [Case]. What was found is said. BadInput if any is
+    rejected, unless skip_bad, which leaves those out. memory: folder that remembers the findings on files that
+    have not changed since (by name, size and time)."""
+    findings = []
+    cases = find_cases(folder, True, findings)
+    refuse_synthetic(cases)
+    path = memory and Path(memory) / f"checked-{fingerprint(cases)}.json"
+    try:
+        had = json.loads(path.read_text())
+        found, good = [Finding(*its) for its in had["findings"]], [c for c in cases if c.case in had["good"]]
+    except (AttributeError, OSError, ValueError, TypeError, KeyError):      # not there, or damaged
+        say(f"checking {len(cases)} cases", flush=True)
+        found, good = check_cases(cases)
+        if path:
+            replace_file(path, lambda temporary: temporary.write_text(json.dumps(
+                {"findings": [[f.kind, f.where, f.text] for f in found], "good": [case.case for case in good]})))
+    findings += found
+    for line in findings_text(findings):
+        say(line)
+    bad = sum(its.kind == "rejected" for its in findings)
+    if bad and not skip_bad:
+        raise BadInput(f"{folder}: {bad} rejected, see above; mend them, move them away, or leave them out with "
+                       "--skip-bad")
+    if bad:
+        say(f"left out: {bad} rejected, {len(good)} cases are used")
+    return good
+
+
+def fingerprint(cases, *settings):
+    """12 hexadecimal digits that change when any file of these cases (by name, size and time) or a setting does."""
+    stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
+    return hashlib.sha256(json.dumps([12, *settings, stamp]).encode()).hexdigest()[:12]
 
 
 def hashes_of(case):
@@ -678,11 +1010,6 @@ def linear_weights(n_in, n_out, start, step):
     centres of the two nearest output pixels of area_weights with the same arguments."""
     at = np.clip((np.arange(n_in)[:, None] + 0.5 - start) / step - 0.5, 0, n_out - 1)
     return np.clip(1 - np.abs(at - np.arange(n_out)[None]), 0, None).astype(np.float32)
-
-
-def spacing_of(affine):
-    """Affine (4, 4) -> mm a voxel along each axis (3,)."""
-    return np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def to_images(stored):
@@ -934,9 +1261,8 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     split = split or split_patients(cases)
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
-    stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
-    key = json.dumps([11, resolution, fov, condition, sorted(part_of.items()), stamp])
-    path = Path(folder) / f"{condition}-{resolution}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+    key = fingerprint(cases, resolution, fov, condition, sorted(part_of.items()))
+    path = Path(folder) / f"{condition}-{resolution}-{key}.npy"
     try:
         return Cache(path)
     except (OSError, ValueError):               # not there, or damaged: built (again)
@@ -2215,17 +2541,19 @@ def table_of(rows):
 def find_data(args):
     """The cases a run works on and their split -> (cases, {"train": [Case], "val": [...], "test": [...]}).
 
-    args: with data, out, phantoms, scanner, split. Without --data phantoms are made beside the output
+    args: with data, out, phantoms, scanner, split, skip_bad. The cases of --data are checked first, see
+    usable_cases; findings are remembered beside the cache. Without --data phantoms are made beside the output
     folder; those already there are used again.
     """
-    folder = Path(args.data) if args.data else Path(args.out).parent / "phantoms" / args.scanner
-    if not args.data:
-        started, made = time.time(), in_turn(lambda: make_phantoms(folder, args.phantoms, scanner=args.scanner))
-        if made:
-            print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
-    cases = find_cases(folder)
-    if not args.data:                           # a folder may hold more than this run asks for
-        cases = [case for case in cases if phantom_seed(case.case) in range(args.phantoms)]
+    if args.data:
+        cases = in_turn(lambda: usable_cases(args.data, args.skip_bad, Path(args.out).parent / "cache"))
+        return cases, split_patients(cases, args.split)
+    folder, started = Path(args.out).parent / "phantoms" / args.scanner, time.time()
+    made = in_turn(lambda: make_phantoms(folder, args.phantoms, scanner=args.scanner))
+    if made:
+        print(f"phantoms: {made} cases made in {time.time() - started:.0f} s -> {folder}")
+    cases = find_cases(folder)                  # a folder may hold more than this run asks for
+    cases = [case for case in cases if phantom_seed(case.case) in range(args.phantoms)]
     refuse_synthetic(cases)
     return cases, split_patients(cases, args.split)
 
@@ -2233,7 +2561,7 @@ def find_data(args):
 # Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
 PATHS = ("data", "split", "out", "synthetic", "weights")
 # What may differ when a run is resumed.
-FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance", "sample_every"}
+FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance", "sample_every", "skip_bad"}
 
 
 def kept_arguments(args):
@@ -3131,7 +3459,7 @@ def layer_table(net, size):
     return lines + [f"{'total':<28} {'':<18} {total:>10,}"]
 
 
-def main():
+def first_look():
     """Draw phantom 0 and its noise ladder into runs/first_look.png, print the layer-shape table."""
     with tempfile.TemporaryDirectory() as folder:
         write_phantom(folder, 0)
@@ -3147,6 +3475,31 @@ def main():
               "phantom 0; below it t = 100, 300, 500, 700, 900, 1000")
     print("\n".join(layer_table(UNet(), 64)))
     print("a phantom and its noise ladder -> runs/first_look.png")
+
+
+def check_folder(folder, labelled=True):
+    """Print what is to be said of a folder of cases, one line a finding, and a count; exit 1 if any is rejected."""
+    findings = []
+    cases = find_cases(folder, labelled, findings)
+    for case in cases:
+        if not labelled:
+            case.files.pop("seg", None)
+    found, good = check_cases(cases)
+    print("\n".join(findings_text(findings + found)))
+    count = {kind: sum(its.kind == kind for its in findings + found) for kind in KINDS}
+    print(f"{len(good)} cases can be used; findings: " + ", ".join(f"{n} {kind}" for kind, n in count.items()))
+    if count["rejected"]:
+        sys.exit(1)
+
+
+def main(argv=None):
+    """A first look, or the check of a folder."""
+    parser = argparse.ArgumentParser(description="Draw a first look at what this file makes; or check a folder of "
+                                     "BraTS cases before anything is trained on it.")
+    parser.add_argument("folder", nargs="?", help="cases to check; without it, the first look")
+    parser.add_argument("--no-labels", action="store_true", help="check scans alone")
+    args = parser.parse_args(argv)
+    check_folder(args.folder, not args.no_labels) if args.folder else first_look()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def parse_arguments(argv=None):
                       "--seed; without it those of fresh phantoms")
     data.add_argument("--part", choices=["train", "val", "test"], help="only of this part of the split of --labels")
     data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
+    data.add_argument("--skip-bad", action="store_true", help="check the cases first and leave bad ones out, as in "
+                      "training")
     data.add_argument("--count", type=int, default=4, help="how many cases to make")
     data.add_argument("--native", action="store_true", help="write on the label map's own grid, not the model's")
     data.add_argument("--scan", help="folder of scans without labels: segmented, then synthesised (the closed loop)")
@@ -89,7 +91,7 @@ def parse_arguments(argv=None):
 
 def cases_of_part(args, folder):
     """The real cases in a folder, of --part alone where it is given."""
-    cases = bs.find_cases(folder)
+    cases = bs.usable_cases(folder, True) if args.skip_bad else bs.find_cases(folder)
     bs.refuse_synthetic(cases)
     if args.part:
         cases = bs.split_patients(cases, args.split)[args.part]
@@ -338,7 +340,7 @@ def judged_by(args, segmenters, made):
     """The real cases --judge compares with: the split, and the hashes of its test cases. BadInput where a
     segmenter was trained or chosen by one of those, or trained on the set it shall judge."""
     _, split = bs.find_data(SimpleNamespace(data=args.data, out=args.segmenter[0], phantoms=args.phantoms,
-                                            scanner=args.scanner, split=args.split))
+                                            scanner=args.scanner, split=args.split, skip_bad=args.skip_bad))
     hashes = {digest for case in split["test"] for digest in bs.hashes_of(case)}
     for path, segmenter in zip(args.segmenter, segmenters):
         if not hashes or segmenter.seen & hashes:

@@ -38,6 +38,7 @@ def parse_arguments(argv=None):
     data.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour",
                       help="labels given to the network: tumour and outline, or also CSF, grey, white")
     data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
+    data.add_argument("--skip-bad", action="store_true", help="leave cases of --data out that the check rejects")
     data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
     model = parser.add_argument_group("model")
     model.add_argument("--width", type=int, default=128, help="channels of the first level")

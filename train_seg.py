@@ -51,6 +51,7 @@ def parse_arguments(argv=None):
     data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
     data.add_argument("--fov", type=float, default=192.0, help="width of a slice in mm")
     data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
+    data.add_argument("--skip-bad", action="store_true", help="leave cases of --data out that the check rejects")
     data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
     data.add_argument("--synthetic", help="folder of cases made by sample.py, for training only")
     data.add_argument("--synthetic-share", type=float, default=0.5, help="their share of every batch")
@@ -283,7 +284,8 @@ def make_sets(args, folder, cases, out):
     them."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "split.json").write_text(json.dumps({"train": sorted(case.case for case in cases)}))
-    common = ["--split", out / "split.json", "--device", args.device, "--seed", args.seed]
+    common = ["--split", out / "split.json", "--device", args.device, "--seed", args.seed,
+              *["--skip-bad"] * args.skip_bad]
     commands = [] if (out / "ddpm/closing.json").exists() else [
         ["train_ddpm.py", "--data", folder, *common, "--resolution", args.resolution, "--fov", args.fov,
          "--steps", args.generator_steps, "--sample-every", 0, "--out", out / "ddpm"]]
@@ -393,7 +395,7 @@ def study(args, split, device):
                           f"{len(test)} test cases; name numbers up to that, or all")
     held = hashes_of_all([*split["val"], *split["test"]])
     given, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
-    settings = {k: v for k, v in bs.kept_arguments(args).items() if k not in ("device", "seeds", "patients")}
+    settings = {k: v for k, v in bs.kept_arguments(args).items() if k not in ("device", "seeds", "patients", "skip_bad")}
     settings.update(trained_on=hashes_of_all(split["train"]), tested_on=hashes_of_all(test), synthetic=digests)
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
         raise bs.BadInput(f"{out} holds a study with other settings or data; choose another --out, or delete it")

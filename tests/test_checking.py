@@ -1,0 +1,399 @@
+"""Section 3, checking: every fault of a long list is planted in a case, and none passes in silence."""
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import brainsyn as bs
+
+ROOT = Path(bs.__file__).parent
+
+
+def data(image):
+    """Voxels of an image as stored."""
+    return np.asanyarray(image.dataobj)
+
+
+def rewrite(path, change=lambda d: d, affine=None, kind=nib.Nifti1Image, header=lambda h: None):
+    """Save a file again with changed voxels, affine, header."""
+    image = nib.load(path)
+    voxels = change(data(image))
+    new = kind(voxels, image.affine if affine is None else affine)
+    header(new.header)
+    nib.save(new, path)
+
+
+def repack(path, change):
+    """Change the unpacked bytes of a .nii.gz, and pack them with a right checksum."""
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    path.write_bytes(gzip.compress(bytes(change(raw)), 1))
+
+
+def field(name, value):
+    """Function: bytes of a NIfTI-1 file -> the same with one header field set."""
+    def change(raw):
+        header = nib.Nifti1Header(bytes(raw[:348]), check=False)
+        header[name] = value
+        return header.binaryblock + raw[348:]
+    return change
+
+
+def flip_bit(path, at=0.5, bit=4):
+    raw = bytearray(path.read_bytes())
+    raw[int(len(raw) * at)] ^= bit
+    path.write_bytes(raw)
+
+
+def bomb(path):
+    """A small gzip file that holds 200 MB more than its valid header says."""
+    raw = gzip.decompress(path.read_bytes())
+    pack = zlib.compressobj(9, zlib.DEFLATED, 31)
+    parts = [pack.compress(raw)] + [pack.compress(bytes(2 ** 20)) for _ in range(200)]
+    path.write_bytes(b"".join(parts) + pack.flush())
+
+
+def roll(path, axis, mm):
+    image = nib.load(path)
+    rewrite(path, lambda d: np.roll(d, round(mm / image.header.get_zooms()[axis]), axis))
+
+
+def swapped(d):
+    return np.array([0, 2, 1, 3], np.uint8)[d]
+
+
+def moved(path, by):
+    affine = nib.load(path).affine.copy()
+    affine[:3, 3] += by
+    rewrite(path, affine=affine)
+
+
+def spaced(path):
+    affine = nib.load(path).affine.copy()
+    affine[:3, :3] *= 1.1
+    rewrite(path, affine=affine)
+
+
+def linked_out(path):
+    other = path.parents[2] / "elsewhere.nii.gz"
+    shutil.move(path, other)
+    path.symlink_to(other)
+
+
+def twice(path):
+    shutil.copytree(path.parent, path.parents[1] / "again" / path.parent.name)
+
+
+def other_name(path):
+    """The same scans as another case."""
+    target = path.parents[1] / "BraTS-PHA-77777-000"
+    target.mkdir()
+    for file in path.parent.iterdir():
+        shutil.copy(file, target / file.name.replace("BraTS-PHA-00000-000", target.name))
+
+
+def as_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def unreadable(path):
+    """No permission; root may read all the same, so there it is a file without its disk block."""
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        path.unlink()
+        path.symlink_to(path.parent / "gone.nii.gz")
+
+
+# name: (file it is planted in, how, words the finding must have)
+REJECTED = {
+    "truncated": ("t1n", lambda p: p.write_bytes(p.read_bytes()[:-2000]), "ends early"),
+    "bit flipped": ("t1n", flip_bit, "cannot be read"),
+    "checksum missing": ("t1n", lambda p: p.write_bytes(p.read_bytes()[:-8]), "ends early"),
+    "empty file": ("t1n", lambda p: p.write_bytes(b""), "is empty"),
+    "web page": ("t1n", lambda p: p.write_bytes(b"\n<!DOCTYPE html><html>"), "web page"),
+    "LFS pointer": ("t1n", lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "modality missing": ("t2w", lambda p: p.unlink(), "has no t2"),
+    "label missing": ("seg", lambda p: p.unlink(), "has no seg"),
+    "orphan label": ("seg", lambda p: [o.unlink() for o in p.parent.iterdir() if o != p], "labels but no scans"),
+    "shapes differ": ("t2w", lambda p: rewrite(p, lambda d: d[:-1]), "shape"),
+    "label shifted": ("seg", lambda p: moved(p, 4), "affines differ"),
+    "label shifted, same header": ("seg", lambda p: roll(p, 1, 30), "shifted or mirrored"),
+    "label mirrored": ("seg", lambda p: rewrite(p, lambda d: d[::-1]), "shifted or mirrored"),
+    "label of another header": ("seg", lambda p: rewrite(p, affine=nib.load(p).affine @ np.diag([-1, 1, 1, 1.0])),
+                                "affines differ"),
+    "spacing differs": ("t2w", spaced, "voxels of"),
+    "fractional labels": ("seg", lambda p: rewrite(p, lambda d: d * np.float32(0.7)), "fractional"),
+    "negative labels": ("seg", lambda p: rewrite(p, lambda d: np.where(d == 2, -1, d.astype(np.int16))), "from -1"),
+    "unknown labels": ("seg", lambda p: rewrite(p, lambda d: np.where(d == 2, 7, d).astype(np.uint8)), "to 7"),
+    "0/255 mask": ("seg", lambda p: rewrite(p, lambda d: (d > 0).astype(np.uint8) * 255), "0 and 255"),
+    "cavity": ("seg", lambda p: rewrite(p, lambda d: np.where(d == 1, 4, d).astype(np.uint8)), "cavity"),
+    "NaN voxel": ("t2w", lambda p: rewrite(p, lambda d: np.where(d == d.max(), np.nan, d).astype(np.float32)), "NaN"),
+    "infinite label": ("seg", lambda p: rewrite(p, lambda d: np.where(d == 1, np.inf, d).astype(np.float32)), "infinite"),
+    "all zero": ("t2w", lambda p: rewrite(p, lambda d: d * 0), "same value"),
+    "constant": ("t2w", lambda p: rewrite(p, lambda d: d * 0 + 9), "same value"),
+    "one file as two modalities": ("t2w", lambda p: shutil.copy(str(p).replace("t2w", "t2f"), p), "is the same scan"),
+    "4-D": ("t2w", lambda p: rewrite(p, lambda d: np.stack([d, d], -1)), "one file per modality"),
+    "RGB": ("t2w", lambda p: rewrite(p, lambda d: np.stack([d.clip(0, 255).astype(np.uint8)] * 3, -1).view(
+        [("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]), "plain numbers"),
+    "complex": ("t2w", lambda p: rewrite(p, lambda d: d.astype(np.complex64)), "plain numbers"),
+    "int16 wrap-around": ("t2w", lambda p: rewrite(p, lambda d: (d.astype(np.int64) * 25).astype(np.int16)), "run over"),
+    "scl_slope 1e30": ("t2w", lambda p: repack(p, field("scl_slope", 1e30)), "scale in its header"),
+    "no sform, no qform": ("t2w", lambda p: repack(p, lambda raw: field("qform_code", 0)(bytearray(
+        field("sform_code", 0)(raw)))), "does not say where"),
+    "zero-length axis": ("t2w", lambda p: repack(p, lambda raw: raw[:42] + b"\0\0" + raw[44:]), "claims"),
+    "30000^3": ("t2w", lambda p: repack(p, field("dim", [3, 30000, 30000, 30000, 1, 1, 1, 1])), "claims"),
+    "header and voxels disagree": ("t2w", lambda p: repack(p, lambda raw: raw[:-64]), "where its header says"),
+    "same case twice": ("seg", twice, "is also in"),
+    "same scans under two names": ("seg", other_name, "same scans as"),
+    "one file twice": ("t1n", lambda p: shutil.copy(p, str(p).replace("t1n", "t1")), "is there twice"),
+    "link out of the folder": ("t2w", linked_out, "leads out"),
+    "one slice": ("t2w", lambda p: rewrite(p, lambda d: d[:, :, :1]), "one slice"),
+    "gzip bomb": ("t2w", bomb, "unfolds to more"),
+    "unreadable": ("t2w", unreadable, ""),
+    "directory named x.nii.gz": ("t2w", as_directory, "cannot be read"),
+    "name that is no name": ("seg", lambda p: [o.rename(o.with_name(o.name.replace("BraTS-PHA", "a b;c"))) for o in
+                                               list(p.parent.iterdir())], "no name to use"),
+    "skull still there": ("t2w", lambda p: rewrite(p, lambda d: (d + np.random.default_rng(0).integers(
+        1, 900, d.shape)).astype(np.int16)), "skull"),
+}
+WARNED = {
+    "empty mask": ("seg", lambda p: rewrite(p, lambda d: d * 0), "no tumour"),
+    "labels 1 and 2 swapped": ("seg", lambda p: rewrite(p, swapped), "swapped"),
+    "name in the header": ("t2w", lambda p: rewrite(p, header=lambda h: h.__setitem__("db_name", b"DOE^JOHN")), "person"),
+    "name in an extension": ("t2w", lambda p: rewrite(p, header=lambda h: h.extensions.append(
+        nib.nifti1.Nifti1Extension("comment", b"Patient: John Doe"))), "person"),
+    "DICOM in an extension": ("t2w", lambda p: rewrite(p, header=lambda h: h.extensions.append(
+        nib.nifti1.Nifti1Extension(2, b"anything"))), "person"),
+    "tumour outside the brain": ("seg", lambda p: rewrite(p, lambda d: np.maximum(
+        d, (np.indices(d.shape).max(0) < 15).astype(np.uint8))), "outside the brain"),
+    "cut scan": ("t2f", lambda p: rewrite(p, lambda d: d * (np.arange(d.shape[2]) < 34)), "of the brain"),
+    "file of another name": ("t2w", lambda p: shutil.copy(p, p.parent / "notes_T2.nii.gz"), "no name of BraTS"),
+}
+NORMALISED = {
+    "orientation differs": ("t2w", lambda p: nib.save(nib.load(p).as_reoriented([[0, -1], [1, -1], [2, 1]]), p), "LPS"),
+    "label as scaled integers": ("seg", lambda p: nib.save(nib.Nifti1Image(
+        data(nib.load(p)).astype(np.float64) * 0.996, nib.load(p).affine, dtype=np.uint8), p), "scales the voxels"),
+    "plain, named .gz": ("t2w", lambda p: p.write_bytes(gzip.decompress(p.read_bytes())), "not packed"),
+    "trailing axis": ("t2w", lambda p: rewrite(p, lambda d: d[..., None]), "more than three axes"),
+    "big-endian": ("t2w", lambda p: nib.save(nib.Nifti1Image(data(nib.load(p)), nib.load(p).affine, nib.Nifti1Header(
+        endianness=">")), p), "other way round"),
+}
+FAULTS = {**{(k, "rejected"): v for k, v in REJECTED.items()}, **{(k, "warned"): v for k, v in WARNED.items()},
+          **{(k, "normalised"): v for k, v in NORMALISED.items()}}
+
+
+@pytest.fixture
+def one(phantom_folder, tmp_path):
+    """A folder with a copy of phantom 0: 2023 names, RAS, all labels."""
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_folder / "BraTS-PHA-00000-000", folder / "BraTS-PHA-00000-000")
+    return folder
+
+
+def check(folder, labelled=True):
+    """All findings on a folder, and the cases that can be used."""
+    findings = []
+    found, good = bs.check_cases(bs.find_cases(folder, labelled, findings))
+    return findings + found, good
+
+
+@pytest.mark.parametrize("fault, kind", sorted(FAULTS))
+def test_no_fault_passes_in_silence(one, fault, kind):
+    """Each planted fault gives one finding of its kind, which names the file or folder and says what it is."""
+    what, plant, words = FAULTS[fault, kind]
+    path = one / "BraTS-PHA-00000-000" / f"BraTS-PHA-00000-000-{what}.nii.gz"
+    before = bs.read_case(bs.find_cases(one)[0]) if kind == "normalised" else None
+    plant(path)
+    findings, good = check(one)
+    found = [its for its in findings if its.kind == kind]
+    assert len(found) == 1 and words in found[0].text, findings
+    assert str(one) in found[0].where and (kind != "rejected" or "BraTS-PHA" in found[0].where or fault.startswith("name"))
+    rejected = [its for its in findings if its.kind == "rejected"]
+    assert bool(rejected) == (kind == "rejected") and not (len(good) and kind == "rejected" and "twice" not in fault
+                                                           and "two names" not in fault)
+    if before:                                  # normalised: the right voxels, in the right place
+        scans, labels, affine = bs.read_case(good[0])
+        assert np.array_equal(scans, before[0]) and np.array_equal(labels, before[1]) and np.allclose(affine, before[2])
+
+
+def test_a_sound_case_has_nothing_to_be_said_of(one):
+    """Phantom 0 is RAS, of 2023 names and little-endian: no finding at all."""
+    assert check(one) == ([], bs.find_cases(one))
+
+
+def zscored(path):
+    """A scan as many pipelines leave it: mean 0, spread 1 in the brain, and air far below."""
+    rewrite(path, lambda d: ((d - d[d > 0].mean()) / d[d > 0].std()).astype(np.float32))
+
+
+CONTROLS = {
+    "big-endian": lambda p: NORMALISED["big-endian"][1](p),
+    "z-scored, negative air": zscored,
+    "oblique": lambda p: [rewrite(o, affine=np.array([[.996, -.087, 0, 3], [.087, .996, 0, -8], [0, 0, 1, 1],
+                                                      [0, 0, 0, 1.0]]) @ nib.load(o).affine) for o in p.parent.iterdir()],
+    "NIfTI-2": lambda p: rewrite(p, kind=nib.Nifti2Image),
+    "several gzip members": lambda p: p.write_bytes(b"".join(gzip.compress(part) for part in (
+        gzip.decompress(p.read_bytes())[:9999], gzip.decompress(p.read_bytes())[9999:]))),
+    "float64": lambda p: rewrite(p, lambda d: d.astype(np.float64)),
+    "plain .nii": lambda p: (p.with_suffix("").write_bytes(gzip.decompress(p.read_bytes())), p.unlink()),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONTROLS))
+def test_sound_oddities_pass_with_the_right_voxels(one, name):
+    """A checker that refuses what is right is no better than one that lets wrong things pass."""
+    path = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
+    before = bs.read_case(bs.find_cases(one)[0])
+    CONTROLS[name](path)
+    findings, good = check(one)
+    assert len(good) == 1 and {its.kind for its in findings} <= {"normalised"}, findings
+    scans, labels, _ = bs.read_case(good[0])
+    expected = before[0]
+    if name.startswith("z"):
+        t2 = expected[2]
+        expected[2] = (t2 - t2[t2 > 0].mean()) / t2[t2 > 0].std()
+    assert np.allclose(scans, expected, atol=1e-4) and np.array_equal(labels, before[1])
+
+
+def test_a_file_that_vanishes_is_named(one):
+    """Deleted between listing and reading."""
+    cases = bs.find_cases(one)
+    cases[0].files["t2"].unlink()
+    findings, good = bs.check_cases(cases)
+    assert not good and "t2w" in findings[0].where and findings[0].kind == "rejected"
+
+
+def test_every_seventh_bit_of_a_header_is_read_rightly_or_refused(one):
+    """One bit of an uncompressed header flipped, where no checksum helps: a file either reads with the same
+    voxels (scaled as a whole at most, as its header then says) in the same place, or is refused, here or for its
+    place, which read_case compares."""
+    path = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
+    raw, silent, refused = gzip.decompress(path.read_bytes()), [], 0
+    before, place = bs.read_nifti(path)
+    for bit in range(0, 348 * 8, 7):
+        changed = bytearray(raw)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            after, affine = bs.read_nifti(path)
+            if after.shape != before.shape or not np.allclose(affine, place, atol=0.02):
+                refused += 1
+            elif np.corrcoef(before[::3, ::3, ::3].ravel(), after[::3, ::3, ::3].ravel())[0, 1] < 0.9999:
+                silent.append(bit)
+        except bs.BadInput:
+            refused += 1
+    assert not silent and refused > 30, (silent, refused)
+
+
+def test_many_findings_of_one_kind_are_one_line(tmp_path):
+    """A folder with many healthy cases gives one warning that counts them; each rejected file has its line."""
+    many = [bs.Finding("warned", f"case{i}", "has no tumour") for i in range(9)]
+    bad = [bs.Finding("rejected", f"file{i}", "is empty") for i in range(9)]
+    lines = bs.findings_text(many + bad)
+    assert len(lines) == 10 and lines[-1] == "warned: 9 files (case0 for one): has no tumour" and "file0" in lines[0]
+    assert len(bs.findings_text(many[:3])) == 3
+
+
+def test_one_patient_under_two_names_is_warned_of(phantom_folder, tmp_path):
+    """The same head scanned again, with noise and another slice grid, is recognised among others; the others,
+    however alike, are not."""
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_folder, folder)
+    twin = folder / "BraTS-PHA-99999-000"
+    twin.mkdir()
+    rng = np.random.default_rng(0)
+    for path in (folder / "BraTS-PHA-00006-000").iterdir():
+        image = nib.load(path)
+        voxels = np.roll(data(image), 2, 0)
+        if "seg" not in path.name:
+            voxels = np.where(voxels > 0, voxels * 1.3 + rng.normal(0, 15, voxels.shape), 0).clip(0)
+        nib.save(nib.Nifti1Image(voxels.astype(np.int16), image.affine), twin / path.name.replace("00006", "99999"))
+    alike = [its for its in check(folder)[0] if "same patient" in its.text]
+    assert len(alike) == 1 and "99999" in alike[0].where and "00006" in alike[0].text
+
+
+def test_real_cases_give_no_false_alarm(real_folder):
+    """Every sixth real case and phantoms: nothing rejected; warned is only of what is known to be odd."""
+    findings, good = bs.check_cases(bs.find_cases(real_folder)[::6])
+    assert len(good) == 10 and all(its.kind == "normalised" for its in findings), findings
+
+
+def test_the_command_says_what_it_found(one, capsys):
+    """`python brainsyn.py DIR`: one line a finding, a count, exit 1 if anything is rejected."""
+    bs.main([str(one)])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("0 rejected, 0 warned, 0 normalised")
+    for fault in ("empty mask", "truncated"):
+        what, plant, _ = {**REJECTED, **WARNED}[fault]
+        shutil.copytree(one / "BraTS-PHA-00000-000", one / fault)
+        for path in (one / fault).iterdir():
+            path.rename(path.with_name(path.name.replace("00000", fault[:5])))
+        plant(next((one / fault).glob(f"*-{what}.nii.gz")))
+    done = subprocess.run([sys.executable, ROOT / "brainsyn.py", one], text=True, capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["rejected", "rejected", "warned"], lines
+    assert lines[-1] == "1 cases can be used; findings: 2 rejected, 1 warned, 0 normalised"
+
+
+def test_scans_alone_are_checked_without_labels(one, capsys):
+    """--no-labels: labels are neither wanted nor looked at; without it their absence is a fault."""
+    label = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-seg.nii.gz"
+    label.write_bytes(b"rubbish")
+    bs.main([str(one), "--no-labels"])
+    label.unlink()
+    bs.main([str(one), "--no-labels"])
+    assert capsys.readouterr().out.count("1 cases can be used") == 2
+    with pytest.raises(SystemExit) as left:
+        bs.main([str(one)])
+    assert left.value.code == 1
+
+
+def test_bad_cases_are_left_out_only_when_asked(phantom_folder, tmp_path):
+    """Without --skip-bad training does not begin; with it, they are named and counted. What was found is
+    remembered until a file changes."""
+    folder, said = tmp_path / "data", []
+    shutil.copytree(phantom_folder, folder)
+    paths = sorted(folder.glob("*/*t1ce*")) + sorted(folder.glob("*/*t1c.*"))
+    flip_bit(paths[0])
+    paths[-1].unlink()
+    say = lambda text, **_: said.append(text)
+    with pytest.raises(bs.BadInput, match="2 rejected.*--skip-bad"):
+        bs.usable_cases(folder, False, tmp_path / "cache", say)
+    said.clear()
+    good = bs.usable_cases(folder, True, tmp_path / "cache", say)
+    assert len(good) == 10 and "left out: 2 rejected, 10 cases are used" in said and "checking" not in said[0]
+    assert any(str(paths[0]) in line for line in said) and any(str(paths[-1].parent) in line for line in said)
+    os.utime(paths[1], (1, 1))
+    said.clear()
+    bs.usable_cases(folder, True, tmp_path / "cache", say)
+    assert "checking 11 cases" in said
+
+
+@pytest.mark.parametrize("mark", ["name", "header", "sidecar", "description"])
+def test_one_mark_of_synthetic_data_is_enough(one, mark):
+    """Of name, header, sidecar and description of the set, any single one tells a synthetic case; none does
+    not."""
+    folder = one / "BraTS-PHA-00000-000"
+    file = folder / "BraTS-PHA-00000-000-t1n.nii.gz"
+    assert not bs.is_synthetic(folder) and not bs.is_synthetic(file)
+    if mark == "name":
+        file = file.rename(folder / "BraTS-SYN-00000-000-t1n.nii.gz")
+        folder = folder.rename(one / "BraTS-SYN-00000-000")
+        file = folder / file.name
+    elif mark == "header":
+        for path in folder.iterdir():
+            rewrite(path, header=lambda h: h.__setitem__("descrip", b"SYNTHETIC brainsyn"))
+    elif mark == "sidecar":
+        (folder / "BraTS-PHA-00000-000.json").write_text('{"SyntheticData": "YES"}')
+    else:
+        (one / "dataset_description.json").write_text('{"GeneratedBy": [{"Name": "brainsyn"}]}')
+    assert bs.is_synthetic(folder) and bs.is_synthetic(file)
+    with pytest.raises(bs.BadInput, match="synthetic"):
+        bs.refuse_synthetic([bs.Case("x", {"t1": folder / "x.nii.gz"}, True)])

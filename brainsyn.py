@@ -75,6 +75,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -86,6 +87,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import fcntl                                # file locks; not on Windows
+except ImportError:
+    fcntl = None
 
 __version__ = "0.1.0"
 
@@ -152,8 +158,17 @@ def replace_file(path, write):
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Make sure that names given in a folder survive a power cut."""
+    if hasattr(os, "O_DIRECTORY"):              # not on Windows, which syncs folders by itself
+        handle = os.open(folder, os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def file_hash(path):
@@ -1231,7 +1246,14 @@ class Cache:
         self.meta = json.loads(self.path.with_suffix(".json").read_text())
         self.rows = np.load(self.path, mmap_mode="r")
         self.cases = self.meta["cases"]
+        if self.meta["checksum"] != checksum(self.path):
+            raise ValueError("a bit has flipped")
         self.position = np.concatenate([np.array(c["position"], np.float32) for c in self.cases])
+
+    def names(self, rows):
+        """Names of the cases that these rows show, sorted."""
+        first = np.array([case["first"] for case in self.cases])
+        return sorted({self.cases[i]["case"] for i in np.searchsorted(first, rows, "right") - 1})
 
     def part(self, part):
         """Row numbers of one part of the split: int array."""
@@ -1253,6 +1275,15 @@ class Cache:
                 torch.from_numpy(self.position[np.asarray(rows)]))
 
 
+def checksum(path):
+    """CRC-32 of a file, read in parts."""
+    crc = 0
+    with open(path, "rb") as handle:
+        while part := handle.read(2 ** 22):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
 def build_cache(cases, folder, resolution, fov, condition, split=None, say=print):
     """The Cache of `cases` below `folder`, built once: its name is a fingerprint of every file's
     name, size and time, of the settings and of the split, so a change of any makes a new one.
@@ -1265,8 +1296,9 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     path = Path(folder) / f"{condition}-{resolution}-{key}.npy"
     try:
         return Cache(path)
-    except (OSError, ValueError):               # not there, or damaged: built (again)
-        pass
+    except (OSError, ValueError, KeyError, EOFError) as error:      # not there, or damaged: built (again)
+        if path.exists():
+            say(f"note: {path} cannot be used ({error}); made anew")
     path.parent.mkdir(parents=True, exist_ok=True)
     started, entries, first, cut = time.time(), [], 0, []
     raw = path.with_suffix(f".{os.getpid()}.tmp")
@@ -1301,7 +1333,7 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     finally:
         raw.unlink(missing_ok=True)
     meta = {"condition": condition, "classes": CONDITIONS[condition], "modalities": MODALITIES,
-            "resolution": resolution, "fov": fov, "cases": entries}
+            "resolution": resolution, "fov": fov, "cases": entries, "checksum": checksum(path)}
     replace_file(path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(meta)))
     if cut:
         say(f"note: {len(cut)} cases are wider than the field of view of {fov} mm and lose their edge "
@@ -1865,6 +1897,31 @@ def prepare_training(net, optimizer, device, compiled=False):
     if processes() > 1:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
     return torch.compile(net) if compiled else net
+
+
+def step_if_finite(device, optimizer, losses, norm):
+    """optimizer.step() where all losses (B,) and the norm of all gradients are finite -> whether they are: bool
+    tensor (). Where they are not, weights and the optimiser's state stay as they are, in every process.
+
+    On XLA both outcomes are computed and one is chosen: nothing waits for the device, and the graph is the same.
+    """
+    finite = losses.isfinite().all() & norm.isfinite()
+    if processes() > 1:
+        flag = finite.int()
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        finite = flag > 0
+    if device.type != "xla":
+        if finite:
+            optimizer.step()
+        return finite
+    with torch.no_grad():
+        kept = [p for group in optimizer.param_groups for p in group["params"]]
+        kept += [its for state in optimizer.state.values() for its in state.values()]
+        before = [tensor.clone() for tensor in kept]
+        optimizer.step()
+        for tensor, old in zip(kept, before):
+            tensor.copy_(torch.where(finite, tensor, old))
+    return finite
 
 
 def end_step(device, *read):
@@ -2583,10 +2640,18 @@ def resume(args, kind, trained_on, net, ema, optimizer):
                        + "; choose another --out, or delete the folder")
     if state["trained_on"] != trained_on:
         raise BadInput(f"{args.out} holds a run on other training cases; choose another --out, or delete the folder")
-    net.load_state_dict(state["weights"])
+    try:
+        net.load_state_dict(state["weights"])
+        # its state alone: whether it is fused is the device's affair
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+        moments = [set(its) for its in optimizer.state.values()]                # none if no step was sound yet
+        whole = [{"step", "exp_avg", "exp_avg_sq"}] * len(list(net.parameters()))
+        if state["ema"].keys() != ema.weights.keys() or moments not in ([], whole):
+            raise ValueError("averaged weights or moments are missing")
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise BadInput(f"{state['file']}: does not fit the network ({str(error).splitlines()[0]}); delete the folder "
+                       "to begin anew") from error
     ema.weights = state["ema"]
-    # its state alone: whether it is fused is the device's affair
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
     for p, its in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):  # laid out like p: fused kernels pair numbers by place in memory
             its[name] = torch.empty_like(p).copy_(its[name])
@@ -2622,6 +2687,34 @@ class Pace:
         left = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
         print(f"step {self.step:05d}{f'/{self.steps}' if self.steps else ''} | {text} | "
               f"{f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'} left", flush=True)
+
+
+class Guard:
+    """What happens after a step whose loss or gradient was not finite, and which was therefore left out: it is
+    named; three in a row go back to the last checkpoint; where that does not lead further, the run ends."""
+
+    def __init__(self):
+        self.row, self.reached = 0, -1          # bad steps in a row; where the last ones were
+
+    def sound(self, finite, step, names):
+        """Whether step number `step` was sound; if not it is said which cases were in it (names: function)."""
+        if finite:
+            self.row = 0
+            return True
+        self.row += 1
+        print(f"step {step:05d} | loss or gradient not finite, nothing learned | cases {', '.join(names())}",
+              flush=True)
+        return False
+
+    def go_back(self, step):
+        """Whether to go back to the last checkpoint. BadInput where the run came no further since the last time."""
+        if self.row < 3:
+            return False
+        if step <= self.reached:
+            raise BadInput(f"step {step}: loss or gradient not finite in three steps in a row, again after going back "
+                           "to the last checkpoint; lower --lr, try --precision float32, look at the cases named above")
+        self.row, self.reached = 0, step
+        return True
 
 
 def endless(rows, key, start, count):
@@ -2756,10 +2849,48 @@ class EMA:
         return twin.eval()
 
 
+@contextmanager
+def sole_writer(folder):
+    """While the body runs no other process may write into the folder: BadInput if one does. It is the operating
+    system's lock, which ends with the process however that ends. What writers that were killed left behind is
+    removed. Of several processes of one run the first one holds it."""
+    folder, there = Path(folder), Path(folder).exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl and first_process() else None
+    try:
+        if handle is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInput(f"{folder}: another process writes there; wait for it, or choose another "
+                               "--out") from error
+            except OSError:                     # a file system without locks
+                pass
+            for litter in folder.glob(".*.tmp"):
+                shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+            if not there and not any(folder.iterdir()):
+                folder.rmdir()                  # nothing came of it
+
+
+def attempt(what, write):
+    """write(); where the disk refuses, say so and go on. For what a run can do without."""
+    try:
+        write()
+    except OSError as error:
+        print(f"note: {what} could not be written ({error.strerror or error}); training goes on", flush=True)
+
+
 def save_state(path, state):
-    """torch.save to an open file: a full disk then arrives as an OSError. On the CPU, so that it loads anywhere."""
+    """torch.save of a state, on the CPU, so that it loads anywhere. A full disk arrives as an OSError."""
     with open(path, "wb") as handle:
-        torch.save(to_host(state), handle)
+        try:
+            torch.save(to_host(state), handle)
+        except RuntimeError as error:           # what torch makes of the OSError of a write
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
 
 
 def save_checkpoint(folder, state):
@@ -2770,17 +2901,26 @@ def save_checkpoint(folder, state):
     def write(temporary):
         save_state(temporary, state)
         if newest.exists():
-            previous.unlink(missing_ok=True)
+            second = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
             try:
-                os.link(newest, previous)       # a second name: never a moment without a checkpoint
+                os.link(newest, second)         # a second name: never a moment without two checkpoints
             except OSError:                     # a file system without hard links
-                shutil.copy2(newest, previous)
+                shutil.copy2(newest, second)
+            os.replace(second, previous)
 
     replace_file(newest, write)
 
 
 # kind of checkpoint: who writes it. "segmenter" is best.pt, "seg" what a run continues from.
 SCRIPT = {"ddpm": "train_ddpm.py", "seg": "train_seg.py", "segmenter": "train_seg.py"}
+# What each kind holds. PUBLISHED is the part that goes into an .npz: all that sampling or segmenting needs, and
+# what it owes to whom; a run also needs RESUMED to go on.
+PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prior", "condition", "classes",
+                      "modalities", "shift", "resolution", "fov", "trained_on"},
+             "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov", "seen", "dice"}}
+RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
+HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "segmenter": PUBLISHED["segmenter"],
+         "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
 
 
 def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "checkpoint.previous.pt")):
@@ -2795,12 +2935,16 @@ def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "check
     candidates, faults = [p for p in candidates if p.exists()], []
     for candidate in candidates:
         try:
-            with zipfile.ZipFile(candidate) as archive:
+            with zipfile.ZipFile(candidate) as archive:         # .pt and .npz are both zip archives
                 if archive.testzip():
                     raise ValueError("a checksum does not match")
-            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            state = (read_published(candidate) if candidate.suffix == ".npz" else
+                     torch.load(candidate, map_location="cpu", weights_only=True))
             if not isinstance(state, dict) or state.get("kind") != kind:
                 raise ValueError(f"it is no checkpoint of kind {kind}")
+            missing = (PUBLISHED if candidate.suffix == ".npz" else HOLDS)[kind] - set(state)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             if faults:
                 say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
             return {**state, "file": str(candidate)}
@@ -2808,6 +2952,39 @@ def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "check
             faults.append(f"{candidate} cannot be used ({str(error).splitlines()[0]})")
     raise BadInput("; ".join(faults) + "; train again or use another checkpoint" if faults else
                    f"{path}: no checkpoint there; train one first with python {SCRIPT[kind]}")
+
+
+def publish(run, path):
+    """Write the weights of a run's folder (or of its checkpoint) as .npz: arrays and one JSON text, no pickle ->
+    its sha256. sample.py takes it as --checkpoint or --segmenter."""
+    segmenter = (Path(run) / "best.pt").exists() or Path(run).name == "best.pt"
+    kind = "segmenter" if segmenter else "ddpm"
+    state = load_checkpoint(run, kind, names=("best.pt",) if segmenter else ("checkpoint.pt", "checkpoint.previous.pt"))
+    arrays, facts = {}, {}
+    for name in sorted(PUBLISHED[kind]):
+        its = state[name]
+        if name in ("ema", "weights", "prior"):
+            arrays.update({f"{name}/{key}": tensor.numpy() for key, tensor in its.items()})
+        else:
+            facts[name] = its
+
+    def write(temporary):
+        with open(temporary, "wb") as handle:
+            np.savez(handle, about=np.array(json.dumps(facts)), **arrays)
+
+    replace_file(path, write)
+    return file_hash(path)
+
+
+def read_published(path):
+    """What publish wrote -> the state, as load_checkpoint returns it. Any pickle in the file is refused."""
+    with np.load(path, allow_pickle=False) as archive:
+        state = json.loads(archive["about"].item())
+        for name in archive.files:
+            group, _, key = name.partition("/")
+            if name != "about":
+                state.setdefault(group, {})[key] = torch.from_numpy(archive[name])
+    return state
 
 
 def load_segmenter(path, device):
@@ -2864,16 +3041,21 @@ class LogBook:
     def line(self, step, lr, batch, seconds, more=()):
         """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`). more: the
         values of the further columns, unless they are QUARTERS."""
-        losses, *t = [torch.cat(its) for its in zip(*to_host(self.losses))]
+        none = [torch.tensor([math.nan]), torch.ones(1)][:1 + (len(self.fields) > 6)]
+        kept = self.losses or [none]            # where no step was sound
+        losses, *t = [torch.cat(its) for its in zip(*to_host(kept))]
         if t:
             quarter = (t[0] - 1) * 4 // T
             more = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
         speed = (step - self.since[0]) * batch / max(time.time() - self.since[1], 1e-6)
         self.losses, self.since = [], (step, time.time())
         row = dict(zip(self.fields, (step, losses.mean().item(), *more, lr, speed, seconds)))
-        with open(self.path, "a", newline="") as handle:
-            csv.DictWriter(handle, self.fields).writerow(
-                {k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+        def write():
+            with open(self.path, "a", newline="") as handle:
+                csv.DictWriter(handle, self.fields).writerow(
+                    {k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+
+        attempt(self.path, write)
         return row, f"loss {row['loss']:.4f} | lr {lr:.1e} | {speed:.0f} img/s"
 
 
@@ -3498,8 +3680,17 @@ def main(argv=None):
                                      "BraTS cases before anything is trained on it.")
     parser.add_argument("folder", nargs="?", help="cases to check; without it, the first look")
     parser.add_argument("--no-labels", action="store_true", help="check scans alone")
+    parser.add_argument("--publish", nargs=2, metavar=("RUN", "FILE"), help="write the weights of a run as .npz, "
+                        "without pickle, and print its sha256")
     args = parser.parse_args(argv)
-    check_folder(args.folder, not args.no_labels) if args.folder else first_look()
+    if args.publish:
+        if not args.publish[1].endswith(".npz"):
+            raise BadInput(f"--publish {args.publish[1]}: the file must end in .npz")
+        print(f"sha256 {publish(*args.publish)}\nwrote: {args.publish[1]}")
+    elif args.folder:
+        check_folder(args.folder, not args.no_labels)
+    else:
+        first_look()
 
 
 if __name__ == "__main__":

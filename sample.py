@@ -411,7 +411,10 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
     print(bs.describe(device), flush=True)
-    (judge if args.judge else close_loop if args.scan else make_set)(args, device)
+    if args.judge and not Path(args.judge).is_dir():
+        raise bs.BadInput(f"{args.judge}: no such folder; make synthetic cases first")
+    with bs.sole_writer(args.judge or args.out):
+        (judge if args.judge else close_loop if args.scan else make_set)(args, device)
 
 
 if __name__ == "__main__":

@@ -110,12 +110,8 @@ def close(args, cache, denoiser, settings, pace):
         print(f"wrote: {out / name}")
 
 
-def main(argv=None):
+def train(args, device):
     """One training run, start to end, resumed where one was begun."""
-    args = parse_arguments(argv)
-    device = bs.pick_device(args.device, several=True)
-    print(bs.describe(device, args.precision), flush=True)
-    bs.require_divisible(args.batch, device)
     cases, split = bs.find_data(args)
     cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
                                               args.condition, split))
@@ -133,14 +129,13 @@ def main(argv=None):
     net = bs.place_network(bs.UNet(**network), device)
     ema = bs.EMA(net, args.ema)
     optimizer = bs.make_optimizer(net, args.lr, device)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     trained_on = cache.hashes("train")
     state = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)
     if state:
         prior = state["prior"]                  # not as measured again: that may differ by rounding
     trained = bs.prepare_training(net, optimizer, device, args.compile)
     pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
-    book = bs.LogBook(args.out, pace.step)
+    book, guard = bs.LogBook(args.out, pace.step), bs.Guard()
     print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices ({len(tumour)} with "
           f"tumour) of {args.resolution}x{args.resolution}, {len(val) + len(test)} held out", flush=True)
 
@@ -148,8 +143,11 @@ def main(argv=None):
     shown = cache.batch(pick_rows(cache, val if len(val) else train, first_lesion, 4))
     mine = bs.share_of(args.batch)              # of every batch; all of it unless several processes share it
 
+    def draw_rows(step):
+        return bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)[mine]
+
     def draw_batch(step):
-        rows = bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)[mine]
+        rows = draw_rows(step)
         t, eps, keep, given, mirror = [its[mine] for its in bs.training_noise(
             args.seed, step, (args.batch, *picture), args.drop)]
         x0, classes, position = cache.batch(rows, mirror)                           # (B, C, H, W), (B, H, W), (B,)
@@ -189,23 +187,30 @@ def main(argv=None):
         v_hat = bs.precondition(out, x_t, signal, sigma, mean, std)
         losses = (weight * (v_hat - v) ** 2).mean((1, 2, 3))                        # (B,)
         losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = bs.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
-        bs.end_step(device, losses)
+        bs.end_step(device, losses, finite)
         pace.tick()
-        if bs.first_process():
+        if finite and bs.first_process():
             ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
-        book.add(losses, levels)
+        if guard.sound(finite, pace.step, lambda: cache.names(draw_rows(pace.step - 1))):
+            book.add(losses, levels)
+        elif guard.go_back(pace.step):
+            pace.step = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)["step"]
+            trained, book = bs.prepare_training(net, optimizer, device, args.compile), bs.LogBook(args.out, pace.step)
+            continue
         if not bs.first_process():
             continue
         if pace.due("log", 5) or pace.progress() >= 1:
             pace.say(book.line(pace.step, lr, args.batch, pace.seconds)[1])
         if args.sample_every and pace.step % args.sample_every == 0:
-            draw(pace.step)
-        if pace.step == 1 or pace.due("save", 60):
-            save()                              # step 1 finds a full or read-only disk at once
+            bs.attempt("the sample pictures", lambda: draw(pace.step))
+        if pace.step == 1:
+            save()                              # finds a full or read-only disk at once
+        elif pace.due("save", 60):
+            bs.attempt("the checkpoint", save)
     del trained
     if not bs.leave_processes():
         return
@@ -214,6 +219,16 @@ def main(argv=None):
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
     close(args, cache, bs.Denoiser(ema.copy_of(net, pace.step), prior, alpha_bar, device), settings, pace)
+
+
+def main(argv=None):
+    """The command line: device, lock, training."""
+    args = parse_arguments(argv)
+    device = bs.pick_device(args.device, several=True)
+    print(bs.describe(device, args.precision), flush=True)
+    bs.require_divisible(args.batch, device)
+    with bs.sole_writer(args.out):
+        train(args, device)
 
 
 if __name__ == "__main__":

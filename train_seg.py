@@ -108,17 +108,28 @@ def source(cache, rows, share=1.0):
     return SimpleNamespace(cache=cache, tumour=rows[ill], other=rows[~ill], share=share)
 
 
-def draw_batch(sources, args, step):
-    """The slices of one step, this process's share of them: images float (B, C, R, R) in [-1, 1] and labels int
-    (B, R, R) in 0..3."""
+def draw_rows(sources, args, step):
+    """This process's share of the batch of one step: [(Cache, its rows)], one for each source that has any."""
     mine, parts, first = bs.share_of(args.batch), [], 0
     for i, its in enumerate(sources):
         count = args.batch - first if i + 1 == len(sources) else round(args.batch * its.share)
         rows = bs.batch_rows(its.tumour, its.other, args.tumour_share, (args.seed, i), step, count)
         rows = rows[max(mine.start - first, 0):max(mine.stop - first, 0)]
         if len(rows):
-            parts.append(its.cache.batch(rows))
+            parts.append((its.cache, rows))
         first += count
+    return parts
+
+
+def cases_of_batch(sources, args, step):
+    """Names of the cases in the batch of one step."""
+    return sorted({name for cache, rows in draw_rows(sources, args, step) for name in cache.names(rows)})
+
+
+def draw_batch(sources, args, step):
+    """The slices of one step, this process's share of them: images float (B, C, R, R) in [-1, 1] and labels int
+    (B, R, R) in 0..3."""
+    mine, parts = bs.share_of(args.batch), [cache.batch(rows) for cache, rows in draw_rows(sources, args, step)]
     images, classes = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     return bs.augment(images, bs.tumour_labels(classes), args.augment, (args.seed, "augment", step), (args.batch, mine))
 
@@ -131,6 +142,15 @@ def validate(segmenter, cache):
         images, classes, _ = cache.batch(rows)
         scores += segmenter.slice_dice(images, bs.tumour_labels(classes))
     return float(np.mean(scores)) if scores else float("nan")
+
+
+def sound_best(out):
+    """Whether best.pt can be used; if not it is said, and the next validation writes another."""
+    try:
+        return bool(bs.load_checkpoint(out, "segmenter", names=("best.pt",)))
+    except bs.BadInput as error:
+        print(f"note: {error}; the next validation writes another")
+        return False
 
 
 def fit(args, sources, cache, device, trained_on=None):
@@ -146,16 +166,15 @@ def fit(args, sources, cache, device, trained_on=None):
     optimizer = bs.make_optimizer(net, args.lr, device)
     keep, state, best = trained_on is not None, None, {"dice": -1.0, "step": 0}
     if keep:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         state = bs.resume(args, "seg", trained_on, net, ema, optimizer)
-    if state:
+    if state and sound_best(args.out):
         best = state["best"]
-    elif args.weights:
+    if args.weights and not state:
         bs.load_encoder(net.encoder, args.depth, args.weights)
         ema = bs.EMA(net, args.ema)
     trained = bs.prepare_training(net, optimizer, device, args.compile)
     pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
-    book = bs.LogBook(args.out, pace.step, ("val_dice",)) if keep else None
+    book, guard = bs.LogBook(args.out, pace.step, ("val_dice",)) if keep else None, bs.Guard()
     if keep:
         print(f"ResNet-{args.depth} U-Net, {bs.count_parameters(net) / 1e6:.1f} M parameters | training slices "
               + ", ".join(f"{len(s.tumour) + len(s.other)} ({len(s.tumour)} with tumour)" for s in sources), flush=True)
@@ -172,11 +191,11 @@ def fit(args, sources, cache, device, trained_on=None):
         twin = ema.copy_of(net, pace.step)
         score = validate(bs.Segmenter(twin, args.resolution, args.fov, device), cache)
         if not score <= best["dice"]:                           # NaN: nobody to validate on, the last one counts
-            best.update(dice=score, step=pace.step)
             bs.replace_file(Path(args.out) / "best.pt", lambda path: bs.save_state(path, {
-                "kind": "segmenter", "version": bs.__version__, **best, "args": bs.kept_arguments(args),
-                "network": network, "weights": twin.state_dict(), "resolution": args.resolution, "fov": args.fov,
-                "seen": sorted({*trained_on, *cache.hashes("val")})}))
+                "kind": "segmenter", "version": bs.__version__, "dice": score, "step": pace.step,
+                "args": bs.kept_arguments(args), "network": network, "weights": twin.state_dict(),
+                "resolution": args.resolution, "fov": args.fov, "seen": sorted({*trained_on, *cache.hashes("val")})}))
+            best.update(dice=score, step=pace.step)             # once it is written
         return score
 
     while pace.progress() < 1 and not bs.agreed(len(stop)):
@@ -188,15 +207,23 @@ def fit(args, sources, cache, device, trained_on=None):
             logits = trained(images)                                                    # (B, K, R, R)
         losses = bs.segmentation_loss(logits, labels, args.predict).view(1)
         losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = bs.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
-        bs.end_step(device, losses)
+        bs.end_step(device, losses, finite)
         pace.tick()
-        if bs.first_process():
+        if finite and bs.first_process():
             ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
-        if keep:
+        if not guard.sound(finite, pace.step, lambda: cases_of_batch(sources, args, pace.step - 1)):
+            if guard.go_back(pace.step):
+                if not keep:
+                    raise bs.BadInput(f"seed {args.seed}: loss or gradient not finite three steps in a row; lower --lr")
+                pace.step = bs.resume(args, "seg", trained_on, net, ema, optimizer)["step"]
+                trained = bs.prepare_training(net, optimizer, device, args.compile)
+                book = bs.LogBook(args.out, pace.step, ("val_dice",))
+                continue
+        elif keep:
             book.add(losses)
         if not keep or not bs.first_process():
             continue
@@ -206,8 +233,10 @@ def fit(args, sources, cache, device, trained_on=None):
         if pace.due("log", 5) or score == score or pace.progress() >= 1:
             text = book.line(pace.step, lr, args.batch, pace.seconds, (score,))[1]
             pace.say(text + (f" | validation Dice {score:.3f}" if score == score else ""))
-        if pace.step == 1 or pace.due("save", 60):
-            save()                              # step 1 finds a full or read-only disk at once
+        if pace.step == 1:
+            save()                              # finds a full or read-only disk at once
+        elif pace.due("save", 60):
+            bs.attempt("the checkpoint", save)
     del trained
     first = bs.leave_processes()
     if not keep:
@@ -395,7 +424,8 @@ def study(args, split, device):
                           f"{len(test)} test cases; name numbers up to that, or all")
     held = hashes_of_all([*split["val"], *split["test"]])
     given, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
-    settings = {k: v for k, v in bs.kept_arguments(args).items() if k not in ("device", "seeds", "patients", "skip_bad")}
+    settings = {k: v for k, v in bs.kept_arguments(args).items()
+                if k not in ("device", "seeds", "patients", "skip_bad")}
     settings.update(trained_on=hashes_of_all(split["train"]), tested_on=hashes_of_all(test), synthetic=digests)
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
         raise bs.BadInput(f"{out} holds a study with other settings or data; choose another --out, or delete it")
@@ -434,12 +464,8 @@ def study(args, split, device):
            and "strong" not in arm else "")
 
 
-def main(argv=None):
+def train(args, device):
     """One training run, start to end, resumed where one was begun; or a study."""
-    args = parse_arguments(argv)
-    device = bs.pick_device(args.device, several=not args.study)
-    print(bs.describe(device, args.precision), flush=True)
-    bs.require_divisible(args.batch, device)
     cases, split = bs.find_data(args)
     if args.study:
         return study(args, split, device)
@@ -455,6 +481,16 @@ def main(argv=None):
     segmenter, pace = fit(args, sources, cache, device, sorted(trained_on))
     if segmenter:                               # in the first process; the others are done
         close(args, segmenter, split, pace)
+
+
+def main(argv=None):
+    """The command line: device, lock, training."""
+    args = parse_arguments(argv)
+    device = bs.pick_device(args.device, several=not args.study)
+    print(bs.describe(device, args.precision), flush=True)
+    bs.require_divisible(args.batch, device)
+    with bs.sole_writer(args.out):
+        train(args, device)
 
 
 if __name__ == "__main__":

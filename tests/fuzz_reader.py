@@ -4,8 +4,8 @@
 
 Three kinds of damage are tried in turn on the T2 file of a phantom: `packed` (bytes of the .nii.gz), `header` (bytes
 of the header, packed again with a right checksum) and `plain` (bytes of the header of an uncompressed file).
-Right is: the same voxels, up to the scale and offset that the header then gives, in the same place. `elsewhere` is
-read with another affine or shape, which a case's other files show (read_case refuses it). Anything else is silent.
+Right is: read_case gives the same T2, up to the scale and offset that its header then says. Anything else that it
+does not refuse is silent.
 """
 import argparse
 import gzip
@@ -13,6 +13,7 @@ import logging
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -23,18 +24,20 @@ import brainsyn as bs
 
 
 def main():
-    """Print how often each kind of damage was refused, read rightly, read elsewhere, or read wrongly in silence."""
+    """Print how often each kind of damage was refused, read rightly, or read wrongly in silence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    logging.disable()                           # nibabel comments on every odd header
+    logging.disable()                           # nibabel and numpy comment on every odd header
+    warnings.simplefilter("ignore")
     rng, counts, wrong = np.random.default_rng(args.seed), Counter(), []
     with tempfile.TemporaryDirectory() as scratch:
         bs.write_phantom(scratch, 0)
-        path = bs.find_cases(scratch)[0].files["t2"]
+        case = bs.find_cases(scratch)[0]
+        path, before = case.files["t2"], bs.read_case(case)[0][2]
         packed, end = path.read_bytes(), time.time() + 60 * args.minutes
-        plain, (before, place) = gzip.decompress(packed), bs.read_nifti(path)
+        plain = gzip.decompress(packed)
         few = (slice(None, None, 3),) * 3
         while time.time() < end:
             kind = ("packed", "header", "plain")[sum(counts.values()) % 3]
@@ -43,10 +46,8 @@ def main():
                 raw[rng.integers(len(raw) if kind == "packed" else 352)] = rng.integers(256)
             path.write_bytes(gzip.compress(bytes(raw), 1) if kind == "header" else raw)
             try:
-                after, affine = bs.read_nifti(path)
-                if after.shape != before.shape or not np.allclose(affine, place, atol=0.02):
-                    counts[kind, "elsewhere"] += 1
-                elif np.corrcoef(before[few].ravel(), after[few].ravel())[0, 1] ** 2 > 0.9999:
+                after = bs.read_case(case)[0][2]
+                if np.corrcoef(before[few].ravel(), after[few].ravel())[0, 1] ** 2 > 0.9999:
                     counts[kind, "right"] += 1
                 else:
                     counts[kind, "silent"] += 1
@@ -54,7 +55,7 @@ def main():
             except bs.BadInput:
                 counts[kind, "refused"] += 1
     for kind in ("packed", "header", "plain"):
-        its = {name: counts[kind, name] for name in ("refused", "right", "elsewhere", "silent")}
+        its = {name: counts[kind, name] for name in ("refused", "right", "silent")}
         print(f"{kind:8} {sum(its.values()):6} files: " + ", ".join(f"{n} {name}" for name, n in its.items()))
     for its in wrong[:10]:
         print(f"silent: header bytes {its}")

@@ -2916,8 +2916,9 @@ SCRIPT = {"ddpm": "train_ddpm.py", "seg": "train_seg.py", "segmenter": "train_se
 # What each kind holds. PUBLISHED is the part that goes into an .npz: all that sampling or segmenting needs, and
 # what it owes to whom; a run also needs RESUMED to go on.
 PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prior", "condition", "classes",
-                      "modalities", "shift", "resolution", "fov", "trained_on"},
-             "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov", "seen", "dice"}}
+                      "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"},
+             "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov", "seen",
+                           "dice"}}
 RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
 HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "segmenter": PUBLISHED["segmenter"],
          "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
@@ -3285,25 +3286,145 @@ def image_counts(images, classes):
     return np.where(np.asarray(classes)[:, None] > 0, counts, 0).astype(np.int16)
 
 
+def write_csv(path, rows):
+    """Rows, dicts with the same keys, as a CSV file; floats with six digits."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+    replace_file(path, write)
+
+
+def write_json(path, facts):
+    """A dict as a JSON file; NaN and infinity, which JSON has not, become null."""
+    plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
+                       [plain(v) for v in x] if isinstance(x, (list, tuple)) else
+                       None if isinstance(x, float) and not math.isfinite(x) else x)
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(plain(facts), indent=1) + "\n"))
+
+
+def write_nifti(path, volume, affine, words, code):
+    """Write a volume (X, Y, Z) as .nii.gz and read it back: OSError where other bytes come back than were sent.
+
+    The header is fresh: nothing of a source file (names, comments, extensions) can travel along. words: what it
+    says of itself, 79 letters at most; code: NIfTI's code for what the affine refers to (1 scanner, 2 another file).
+    """
+    image = nib.Nifti1Image(np.ascontiguousarray(volume), affine)
+    image.header["descrip"] = words.encode()
+    image.set_sform(affine, code)
+    image.set_qform(affine, code)
+    nib.save(image, path)
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+    try:
+        back = nib.Nifti1Image.from_bytes(unpack(path)[0])
+        whole = np.array_equal(np.asanyarray(back.dataobj), volume) and np.allclose(back.affine, affine, atol=1e-4)
+    except Exception as error:
+        raise OSError(f"{path} cannot be read back ({error})") from error
+    if not whole:
+        raise OSError(f"{path} does not read back as it was written")
+
+
 def write_case(folder, case, images, labels, affine, facts):
     """Write one synthetic case as a BraTS-2023 folder, whole or not at all; returns the folder.
 
     images: counts int16 (C, X, Y, Z); labels: uint8 (X, Y, Z) in 0..3; both canonical, with affine
-    (4, 4). facts: what goes into the JSON sidecar beside the volumes. Headers are fresh: nothing of
-    a source file (names, comments, extensions) can travel along. Every file says SYNTHETIC.
+    (4, 4). facts: what goes into the JSON sidecar beside the volumes. Every file says SYNTHETIC.
     """
     target, building = Path(folder) / case, Path(folder) / f".{case}.{os.getpid()}.tmp"
     building.mkdir(parents=True, exist_ok=True)
-    volumes = dict(zip((NAMES_2023[name] for name in MODALITIES), images)) | {"seg": labels}
-    for name, volume in volumes.items():
-        image = nib.Nifti1Image(np.ascontiguousarray(volume), affine)
-        image.header["descrip"] = f"SYNTHETIC brainsyn {__version__}".encode()
-        image.set_sform(affine, 2)              # 2: aligned to another file, here the label map
-        image.set_qform(affine, 2)
-        nib.save(image, building / f"{case}-{name}.nii.gz")
-    (building / f"{case}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(building, target)
+    try:
+        for name, volume in (*zip((NAMES_2023[name] for name in MODALITIES), images), ("seg", labels)):
+            write_nifti(building / f"{case}-{name}.nii.gz", volume, affine, f"SYNTHETIC brainsyn {__version__}", 2)
+        write_json(building / f"{case}.json", facts)
+        os.replace(building, target)
+        sync_folder(folder)
+    finally:
+        if building.exists():
+            shutil.rmtree(building)
     return target
+
+
+def write_description(folder):
+    """dataset_description.json of a set of synthetic cases, as BIDS wants it for data that was made: the mark that
+    stands above all its cases."""
+    write_json(Path(folder) / "dataset_description.json", {
+        "Name": "SYNTHETIC brain MRI with tumour labels, made by brainsyn", "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative", "SyntheticData": "YES",
+        "GeneratedBy": [{"Name": "brainsyn", "Version": __version__,
+                         "Description": "diffusion model, label map -> T1, T1ce, T2, FLAIR; see DATASHEET.md"}]})
+
+
+def write_dataset_json(folder):
+    """dataset.json of all cases in a folder, for nnU-Net (`dataset`; training on regions) and MONAI (`training`)."""
+    folder, entries = Path(folder), {}
+    for case in find_cases(folder):
+        paths = {name: path.relative_to(folder).as_posix() for name, path in case.files.items()}
+        entries[case.case] = {"images": [paths[name] for name in MODALITIES], "label": paths["seg"]}
+    write_json(folder / "dataset.json", {
+        "name": "SYNTHETIC brain MRI made by brainsyn",
+        "channel_names": dict(zip("0123", ("T1", "T1ce", "T2", "FLAIR"))),
+        "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [1, 3], "enhancing_tumor": [3]},
+        "regions_class_order": [2, 1, 3],       # what is WT and nothing more is ED, and so on
+        "numTraining": len(entries), "file_ending": ".nii.gz", "dataset": entries,
+        "training": [{"image": its["images"], "label": its["label"]} for its in entries.values()]})
+
+
+def write_datasheet(folder):
+    """DATASHEET.md of a set of synthetic cases, from their sidecars and, where they are there, judge.json and the
+    audit in the sidecars: what they are, how they were made, what they are not for."""
+    folder = Path(folder)
+    cases = [(case, synthetic_facts(case)) for case in find_cases(folder)]
+    several = lambda name: ", ".join(sorted({str(facts.get(name)) for _, facts in cases}))
+    volumes = {name: [facts["VolumesML"][name] for _, facts in cases] for name in (*LABELS, "WT")}
+    lines = [
+        "# Datasheet", "",
+        f"**SYNTHETIC.** {len(cases)} cases, made by brainsyn {several('GeneratorVersion')}. No patient was scanned "
+        "for any of these pictures.", "",
+        "## What they are", "",
+        "Four modalities (T1, T1ce, T2, FLAIR) and a tumour label map (1 NCR, 2 ED, 3 ET) of each case, "
+        "skull-stripped, aligned, as NIfTI in BraTS-2023 folders; `dataset.json` lists them for nnU-Net and MONAI. "
+        "Signal is in arbitrary counts, 0 in air, up to 1000.", "",
+        "| volume in mL | least | median | most |", "|---|---|---|---|",
+        *(f"| {name} | {min(its):.1f} | {np.median(its):.1f} | {max(its):.1f} |" for name, its in volumes.items()), "",
+        "## How they were made", "",
+        f"A v-prediction diffusion model drew each slice from a label map (condition: {several('Condition')}; "
+        f"{several('Steps')} network calls, sampler {several('Sampler')}, guidance {several('Guidance')}, noise "
+        f"shared along z over {several('Coherence')} mm). Label maps: {several('LabelMaps')}, edits: "
+        f"{several('Edits')}. Every case has a JSON sidecar with checkpoint, seed, settings and hashes; the same "
+        "command makes the same voxels.", "",
+        "## From what data", "",
+        f"The generator was trained on {several('GeneratorPatients')} patients ({several('GeneratorData')}). Their "
+        f"hashes are in every sidecar. {sum(facts['UsedInTraining'] for _, facts in cases)} of {len(cases)} cases "
+        "carry a label map or brain outline of its training cases"
+        + (": phantoms, which are no persons." if several("GeneratorData") == "phantoms" else
+           "; such outlines are patient data."), "", "## Figures", ""]
+    try:
+        report = json.loads((folder / "judge.json").read_text())
+        lines += [f"Judged against {report['held_out_cases']} held-out cases:", "", "| figure | synthetic | real |",
+                  "|---|---|---|", *(f"| {name} | {report['synthetic'][name]} | {value} |"
+                                     for name, value in report["real"].items()), ""]
+    except (OSError, ValueError, KeyError):
+        lines += ["Not judged: `python sample.py --judge` compares them with held-out cases.", ""]
+    audits = {json.dumps(facts["Audit"], sort_keys=True) for _, facts in cases if "Audit" in facts}
+    if len(audits) == 1 and all("Audit" in facts for _, facts in cases):
+        audit = json.loads(audits.pop())
+        lines += [f"Audited for copies of training cases: **{audit['verdict']}**. " + audit["words"], ""]
+    else:
+        lines += ["Not audited for copies of training cases: `python sample.py --audit` does that.", ""]
+    lines += [
+        "## What they must not be used for", "",
+        "- Nothing clinical: no diagnosis, no treatment, no teaching of what a disease looks like.",
+        "- No validation of a clinical claim, and no test set for a segmenter that people rely on: validate on real "
+        "scans.",
+        "- No claim of privacy: an audit that finds nothing bounds the share of copies, no more.", "",
+        "## Known limits", "",
+        "- Slices are drawn one by one; they agree along z by shared noise only, and folds may not run through.",
+        "- Anatomy outside the tumour is plausible at best; disease other than the labels is not modelled.",
+        "- What the generator's training data lacked, these lack: other scanners, ages, diseases, artefacts.", ""]
+    replace_file(folder / "DATASHEET.md", lambda temporary: temporary.write_text("\n".join(lines)))
 
 
 def synthetic_facts(case):
@@ -3329,37 +3450,16 @@ def contaminated(case, hashes):
 def write_labels(path, labels, case, affine):
     """Write predicted labels uint8 (X, Y, Z), canonical with `affine`, as NIfTI voxel for voxel on the grid
     of the case's own files, in their storage order: 1 NCR, 2 ED, 3 ET."""
-    there = nib.load(case.files["t1"])
-    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(there.affine))
-    image = nib.Nifti1Image(nib.apply_orientation(labels, turn).astype(np.uint8), there.affine)
-    image.header["descrip"] = f"brainsyn {__version__} prediction 1 NCR 2 ED 3 ET".encode()
-    image.set_sform(there.affine, 1)
-    image.set_qform(there.affine, 1)
+    there = nib.load(case.files["t1"]).affine
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(there))
+    stored = nib.apply_orientation(labels, turn).astype(np.uint8)
 
     def write(temporary):                       # nibabel goes by the ending of a name
-        nib.save(image, temporary.with_suffix(".nii.gz"))
-        os.replace(temporary.with_suffix(".nii.gz"), temporary)
+        whole = temporary.with_suffix(".nii.gz")
+        write_nifti(whole, stored, there, f"brainsyn {__version__} prediction 1 NCR 2 ED 3 ET", 1)
+        os.replace(whole, temporary)
 
     replace_file(path, write)
-
-
-def write_csv(path, rows):
-    """Rows, dicts with the same keys, as a CSV file; floats with six digits."""
-    def write(temporary):
-        with open(temporary, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-    replace_file(path, write)
-
-
-def write_json(path, facts):
-    """A dict as a JSON file; NaN and infinity, which JSON has not, become null."""
-    plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
-                       [plain(v) for v in x] if isinstance(x, (list, tuple)) else
-                       None if isinstance(x, float) and not math.isfinite(x) else x)
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(plain(facts), indent=1) + "\n"))
 
 
 # ================================================================================================

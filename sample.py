@@ -178,7 +178,9 @@ def make_case(args, number, its, denoiser, state, facts):
     facts = {"LabelMapSHA256": of_donor[0], "BrainSHA256": got["hashes"][1], **facts, "EditsApplied": its.applied,
              "UsedInTraining": bool({*got["hashes"], *of_donor} & set(state["trained_on"])),
              "VolumesML": {name: round(bs.volume_ml(labels, affine, name), 3) for name in (*bs.LABELS, "TC", "WT")},
-             "GeneratorTrainedOn": [digest[:16] for digest in state["trained_on"]]}
+             "GeneratorTrainedOn": [digest[:16] for digest in state["trained_on"]],
+             "GeneratorPatients": state["patients"], "GeneratorData": state["data"],
+             "GeneratorVersion": state["version"]}
     bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
     source = bs.to_images(got["images"])
     return got, images, facts, (bs.roughness(source, classes), bs.roughness(images, classes))
@@ -227,6 +229,13 @@ def contact_sheet(folder):
                  "SYNTHETIC: made by brainsyn, no patient was scanned")
 
 
+def finish_set(folder):
+    """What stands beside the cases of a set: contact sheet, list of cases for other tools, datasheet."""
+    contact_sheet(folder)
+    bs.write_dataset_json(folder)
+    bs.write_datasheet(folder)
+
+
 def load_generator(args, device):
     """-> (Denoiser, checkpoint, what a sidecar says of model and settings)."""
     state = bs.load_checkpoint(args.checkpoint)
@@ -246,6 +255,7 @@ def make_set(args, device):
     """Make the cases that are missing, then draw the contact sheet of all."""
     denoiser, state, common = load_generator(args, device)
     rough, made, asked = [], 0, []
+    bs.write_description(args.out)              # first: a set that is cut short is marked as well
     with tempfile.TemporaryDirectory() as scratch:
         of_number, everyone = label_sources(args, scratch, state["args"]["scanner"])
         donors = [c for c in (cases_of_part(args, args.paste) if args.paste else []) if bs.read_labels(c)[0].any()]
@@ -269,7 +279,7 @@ def make_set(args, device):
             made += 1
             print(f"{facts['Case']}: {time.time() - started:.0f} s, slice-to-slice roughness "
                   f"{pair[1]:.3f}, of the scans its labels come from {pair[0]:.3f}", flush=True)
-    contact_sheet(args.out)
+    finish_set(args.out)
     print(f"made {made} cases, {args.count - made} were there already")
     if rough:
         real, synthetic = np.mean(rough, 0)
@@ -278,7 +288,8 @@ def make_set(args, device):
         wanted, got = np.array(asked).T
         print(f"{args.balance}: asked {wanted.min():.1f} to {wanted.max():.1f} mL, mean error "
               f"{np.abs(wanted - got).mean():.2f} mL, correlation {bs.rank_correlation(wanted, got):.3f}")
-    print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'contact_sheet.png'}")
+    for name in ("", "contact_sheet.png", "dataset.json", "DATASHEET.md"):
+        print(f"wrote: {Path(args.out) / name}")
 
 
 def close_loop(args, device):
@@ -287,6 +298,7 @@ def close_loop(args, device):
     segmenter, rows = bs.load_segmenter(args.segmenter[0], device), []
     common["SegmenterSHA256"] = segmenter.digest
     cases = bs.find_cases(args.scan, labelled=False)
+    bs.write_description(args.out)
     for number, case in enumerate(cases):
         case.files.pop("seg", None)                         # labels that lie there are not looked at
         got = bs.prepare_case(case, segmenter.resolution, segmenter.fov, "tumour")
@@ -297,7 +309,7 @@ def close_loop(args, device):
         if already_there(args.out, facts):
             print(f"{facts['Case']} is there already")
             continue
-        path = Path(args.out) / f"{case.case}_prediction.nii.gz"
+        path = Path(args.out) / "predictions" / f"scan_{number:05d}.nii.gz"     # whose it is stands on screen alone
         bs.write_labels(path, predicted, case, got["grid"].affine)
         volumes = {name: bs.volume_ml(predicted, got["grid"].affine, name) for name in bs.LABELS}
         print(f"{case.case}: " + ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items()) + f" -> {path}")
@@ -309,6 +321,7 @@ def close_loop(args, device):
         rows += [[*scans], [bs.overlay(scan, labels[at]) for scan in scans], [*images[at]]]
     if not rows:
         return
+    finish_set(args.out)
     bs.draw_rows(Path(args.out) / "loop.png", rows, bs.MODALITIES, "tumour",
                  "scan, predicted labels, SYNTHETIC")
     print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'loop.png'}")

@@ -130,6 +130,7 @@ def train(args, device):
     ema = bs.EMA(net, args.ema)
     optimizer = bs.make_optimizer(net, args.lr, device)
     trained_on = cache.hashes("train")
+    source = "phantoms" if all(bs.phantom_seed(case.case) is not None for case in split["train"]) else "patients"
     state = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)
     if state:
         prior = state["prior"]                  # not as measured again: that may differ by rounding
@@ -171,7 +172,8 @@ def train(args, device):
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
             "optimizer": optimizer.state_dict(), "prior": prior, "condition": args.condition, "classes": list(names),
             "modalities": list(cache.meta["modalities"]), "shift": args.shift,
-            "resolution": args.resolution, "fov": args.fov, "trained_on": trained_on})
+            "resolution": args.resolution, "fov": args.fov, "trained_on": trained_on,
+            "patients": len({entry["patient"] for entry in cache.cases if entry["part"] == "train"}), "data": source})
 
     stop = bs.catch_signals()
 

@@ -185,7 +185,7 @@ def test_the_closed_loop_needs_no_labels(work, tmp_path):
                    "--steps", "2", "--out", out)
         assert (out / "loop.png").exists() and "Traceback" not in text
         made, = bs.find_cases(out)
-        predicted = nib.load(out / f"{case.case}_prediction.nii.gz")
+        predicted = nib.load(out / "predictions/scan_00000.nii.gz")
         assert np.array_equal(predicted.affine, nib.load(case.files["t1"]).affine)
         facts = bs.synthetic_facts(made)
         assert facts["LabelMaps"] == "segmented" and case.case not in json.dumps(facts)

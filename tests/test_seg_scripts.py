@@ -1,11 +1,13 @@
 """The segmenter's commands of the README, shortened by their own flags: training, the closed loop, judging,
 edited label maps, the study."""
 import csv
+import gzip
 import json
 import os
 import re
 import shutil
 import signal
+import zipfile
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 import torch
 
 import brainsyn as bs
+import sample
+import train_ddpm
 import train_seg
 from test_scripts import SHORT, run
 
@@ -191,6 +195,53 @@ def test_the_closed_loop_needs_no_labels(work, tmp_path):
         assert facts["LabelMaps"] == "segmented" and case.case not in json.dumps(facts)
         voxels.append((np.asarray(predicted.dataobj), bs.read_case(made)[0]))
     assert all(np.array_equal(a, b) for a, b in zip(*voxels))
+
+
+NAME = (b"DOE^JOHN", b"DOE_JOHN")              # as a header has it, as a file name has it
+
+
+def everything_in(folder):
+    """Names and unpacked bytes of all files below a folder."""
+    for path in folder.rglob("*"):
+        yield bytes(path.relative_to(folder)), b""
+        if path.name.endswith(".gz"):
+            yield bytes(path.name, "utf8"), gzip.decompress(path.read_bytes())
+        elif path.suffix in (".pt", ".npz"):
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    yield bytes(name, "utf8"), archive.read(name)
+        elif path.is_file():
+            yield bytes(path.name, "utf8"), path.read_bytes()
+
+
+def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
+    """A person's name in every text field, an extension and the file names of what goes in: it is found there, and
+    nowhere in the checkpoint, the published weights, synthetic cases from labels or scans, and what lies beside."""
+    monkeypatch.chdir(tmp_path)
+    for number, case in enumerate(bs.find_cases(work[0] / "runs/phantoms/A")[:3]):
+        for what, path in case.files.items():
+            image = nib.load(path)
+            new = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+            for field in ("descrip", "aux_file", "db_name", "intent_name"):
+                new.header[field] = NAME[0]
+            new.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient " + NAME[0]))
+            name = path.name.replace(case.case, f"DOE_JOHN_{number}")
+            (tmp_path / f"in/DOE_JOHN_{number}").mkdir(parents=True, exist_ok=True)
+            nib.save(new, tmp_path / f"in/DOE_JOHN_{number}" / name)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_ddpm.main([*SHORT[2:], "--data", "in", "--steps", "1", "--out", "out/ddpm"])
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    shutil.rmtree("out/cache")                  # a working copy of the inputs, not a product
+    bs.main(["--publish", "out/ddpm", "out/weights.npz"])
+    common = ["--checkpoint", "out/ddpm", "--steps", "1", "--count", "1"]
+    sample.main([*common, "--labels", "in", "--edit", "random", "--out", "out/model"])
+    sample.main([*common, "--labels", "in", "--paste", "in", "--native", "--out", "out/native"])
+    sample.main([*common, "--scan", "in/DOE_JOHN_1", "--segmenter", str(work[0] / "runs/seg"), "--out", "out/loop"])
+    found = {folder: [name for name, data in everything_in(tmp_path / folder) for its in NAME if its in name + data]
+             for folder in ("in", "out")}
+    assert len(found["in"]) >= 3 * 5 * 2 and not found["out"], found["out"]
+    assert len(list(everything_in(tmp_path / "out"))) > 50
 
 
 def test_judging_writes_one_table_one_json_one_plot(made):

@@ -1,5 +1,6 @@
 """Section 12: synthetic files say that they are synthetic and nothing about a patient."""
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -113,3 +114,110 @@ def test_tables_are_plain_csv_and_json(tmp_path):
     assert (tmp_path / "a.csv").read_text().split() == ["case,dice", "x,0.333333", "y,nan"]
     bs.write_json(tmp_path / "a.json", {"a": [1, float("nan")], "b": {"c": float("inf"), "d": (2,)}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None], "b": {"c": None, "d": [2]}}
+
+
+def small_set(folder, count=3):
+    """Synthetic cases as sample.py writes them, of random voxels, with all that stands beside them."""
+    rng = np.random.default_rng(1)
+    for number in range(count):
+        labels = np.zeros((6, 8, 5), np.uint8)
+        labels[1:5, 2:7, 1:4] = rng.integers(0, 4, (4, 5, 3))
+        labels[2, 3, 2], labels[2, 4, 2], labels[3, 3, 2] = 1, 2, 3
+        facts = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64, "BrainSHA256": "b" * 64, "GeneratorTrainedOn": [],
+                 "GeneratorPatients": 24, "GeneratorData": "phantoms", "GeneratorVersion": "0.1.0", "UsedInTraining": False,
+                 "VolumesML": {name: 1.5 for name in (*bs.LABELS, "TC", "WT")}, "Condition": "tumour", "Steps": 20}
+        bs.write_case(folder, f"BraTS-SYN-{number:05d}-000", rng.integers(1, 1000, (4, 6, 8, 5)).astype(np.int16), labels,
+                      np.diag([2.0, 2, 3, 1]), facts)
+    bs.write_description(folder)
+    bs.write_dataset_json(folder)
+    bs.write_datasheet(folder)
+    return folder
+
+
+def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
+    """A disk that loses bytes must not leave a case behind: nothing under its name, no litter."""
+    real = nib.save
+
+    def lossy(image, path):
+        real(image, path)
+        if str(path).endswith("t2w.nii.gz"):
+            path.write_bytes(path.read_bytes()[:-30])
+
+    monkeypatch.setattr(bs.nib, "save", lossy)
+    with pytest.raises(OSError, match="cannot be read back"):
+        write(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(bs.nib, "save", lambda image, path: real(nib.Nifti1Image(
+        np.asanyarray(image.dataobj) * 0, image.affine), path))
+    with pytest.raises(OSError, match="does not read back"):
+        write(tmp_path)
+
+
+def test_any_one_mark_may_be_lost(tmp_path):
+    """Five marks: header, name, sidecar, description of the set, the word on the contact sheet. Without any one
+    of the four a program can read, a file is still known for what it is."""
+    folder = small_set(tmp_path / "set", 1)
+    case = folder / "BraTS-SYN-00000-000"
+    file = case / "BraTS-SYN-00000-000-t2w.nii.gz"
+    for lost in ("header", "name", "sidecar", "description"):
+        copy = tmp_path / lost
+        shutil.copytree(folder, copy)
+        its = copy / case.name / file.name
+        if lost == "header":
+            image = nib.load(its)
+            nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), its)
+        elif lost == "name":
+            its = its.rename(its.with_name("x-t2w.nii.gz"))
+        else:
+            (its.with_name(f"{case.name}.json") if lost == "sidecar" else copy / "dataset_description.json").unlink()
+        assert bs.is_synthetic(its), lost
+    alone = tmp_path / "alone.nii.gz"
+    shutil.copy(file, alone)
+    assert bs.is_synthetic(alone), "moved and renamed, its header still says it"
+
+
+def test_the_datasheet_says_what_must_not_be_done(tmp_path):
+    """Made from sidecars alone; figures appear when there are some, and are called missing when not."""
+    folder = small_set(tmp_path)
+    text = (folder / "DATASHEET.md").read_text()
+    for words in ("SYNTHETIC", "3 cases", "24 patients (phantoms)", "Nothing clinical", "No validation of a clinical claim",
+                  "Not judged", "Not audited", "Known limits", "| ET | 1.5 | 1.5 | 1.5 |"):
+        assert words in text, words
+    bs.write_json(folder / "judge.json", {"held_out_cases": 12, "synthetic": {"Dice WT": 0.81}, "real": {"Dice WT": 0.9}})
+    bs.write_datasheet(folder)
+    text = (folder / "DATASHEET.md").read_text()
+    assert "against 12 held-out cases" in text and "| Dice WT | 0.81 | 0.9 |" in text and "Not judged" not in text
+
+
+def test_labels_survive_the_way_through_regions(tmp_path):
+    """What nnU-Net does with dataset.json: labels -> regions to train on -> labels by regions_class_order, later
+    ones over earlier ones. NCR, ED and ET must come out as they went in."""
+    description = json.loads((small_set(tmp_path) / "dataset.json").read_text())
+    assert list(description["labels"])[1:] == ["whole_tumor", "tumor_core", "enhancing_tumor"]
+    for case in bs.find_cases(tmp_path):
+        labels = bs.read_labels(case)[0]
+        out = np.zeros_like(labels)
+        for region, value in zip(list(description["labels"])[1:], description["regions_class_order"]):
+            out[np.isin(labels, description["labels"][region])] = value
+        assert np.array_equal(out, labels) and set(np.unique(labels)) == {0, 1, 2, 3}
+
+
+def test_nnunet_accepts_a_set(tmp_path):
+    """Its own integrity check, with its default reader."""
+    check = pytest.importorskip("nnunetv2.experiment_planning.verify_dataset_integrity")
+    check.verify_dataset_integrity(str(small_set(tmp_path / "Dataset901_Synthetic")), 2)
+    (tmp_path / "Dataset901_Synthetic/BraTS-SYN-00001-000/BraTS-SYN-00001-000-t2w.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError):
+        check.verify_dataset_integrity(str(tmp_path / "Dataset901_Synthetic"), 2)
+
+
+def test_monai_loads_a_set(tmp_path):
+    """Its data list and its loader give four channels and the labels as we read them."""
+    data, transforms = pytest.importorskip("monai.data"), pytest.importorskip("monai.transforms")
+    folder = small_set(tmp_path)
+    items = data.load_decathlon_datalist(folder / "dataset.json", True, "training", base_dir=folder)
+    load = transforms.LoadImaged(["image", "label"], ensure_channel_first=True)
+    assert len(items) == 3
+    for item, case in zip(items, bs.find_cases(folder)):
+        got, (scans, labels, _) = load(item), bs.read_case(case)
+        assert np.array_equal(got["image"].numpy(), scans) and np.array_equal(got["label"][0].numpy(), labels)

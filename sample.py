@@ -4,17 +4,20 @@
     python sample.py --checkpoint runs/ddpm --labels DIR --count 4 --steps 20 --out synthetic
     python sample.py --scan CASE_DIR --segmenter runs/seg --checkpoint runs/ddpm --out loop
     python sample.py --judge synthetic --segmenter runs/seg
+    python sample.py --audit synthetic --checkpoint runs/ddpm
 
 Reads     a checkpoint of train_ddpm.py; label maps (and brain outlines) from BraTS cases in --labels, as
           they are or edited; or scans without labels, which --segmenter of train_seg.py labels first
 Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI, a JSON sidecar that says
-          how the case was made, and out/contact_sheet.png (loop.png); --judge: judge.json, judge.png
+          how the case was made; beside them contact_sheet.png (loop.png), dataset.json, DATASHEET.md;
+          --judge: judge.json, judge.png; --audit: audit.json, audit.png, pairs.png, which shows real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -65,18 +68,24 @@ def parse_arguments(argv=None):
                        help="guidance acts while t/T lies between these")
     model.add_argument("--coherence", type=float, default=default["coherence"],
                        help="mm along z over which noise agrees; 0: every slice on its own")
-    judge = parser.add_argument_group("judging")
+    judge = parser.add_argument_group("judging and auditing")
     judge.add_argument("--judge", metavar="SYN", help="folder of synthetic cases to judge, instead of making some")
-    judge.add_argument("--data", help="real cases to judge by (split as in training); without it phantoms")
-    judge.add_argument("--phantoms", type=int, default=60, help="how many phantoms --judge compares with")
+    judge.add_argument("--audit", metavar="SYN", help="folder of synthetic cases to search for copies of training "
+                       "cases of --checkpoint; exit 1 if it leaks")
+    judge.add_argument("--canaries", type=int, default=8, help="training cases planted as copies, to see whether the "
+                       "audit finds them; 0 for none")
+    judge.add_argument("--mark", action="store_true", help="write the audit into the sidecars and the datasheet")
+    judge.add_argument("--data", help="real cases to judge or audit by (as in training); without it phantoms")
+    judge.add_argument("--phantoms", type=int, default=60, help="how many phantoms that is")
     judge.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre they come from")
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default="synthetic", help="output folder")
+    run.add_argument("--out", help="output folder (default synthetic; of --audit audit)")
     run.add_argument("--seed", type=int, default=0, help="noise follows from it and the case number")
     run.add_argument("--batch", type=int, default=32, help="slices a network call, for memory only")
     run.add_argument("--device", default="auto", choices=bs.DEVICES,
                      help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
     args = parser.parse_args(argv)
+    args.out = args.out or ("audit" if args.audit else "synthetic")
     bs.require_positive(args, "count", "steps", "batch", "phantoms")
     if args.steps > bs.T or not 0 <= args.eta <= 1:
         raise bs.BadInput(f"--steps goes up to {bs.T}, --eta from 0 to 1")
@@ -359,7 +368,7 @@ def judged_by(args, segmenters, made):
         if not hashes or segmenter.seen & hashes:
             raise bs.BadInput(f"no real case is held out from {path}; judge with the --data, --split or --phantoms it "
                               "was trained with")
-        if segmenter.seen & {bs.file_hash(case.folder / f"{case.case}.json") for case in made}:
+        if segmenter.seen & {bs.sidecar_hash(case) for case in made}:
             raise bs.BadInput(f"{path} was trained on {args.judge}; judge with a segmenter trained on real cases alone")
     return split, hashes
 
@@ -419,15 +428,95 @@ def judge(args, device):
     print(f"wrote: {Path(args.judge) / 'judge.json'}\nwrote: {Path(args.judge) / 'judge.png'}")
 
 
+def audit_cases(args, state):
+    """The real cases of an audit: ([Case], which of them were trained on: bool array), one a patient. BadInput where
+    there are no training cases of the checkpoint or no others among them."""
+    cases, _ = bs.find_data(SimpleNamespace(data=args.data, out=args.checkpoint, phantoms=args.phantoms, split=None,
+                                            scanner=state["args"]["scanner"], skip_bad=args.skip_bad))
+    first = {case.patient: case for case in reversed(cases)}        # of several time points the first
+    cases, known = [first[patient] for patient in sorted(first)], set(state["trained_on"])
+    hashes = [set(bs.hashes_of(case)) for case in cases]
+    part = [len(its & known) for its in hashes]
+    sure = [i for i, n in enumerate(part) if n in (0, len(hashes[i]))]
+    trained = np.array([part[i] > 0 for i in sure])
+    if not trained.any() or trained.all():
+        raise bs.BadInput(f"{args.data or 'the phantoms'}: {trained.sum()} cases that {args.checkpoint} was trained on "
+                          f"and {(~trained).sum()} others; an audit needs both, so give the --data it was trained with")
+    return [cases[i] for i in sure], trained, [hashes[i] for i in sure]
+
+
+def audit(args, device):
+    """Search a folder of synthetic cases for copies of training cases: table, audit.json, audit.png, pairs.png."""
+    denoiser, state, _ = load_generator(args, device)
+    made = bs.find_cases(args.audit)
+    facts = [bs.synthetic_facts(case) for case in made]
+    foreign = [case.case for case, its in zip(made, facts) if its["CheckpointSHA256"] != bs.file_hash(state["file"])]
+    if len(foreign) == len(made):
+        print(f"note: none of the cases was made with {args.checkpoint}; part C speaks of that, not of their generator")
+    cases, trained, hashes = audit_cases(args, state)
+    prepare = lambda its: bs.prepare_case(its, state["resolution"], state["fov"], state["condition"])
+    of_made, of_real = [bs.audit_slices([prepare(case) for case in its]) for its in (made, cases)]
+    own = torch.tensor([[bool({its["LabelMapSHA256"], its["BrainSHA256"]} & owner) for owner in hashes]
+                        for its in facts])
+    settings = {**sampling(args), "coherence": 0.0, "steps": min(args.steps, 10)}       # anatomy is there by then
+    report, pairs = bs.audit(of_made, own, of_real, torch.from_numpy(trained), state["condition"], args.canaries,
+                             denoiser, settings)
+    words, out = bs.audit_words(report), Path(args.out)
+    report = {"verdict": report["verdict"], "words": words, "condition": state["condition"], **report,
+              "pairs": [{"synthetic": made[i].case, "slice": bs.AUDIT_POSITIONS[p], "training": cases[j].case,
+                         "score": report["scores"][i], "named": k < report["copies"]}
+                        for k, (i, p, j) in enumerate(pairs)]}
+    bs.write_json(out / "audit.json", report)
+    draw_audit(out / "audit.png", report)
+    shown = pairs[:max(3, min(12, report["copies"]))]
+    bs.draw_rows(out / "pairs.png", [[*of_made[0][i, p], None, *of_real[0][j, p]] for i, p, j in shown],
+                 [*(f"SYNTHETIC\n{name}" for name in bs.MODALITIES), "",
+                  *(f"training case\n{name}" for name in bs.MODALITIES)], state["condition"],
+                 f"nearest pairs; the right half shows {'phantoms' if state['data'] == 'phantoms' else 'real scans'}")
+    for its in report["pairs"][:report["copies"]]:
+        print(f"copy: {its['synthetic']} at {its['slice']:+.1f} of the brain's height is too near to {its['training']} "
+              f"({its['score']:.1f} robust standard deviations; {bs.LIMIT:.0f} at most)")
+    print(words.replace(". ", ".\n"))
+    print(f"verdict: {report['verdict']}")
+    if args.mark:
+        kept = {name: report[name] for name in ("verdict", "words", "copies", "share", "canaries_found")}
+        for case, its in zip(made, facts):
+            bs.write_json(case.folder / f"{case.case}.json", {**its, "Audit": kept})
+        bs.write_datasheet(args.audit)
+        print(f"wrote: the audit into {len(made)} sidecars and {Path(args.audit) / 'DATASHEET.md'}")
+    for name in ("audit.json", "audit.png", "pairs.png"):
+        print(f"wrote: {out / name}")
+    if report["verdict"] == "leak":
+        sys.exit(1)
+
+
+def draw_audit(path, report):
+    """A page-wide figure: nearest training case against nearest decoy, scores, canaries, the shares."""
+    near, scores = report["nearest"], sorted(report["scores"])
+    diagonal = [min(near["training"] + near["decoy"]), max(near["training"] + near["decoy"])]
+    chance = {name: report[key] for name, key in (("nearer to training", "share"), ("loss", "loss_auc"),
+                                                  ("reproduction", "reproduction_auc")) if key in report}
+    planted = report["canaries_found"]
+    panels = [("nearest decoy (up) and training case (right)", "points",
+               {"synthetic cases": (near["training"], near["decoy"], None), "equally near": (diagonal, diagonal)}),
+              ("score of every synthetic case, sorted", "points",
+               {"cases": (range(len(scores)), scores, None), "limit": ([0, len(scores) - 1], [bs.LIMIT] * 2)}),
+              ("share of planted copies found", "bars", {report["verdict"]: (list(planted), list(planted.values()))}),
+              ("share or AUC, 0.5 if nothing leaked", "bars",
+               {report["verdict"]: (list(chance), list(chance.values()))})]
+    bs.draw_lines(path, panels, "")
+
+
 def main(argv=None):
-    """One of the three: judge a set, close the loop over scans, make a set."""
+    """One of the four: judge a set, audit it, close the loop over scans, make a set."""
     args = parse_arguments(argv)
     device = bs.pick_device(args.device)
     print(bs.describe(device), flush=True)
-    if args.judge and not Path(args.judge).is_dir():
-        raise bs.BadInput(f"{args.judge}: no such folder; make synthetic cases first")
+    given = args.judge or args.audit
+    if given and not Path(given).is_dir():
+        raise bs.BadInput(f"{given}: no such folder; make synthetic cases first")
     with bs.sole_writer(args.judge or args.out):
-        (judge if args.judge else close_loop if args.scan else make_set)(args, device)
+        (judge if args.judge else audit if args.audit else close_loop if args.scan else make_set)(args, device)
 
 
 if __name__ == "__main__":

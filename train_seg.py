@@ -298,7 +298,7 @@ def synthetic_cache(folder, held, args):
                           "generator that used validation or test patients; make them from training cases alone")
     cache = bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour",
                            {"train": cases, "val": [], "test": []})
-    return cache, sorted(bs.file_hash(case.folder / f"{case.case}.json") for case in cases)
+    return cache, sorted(bs.sidecar_hash(case) for case in cases)
 
 
 def hashes_of_all(cases):

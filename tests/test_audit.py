@@ -1,0 +1,194 @@
+"""Section 14: an audit that cannot fail is worth nothing, so most of these plant a leak and want it named."""
+import numpy as np
+import pytest
+import torch
+
+import brainsyn as bs
+
+TUMOUR = "tumour"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Slices of 44 phantoms, as the audit compares them: (images, classes, positions)."""
+    folder = tmp_path_factory.mktemp("pool")
+    bs.make_phantoms(folder, 44)
+    return bs.audit_slices([bs.prepare_case(case, 32, 192.0, TUMOUR) for case in bs.find_cases(folder)])
+
+
+@pytest.fixture(scope="module")
+def alike(pool):
+    """Similarity of all phantoms to each other, (44, 10, 44)."""
+    views = bs.audit_views(*pool[:2], TUMOUR)
+    return bs.similarity(views, views, bs.mean_head(*views))
+
+
+def deal(seed, sizes=(12, 12, 20)):
+    """Numbers of training cases, decoys and synthetic cases, drawn from the pool without overlap."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(44))
+    return order[:sizes[0]], order[sizes[0]:sizes[0] + sizes[1]], order[sizes[0] + sizes[1]:sum(sizes)]
+
+
+def finder_of(alike, training, decoys, made):
+    """A CopyFinder for cases of the pool in these parts; real cases in the order training, decoys."""
+    real, known = torch.cat([training, decoys]), torch.arange(len(training) + len(decoys)) < len(training)
+    own = torch.zeros(len(made), len(real), dtype=torch.bool)
+    return bs.CopyFinder(alike[made][:, :, real], alike[real][:, :, real], known, own)
+
+
+def take(pool, rows):
+    return [its[rows] for its in pool]
+
+
+def test_fresh_heads_raise_no_alarm(alike):
+    """Sixty times other phantoms are dealt as training cases, decoys and synthetic cases: none is ever named."""
+    for seed in range(60):
+        scores = finder_of(alike, *deal(seed)).found["score"]
+        assert scores.max() < bs.LIMIT, f"deal {seed}: {scores.max():.1f}"
+
+
+def test_shares_of_fresh_heads_are_chance(alike):
+    """Nearer to training than to decoys in half of the slices, and p spread evenly over 0..1."""
+    shares, ps = [], []
+    for seed in range(12):
+        training, decoys, made = deal(seed)
+        real, known = torch.cat([training, decoys]), torch.arange(24) < 12
+        share, p = bs.nearer_share(alike[made][:, :, real], known, permutations=100)
+        shares.append(share)
+        ps.append(p)
+    assert abs(np.mean(shares) - 0.5) < 0.05 and 0.3 < np.mean(ps) < 0.7 and min(ps) > bs.CHANCE, (shares, ps)
+
+
+def planted(pool, seed, kind, where):
+    """One deal with training cases copied, as `kind`, into the synthetic ones. where: [(synthetic case, slices,
+    training case)], numbers within their parts -> what the finder says of all synthetic cases."""
+    training, decoys, made = deal(seed)
+    real, its = take(pool, torch.cat([training, decoys])), [t.clone() for t in take(pool, made)]
+    for to, slices, number in where:
+        copy = bs.canary(kind, real[0][number], real[1][number], its[0][to].clone(), seed)
+        for mine, theirs in zip(its, copy):
+            mine[to, slices] = theirs[slices]
+    known, views = torch.arange(24) < 12, bs.audit_views(*real[:2], TUMOUR)
+    head = bs.mean_head(*views)
+    finder = bs.CopyFinder(bs.similarity(bs.audit_views(*its[:2], TUMOUR), views, head),
+                           bs.similarity(views, views, head), known, torch.zeros(20, 24, dtype=torch.bool))
+    return finder.found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_copied_slice_in_two_hundred_is_named(pool, seed):
+    """A single slice, copied exactly, among 200: the case, the slice and the training case are named, nothing else."""
+    found = planted(pool, seed, "copy", [(7, [4], 3)])
+    assert found["score"][7] > bs.LIMIT and found["slice"][7] == 4 and found["pair"][7] == 3
+    assert (torch.cat([found["score"][:7], found["score"][8:]]) < bs.LIMIT).all()
+
+
+@pytest.mark.parametrize("kind", bs.CANARIES)
+@pytest.mark.parametrize("seed", range(2))
+def test_copies_are_found_under_what_hides_them(pool, kind, seed):
+    """5% of the set are copies with noise, shifted by a pixel, mirrored, with another gamma, blended with another
+    case: named, and named right."""
+    found = planted(pool, seed, kind, [(11, slice(None), 5)])
+    assert found["score"][11] > bs.LIMIT and found["pair"][11] == 5
+    assert (found["score"] > bs.LIMIT).sum() == 1
+
+
+def test_a_set_that_is_mostly_copies_is_named(pool):
+    """Where the median case is a copy, nothing stands out of the set: what stands out is how near it is."""
+    found = planted(pool, 0, "noise", [(i, slice(None), i % 12) for i in range(16)])
+    assert (found["score"][:16] > bs.LIMIT).all() and (found["pair"][:16] == torch.arange(16) % 12).all()
+
+
+def test_swapping_who_was_trained_on_mirrors_the_share(pool, alike):
+    """The share and that of decoys are one: nothing prefers one of the two groups but the data."""
+    training, decoys, made = deal(1, (16, 8, 20))
+    values, known = alike[made][:, :, torch.cat([training, decoys])].clone(), torch.arange(24) < 16
+    values[:10, :, 3] = 0.9                                     # half of them are copies of training case 3
+    shares = [bs.nearer_share(values, labels, permutations=1)[0] for labels in (known, ~known)]
+    assert abs(sum(shares) - 1) < 1e-9 and shares[0] > 0.6
+
+
+def test_what_a_label_map_demands_is_no_copy(pool, alike):
+    """A synthetic case is compared with all but the case that lent it its outline: alike that must be."""
+    training, decoys, made = deal(2)
+    made = torch.cat([made[:-1], training[4:5]])                # its own training case, exactly
+    found = finder_of(alike, training, decoys, made).found
+    assert found["score"][-1] > bs.LIMIT and found["pair"][-1] == 4
+    real, own = torch.cat([training, decoys]), torch.zeros(20, 24, dtype=torch.bool)
+    own[-1, 4] = True
+    finder = bs.CopyFinder(alike[made][:, :, real], alike[real][:, :, real], torch.arange(24) < 12, own)
+    assert finder.found["score"][-1] < bs.LIMIT
+
+
+def test_auc_by_hand():
+    """Two above two is 1, mixed evenly 0.5, ties count half; p of the best of three against three is 1 in 20."""
+    assert bs.membership(np.array([3.0, 4]), np.array([1.0, 2]))[0] == 1
+    assert bs.membership(np.array([1.0, 4]), np.array([2.0, 3]))[0] == 0.5
+    assert bs.membership(np.array([1.0, 2]), np.array([1.0, 2]))[0] == 0.5
+    assert abs(bs.membership(np.array([4.0, 5, 6]), np.array([1.0, 2, 3]))[1] - 1 / 20) < 0.015
+
+
+def learn(pool, rows, steps, every=1, width=32):
+    """A generator of a few hundred thousand weights, trained on every so many slices of these cases of the pool."""
+    x0, classes, position = [its[rows][:, ::every].flatten(0, 1) for its in pool]
+
+    class Slices:
+        rows = np.zeros((len(x0), 5, 32, 32), np.uint8)
+        batch = staticmethod(lambda at: (x0[at], classes[at], position[at]))
+
+    prior, alpha_bar = bs.measure_prior(Slices, np.arange(len(x0)), TUMOUR), bs.cosine_alpha_bar(2.0)
+    torch.manual_seed(0)
+    net = bs.UNet(width=width, mults=(1, 2), patch=4)
+    optimizer, ema = bs.make_optimizer(net, 2e-3, torch.device("cpu")), bs.EMA(net, 0.99)
+    for step in range(steps):
+        at = torch.from_numpy(bs.endless(np.arange(len(x0)), (0, "audit"), 16 * step, 16))
+        t, eps, keep, given, _ = bs.training_noise(0, step, (16, 4, 32, 32), 0.1)
+        onehot, (signal, sigma) = bs.one_hot(classes[at], 5), bs.signal_sigma(alpha_bar, t)
+        mean, std = bs.expected(prior, onehot, position[at])
+        for group in optimizer.param_groups:
+            group["lr"] = bs.learning_rate(2e-3, step / steps, step)
+        x_t = bs.add_noise(x0[at], eps, signal, sigma)
+        v_hat = bs.precondition(net(x_t, t, onehot, position[at][:, None]), x_t, signal, sigma, mean, std)
+        ((v_hat - bs.v_target(x0[at], eps, signal, sigma)) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(net, step + 1)
+    return bs.Denoiser(ema.copy_of(net, steps), prior, alpha_bar, torch.device("cpu"))
+
+
+SETTINGS = {**bs.SAMPLING, "steps": 10, "coherence": 0.0}
+
+
+def audited(pool, training, masks, denoiser, **more):
+    """The audit of a set sampled from the label maps of these cases of the pool."""
+    made = [torch.stack([bs.sample_volume(denoiser, pool[1][i], pool[2][i], 1.0, (5, int(i)), SETTINGS) for i in masks]),
+            *take(pool, masks)[1:]]
+    own = torch.zeros(len(masks), 44, dtype=torch.bool)
+    own[torch.arange(len(masks)), masks] = True
+    known = torch.zeros(44, dtype=torch.bool)
+    known[training] = True
+    return bs.audit(made, own, pool, known, TUMOUR, denoiser=denoiser, settings=SETTINGS, **more)
+
+
+def test_without_canaries_nothing_is_cleared(pool):
+    """An untrained generator leaks nothing; but only if planted copies were found is that called so."""
+    training, decoys, _ = deal(3, (24, 20, 0))
+    torch.manual_seed(0)
+    denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,), patch=4), {
+        "classes": torch.stack([torch.zeros(6, 4), torch.full((6, 4), 0.5)])}, bs.cosine_alpha_bar(), torch.device("cpu"))
+    denoiser.net.eval()
+    more = {"few": 3}
+    report, pairs = audited(pool, training, decoys[:8], denoiser, **more)
+    assert report["verdict"] == "none found" and len(pairs) == 8, report
+    assert "below 37.5%" in bs.audit_words(report) and "private" not in bs.audit_words(report)
+    report, _ = audited(pool, training, decoys[:8], denoiser, canaries=0, **more)
+    assert report["verdict"] == "underpowered" and "none were planted" in bs.audit_words(report)
+
+
+@pytest.mark.slow
+def test_a_network_that_memorised_is_caught(pool):
+    """24 phantoms, 96 slices, 1500 steps: part C knows its training cases, and the set is called a leak. The same
+    network after as many steps on ten times as many different slices is not."""
+    training, decoys, _ = deal(4, (24, 20, 0))
+    report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]), learn(pool, training, 1500, every=3))
+    assert report["verdict"] == "leak" and report["reproduction_auc"] > 0.95, report

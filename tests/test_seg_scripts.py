@@ -289,6 +289,49 @@ def test_a_segmenter_may_not_judge_what_it_was_trained_on(made):
     assert "was trained on synthetic" in text and "Traceback" not in text
 
 
+def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeypatch, capsys):
+    """A training case put among the synthetic ones, under a sidecar that says otherwise: named with its score, a
+    picture of the pair, exit 1. --mark writes figures, and no name, into sidecars and datasheet, and a segmenter
+    still knows the set it was trained on. (The other cases may be named too: a generator of four steps draws the
+    mean of its seven training brains, which is near to each of them.)"""
+    folder, syn = made[0], tmp_path / "syn"
+    monkeypatch.chdir(folder)
+    shutil.copytree(folder / "synthetic", syn)
+    few = ["--audit", str(syn), "--phantoms", "10", "--steps", "2", "--canaries", "2", "--checkpoint", "runs/ddpm"]
+    state = bs.load_checkpoint("runs/ddpm")
+    victim = next(case for case in bs.find_cases("runs/phantoms/A") if bs.hashes_of(case)[0] in state["trained_on"])
+    scans, labels, affine = bs.read_case(victim)
+    facts = {**facts_of(syn)[0], "LabelMapSHA256": "0" * 64, "BrainSHA256": "0" * 64}
+    bs.write_case(syn, "BraTS-SYN-00009-000", (scans / scans.max((1, 2, 3), keepdims=True) * 999).astype(np.int16), labels,
+                  affine, facts)
+    digests = [bs.sidecar_hash(case) for case in bs.find_cases(syn)]
+    with pytest.raises(SystemExit) as left:
+        sample.main([*few, "--out", str(tmp_path / "after"), "--mark"])
+    text = capsys.readouterr().out
+    assert left.value.code == 1 and "verdict: leak" in text
+    assert re.search(f"copy: BraTS-SYN-00009-000 at .* is too near to {victim.case}", text), text
+    report = json.loads((tmp_path / "after/audit.json").read_text())
+    first = report["pairs"][0]
+    assert report["copies"] >= 1 and first["training"] == victim.case and first["named"] and "00009" in first["synthetic"]
+    assert report["training_cases"] == 7 and report["decoys"] == 3 and report["condition"] == "tumour"
+    assert {p.name for p in (tmp_path / "after").iterdir()} == {"audit.json", "audit.png", "pairs.png"}
+    marked = facts_of(syn)
+    assert all(its["Audit"]["verdict"] == "leak" for its in marked) and victim.case not in json.dumps(marked)
+    sheet = (syn / "DATASHEET.md").read_text()
+    assert "**leak**" in sheet and victim.case not in sheet
+    assert [bs.sidecar_hash(case) for case in bs.find_cases(syn)] == digests
+
+
+def test_an_audit_needs_cases_seen_and_unseen(made, tmp_path, monkeypatch):
+    """Real cases the generator knows nothing of, or knows all of: one sentence."""
+    monkeypatch.chdir(made[0])
+    bs.make_phantoms(tmp_path / "other", 2, "B")
+    with pytest.raises(bs.BadInput, match="0 cases that runs/ddpm was trained on and 2 others"):
+        sample.main(["--audit", "synthetic", "--data", str(tmp_path / "other"), "--out", str(tmp_path / "a")])
+    with pytest.raises(bs.BadInput, match="no such folder"):
+        sample.main(["--audit", "nowhere"])
+
+
 def test_sampling_from_one_part_of_the_split(made):
     """--part train uses label maps of training patients alone, in edited form; the edit is in the sidecar."""
     folder, _ = made

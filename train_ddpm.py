@@ -193,6 +193,7 @@ def train(args, device):
         finite = bs.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
         bs.end_step(device, losses, finite)
+        finite = bool(bs.to_host(finite))
         pace.tick()
         if finite and bs.first_process():
             ema.update(net, pace.step)

@@ -211,6 +211,7 @@ def fit(args, sources, cache, device, trained_on=None):
         finite = bs.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
         bs.end_step(device, losses, finite)
+        finite = bool(bs.to_host(finite))
         pace.tick()
         if finite and bs.first_process():
             ema.update(net, pace.step)

@@ -256,6 +256,33 @@ def test_xla_splits_a_batch_over_all_devices(tmp_path):
     assert "{devices=[4,1]0,1,2,3}" in text and text.count("{replicated}") == 2, text
 
 
+SPOIL = """
+import torch, brainsyn as bs
+device = bs.pick_device("xla")
+net = bs.place_network(torch.nn.Linear(2, 2), device)
+optimizer = bs.make_optimizer(net, 0.1, device)
+bs.prepare_training(net, optimizer, device)
+held = lambda: [its.cpu().clone() for its in (*net.parameters(), *(t for s in optimizer.state.values() for t in s.values()))]
+for norm in (1.0, float("nan"), 1.0):
+    before = held()
+    batch, norm = bs.to_device(device, torch.ones(2, 2), torch.tensor([norm]))
+    losses = net(batch).sum(1)
+    losses.mean().backward()
+    finite = bs.step_if_finite(device, optimizer, losses, norm.sum())
+    optimizer.zero_grad()
+    bs.end_step(device, finite)
+    print(bool(bs.to_host(finite)), all(torch.equal(a, b) for a, b in zip(held(), before)))
+"""
+
+
+@needs_xla
+def test_xla_leaves_out_a_step_that_is_not_finite(tmp_path):
+    """Weights, moments and step count are what they were; the sound steps before and after change them."""
+    done = subprocess.run([sys.executable, "-c", SPOIL], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "PJRT_DEVICE": "CPU"})
+    assert done.stdout.split()[-6:] == ["True", "False", "False", "True", "True", "False"], done.stdout + done.stderr
+
+
 @needs_xla
 def test_xla_and_the_cpu_continue_each_other(plain, on_xla):
     """Checkpoints carry no trace of the device they come from."""

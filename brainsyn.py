@@ -2604,7 +2604,8 @@ def find_data(args):
     folder; those already there are used again.
     """
     if args.data:
-        cases = in_turn(lambda: usable_cases(args.data, args.skip_bad, Path(args.out).parent / "cache"))
+        say = print if first_process() else lambda *_, **__: None
+        cases = in_turn(lambda: usable_cases(args.data, args.skip_bad, Path(args.out).parent / "cache", say))
         return cases, split_patients(cases, args.split)
     folder, started = Path(args.out).parent / "phantoms" / args.scanner, time.time()
     made = in_turn(lambda: make_phantoms(folder, args.phantoms, scanner=args.scanner))

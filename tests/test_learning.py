@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 def test_default_training_obeys_masks_and_looks_like_scans(folder):
     """On held-out phantoms: ET lights up on T1ce and ED on FLAIR in 95% of slices, air is black in
     99% of voxels, fine detail and grey-white contrast lie within 30% of the phantoms' own."""
-    run(folder, "train_ddpm.py", "--steps", "260", "--sample-every", "0", timeout=900)
+    run(folder, "train_ddpm.py", "--steps", "260", "--sample-every", "0")
     closing = json.loads((folder / "runs/ddpm/closing.json").read_text())
     assert closing["slices_with_ET"] >= 20 and closing["slices_with_ED"] >= 30
     assert closing["sampled_t1ce_ET_above_brain"] >= 0.95 and closing["sampled_flair_ED_above_brain"] >= 0.95
@@ -28,8 +28,16 @@ def test_default_training_obeys_masks_and_looks_like_scans(folder):
 def test_default_segmenter_finds_tumours_in_held_out_cases(folder):
     """A sixth of the default run: mean Dice over twelve held-out phantoms, one of them healthy, of at least
     0.7 for WT and TC and 0.55 for ET (a segmenter that finds nothing, or one region everywhere, has 0.08)."""
-    run(folder, "train_seg.py", "--steps", "200", timeout=900)
+    run(folder, "train_seg.py", "--steps", "200")
     closing = json.loads((folder / "runs/seg/closing.json").read_text())
     assert closing["cases"] == "12 test cases"
     assert closing["WT"]["dice"] >= 0.7 and closing["TC"]["dice"] >= 0.7 and closing["ET"]["dice"] >= 0.55, closing
     assert closing["WT"]["sensitivity"] >= 0.8, closing
+
+
+@pytest.mark.slow
+def test_default_generator_holds_no_training_case(folder):
+    """The audit of three cases it makes, after the run above: planted copies are found, and nothing else."""
+    run(folder, "sample.py", "--count", "3", "--steps", "5")
+    text = run(folder, "sample.py", "--audit", "synthetic", "--steps", "5")
+    assert "verdict: none found" in text and "42 training cases and 18 real cases" in text, text

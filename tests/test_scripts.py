@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,18 +15,18 @@ import torch
 import brainsyn as bs
 import sample
 import train_ddpm
+from nursery import run_script
 
 ROOT = Path(bs.__file__).parent
 SHORT = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch", "4",
          "--sample-every", "4", "--seed", "3"]
 
 
-def run(folder, script, *arguments, status=0, timeout=300):
+def run(folder, script, *arguments, status=0):
     """Run a script in `folder` as its own process; returns what it printed."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=folder, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
-    assert done.returncode == status, done.stdout
-    return done.stdout
+    left, text = run_script(folder, script, *arguments)
+    assert left == status, text
+    return text
 
 
 @pytest.fixture(scope="module")

@@ -375,7 +375,7 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     folder, _ = work
     command = ["--study", "--phantoms", "10", "--resolution", "24", "--batch", "2", "--steps", "2", "--patients", "1",
                "all", "--seeds", "2", "--generator-steps", "2", "--made", "2", "--calls", "2"]
-    text = run(folder, "train_seg.py", *command, timeout=600)
+    text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
     rows = list(csv.DictReader((out / "study.csv").open()))
     split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))

@@ -1,0 +1,57 @@
+"""Runs scripts as processes of their own without paying four seconds of imports for each.
+
+One process imports what all scripts import and does nothing else; it forks a child for every run, which gets its
+working directory, arguments and output file and then runs the script as __main__. Where there is no fork a new
+Python is started instead.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MOTHER = """
+import json, os, runpy, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot, nibabel, torch
+import torch.utils.flop_counter
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(job["folder"])
+        out = os.open(job["out"], os.O_WRONLY | os.O_APPEND)
+        os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv, status = job["words"], 0
+        try:
+            runpy.run_path(job["words"][0], run_name="__main__")
+        except SystemExit as left:
+            status = left.code if isinstance(left.code, int) else int(left.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+mothers = []
+
+
+def run_script(folder, script, *words):
+    """Run a script of the repository in `folder` -> (exit status, what it printed, errors among it)."""
+    words = [str(ROOT / script), *map(str, words)]
+    if not hasattr(os, "fork"):
+        done = subprocess.run([sys.executable, *words], cwd=folder, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout
+    if not mothers or mothers[0].poll() is not None:
+        mothers[:] = [subprocess.Popen([sys.executable, "-c", MOTHER, str(ROOT)], text=True, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE)]
+    with tempfile.NamedTemporaryFile() as out:
+        print(json.dumps({"folder": str(folder), "out": out.name, "words": words}), file=mothers[0].stdin, flush=True)
+        status = mothers[0].stdout.readline()
+        return int(status), Path(out.name).read_text()

@@ -19,6 +19,7 @@ This one file is the library. It reads top to bottom; each section uses only wha
 
     python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10 s)
     python brainsyn.py DIR   checks a folder of cases: what is rejected, what is doubtful, what is put right
+    python brainsyn.py --publish runs/ddpm weights.npz       writes weights without pickle, prints their sha256
 
 GLOSSARY (the same names everywhere)
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1

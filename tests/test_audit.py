@@ -128,7 +128,7 @@ def test_auc_by_hand():
     assert abs(bs.membership(np.array([4.0, 5, 6]), np.array([1.0, 2, 3]))[1] - 1 / 20) < 0.015
 
 
-def learn(pool, rows, steps, every=1, width=32):
+def learn(pool, rows, steps, every):
     """A generator of a few hundred thousand weights, trained on every so many slices of these cases of the pool."""
     x0, classes, position = [its[rows][:, ::every].flatten(0, 1) for its in pool]
 
@@ -138,7 +138,7 @@ def learn(pool, rows, steps, every=1, width=32):
 
     prior, alpha_bar = bs.measure_prior(Slices, np.arange(len(x0)), TUMOUR), bs.cosine_alpha_bar(2.0)
     torch.manual_seed(0)
-    net = bs.UNet(width=width, mults=(1, 2), patch=4)
+    net = bs.UNet(width=32, mults=(1, 2), patch=4)
     optimizer, ema = bs.make_optimizer(net, 2e-3, torch.device("cpu")), bs.EMA(net, 0.99)
     for step in range(steps):
         at = torch.from_numpy(bs.endless(np.arange(len(x0)), (0, "audit"), 16 * step, 16))
@@ -187,8 +187,9 @@ def test_without_canaries_nothing_is_cleared(pool):
 
 @pytest.mark.slow
 def test_a_network_that_memorised_is_caught(pool):
-    """24 phantoms, 96 slices, 1500 steps: part C knows its training cases, and the set is called a leak. The same
-    network after as many steps on ten times as many different slices is not."""
+    """24 phantoms, two slices of each, 600 steps: their scans come back from their label maps, their loss is lower,
+    and the set is called a leak. (That the default generator is not is in test_learning.py.)"""
     training, decoys, _ = deal(4, (24, 20, 0))
-    report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]), learn(pool, training, 1500, every=3))
-    assert report["verdict"] == "leak" and report["reproduction_auc"] > 0.95, report
+    report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]), learn(pool, training, 600, every=5))
+    print(bs.audit_words(report))
+    assert report["verdict"] == "leak" and report["reproduction_auc"] > 0.95 and report["loss_auc"] > 0.75, report

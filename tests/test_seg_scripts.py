@@ -430,7 +430,8 @@ def test_generators_saw_all_is_said(made):
     ("train_seg.py", ["--phantoms", "4", "--weights", "nowhere.pth", "--resolution", "24"], "nowhere.pth"),
     ("sample.py", ["--edit", "scale=big"], "--edit scale=big"),
     ("sample.py", ["--part", "train"], "--part needs --labels"),
-    ("sample.py", ["--judge", "nowhere"], "no checkpoint there; train one first with python train_seg.py"),
+    ("sample.py", ["--judge", "nowhere"], "nowhere: no such folder"),
+    ("sample.py", ["--audit", "nowhere"], "nowhere: no such folder"),
     ("sample.py", ["--scan", "nowhere"], "no checkpoint there"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):

@@ -1,11 +1,10 @@
 """Runs scripts as processes of their own without paying four seconds of imports for each.
 
 One process imports what all scripts import and does nothing else; it forks a child for every run, which gets its
-working directory, arguments and output file and then runs the script as __main__. Where there is no fork a new
-Python is started instead.
+working directory, environment, arguments and output file and then runs the script as __main__. It needs fork, which
+Windows has not.
 """
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,10 +19,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot, nibabel, torch
 import torch.utils.flop_counter
 for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
+    job, children = json.loads(line), []
+    for more in job["environments"]:
+        child = os.fork()
+        children.append(child)
+        if child:
+            continue
         os.chdir(job["folder"])
+        os.environ.update(more)
+        torch.set_num_threads(int(more.get("OMP_NUM_THREADS", torch.get_num_threads())))
         out = os.open(job["out"], os.O_WRONLY | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv, status = job["words"], 0
@@ -36,22 +40,20 @@ for line in sys.stdin:
             status = 1
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children), flush=True)
 """
 mothers = []
 
 
-def run_script(folder, script, *words):
-    """Run a script of the repository in `folder` -> (exit status, what it printed, errors among it)."""
+def run_script(folder, script, *words, environments=({},)):
+    """Run a script of the repository, or one by its full path, in `folder` -> (exit status, what it printed, errors
+    among it). environments: what to add to the environment, one dict for each of several processes at once."""
     words = [str(ROOT / script), *map(str, words)]
-    if not hasattr(os, "fork"):
-        done = subprocess.run([sys.executable, *words], cwd=folder, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return done.returncode, done.stdout
     if not mothers or mothers[0].poll() is not None:
         mothers[:] = [subprocess.Popen([sys.executable, "-c", MOTHER, str(ROOT)], text=True, stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE)]
     with tempfile.NamedTemporaryFile() as out:
-        print(json.dumps({"folder": str(folder), "out": out.name, "words": words}), file=mothers[0].stdin, flush=True)
+        job = {"folder": str(folder), "out": out.name, "words": words, "environments": list(environments)}
+        print(json.dumps(job), file=mothers[0].stdin, flush=True)
         status = mothers[0].stdout.readline()
         return int(status), Path(out.name).read_text()

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import brainsyn as bs
+from nursery import run_script
 
 ROOT = Path(bs.__file__).parent
 DDPM = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch", "4",
@@ -38,18 +40,28 @@ bs.run_script(__import__(sys.argv.pop(1)).main)
 """
 
 
-def start(folder, program, *words, processes=1, devices=None, status=0):
-    """Run Python text as a process of its own, or as several, or on so many XLA devices of the CPU; returns what
-    it printed."""
+def start(folder, program, *words, processes=1, devices=None, status=0, torchrun=False):
+    """Run Python text as a process of its own, or as several (with torchrun, or as torchrun would start them), or on
+    so many XLA devices of the CPU; returns what it printed."""
     (folder / "program.py").write_text(program)
-    shared = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
-    more = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0"} if devices else {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *shared, "program.py", *map(str, words)], cwd=folder, text=True, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **more},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert (done.returncode == 0) == (status == 0), done.stdout
-    return done.stdout
+    if devices or torchrun:
+        shared = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if torchrun else []
+        more = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices),
+                "XLA_FLAGS": "--xla_backend_optimization_level=0"} if devices else {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *shared, "program.py", *map(str, words)], cwd=folder, text=True,
+                              timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT), **more},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        left, text = done.returncode, done.stdout
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1",
+                      "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        left, text = run_script(folder, folder / "program.py", *words,
+                                environments=ranks if processes > 1 else [{"OMP_NUM_THREADS": "1"}])
+    assert (left == 0) == (status == 0), text
+    return text
 
 
 def run(folder, *words, devices=None, **how):
@@ -140,7 +152,7 @@ def test_the_bench_times_a_step(tmp_path):
 def test_two_processes_give_the_weights_of_one(plain):
     """The same global batch, half of it each: the same weights, EMA and losses up to the order of sums."""
     folder, alone = plain
-    text = run(folder, "train_ddpm", *DDPM, "--out", "runs/two", processes=2)
+    text = run(folder, "train_ddpm", *DDPM, "--out", "runs/two", processes=2, torchrun=True)
     assert text.count("device cpu x 2, float32") == 1 and text.count("wrote: runs/two/samples.png") == 1
     for part in ("weights", "ema"):
         assert furthest(folder / "runs/plain", folder / "runs/two", part) < 1e-5

@@ -799,7 +799,7 @@ def is_synthetic(path):
     for file in (*sidecars, folder / "dataset_description.json", folder.parent / "dataset_description.json"):
         try:
             facts = json.loads(file.read_text())
-            made_by = [its["Name"] for its in facts.get("GeneratedBy", [])] if file.stem != path.name else []
+            made_by = [its["Name"] for its in facts.get("GeneratedBy", [])]
             marks.append(facts.get("SyntheticData") == "YES" or "brainsyn" in made_by)
         except (OSError, ValueError, AttributeError, TypeError, KeyError):
             pass
@@ -875,18 +875,21 @@ def check_case(case):
     notes, label_file = [], str(case.files.get("seg", ""))
     try:
         scans, labels, affine = read_case(case, notes)
+        ill = labels.any()
         skip = np.maximum(1, np.rint(3 / spacing_of(affine))).astype(int)       # voxels of 3 mm are enough from here
         thin = (..., *[slice(None, None, int(k)) for k in skip])
         scans, labels, spacing = scans[thin].copy(order="K"), labels[thin], skip * spacing_of(affine)
         brain, tumour = brain_mask(scans, case.folder), labels > 0
+        if brain.sum() < 500:                               # 14 mL; a head has a hundred times as much
+            raise BadInput(f"{case.folder}: shows hardly any brain; export it again")
         for name, scan in zip(MODALITIES, scans):
             shown = 1 - (brain & (scan == air_value(scan))).sum() / brain.sum()
             if shown < 0.95:                                # 0.98 to 1 in 59 real cases, 0.67 in a cut one
                 notes.append(Finding("warned", str(case.files[name]), f"shows {shown:.0%} of the brain the other "
                                      "scans show; cut or badly stripped"))
-        if label_file and not tumour.any():
+        if label_file and not ill:
             notes.append(Finding("warned", label_file, "has no tumour; trained on as healthy"))
-        elif label_file:
+        elif tumour.any():                                  # a few voxels may fall between those that are looked at
             outside, fit = (tumour & ~brain).sum() / tumour.sum(), fit_of_labels(scans, tumour, brain, spacing)
             inner, outer = [touching(np.where(brain | tumour, labels, -1).astype(np.int8), value) for value in (1, 2)]
             if outside > 0.05:                              # 0.000 in all
@@ -907,8 +910,8 @@ def check_case(case):
         return [Finding("rejected", where, text)], None
 
 
-ALIKE = 0.53                            # correlation of signatures; up to 0.45 between 60 real heads, 0.61 and
-                                        # 0.66 between two pairs of scans of one patient each
+ALIKE = 0.53                            # correlation of signatures; up to 0.47 between 60 real heads, 0.60 and
+                                        # 0.67 between two pairs of scans of one patient each
 
 
 def check_cases(cases):
@@ -981,7 +984,8 @@ def usable_cases(folder, skip_bad=False, memory=None, say=print):
 
 def fingerprint(cases, *settings):
     """12 hexadecimal digits that change when any file of these cases (by name, size and time) or a setting does."""
-    stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for c in cases for p in c.files.values()]
+    files = [path for case in cases for path in case.files.values()]
+    stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] if p.exists() else str(p) for p in files]
     return hashlib.sha256(json.dumps([12, *settings, stamp]).encode()).hexdigest()[:12]
 
 
@@ -1905,7 +1909,7 @@ def step_if_finite(device, optimizer, losses, norm):
     """optimizer.step() where all losses (B,) and the norm of all gradients are finite -> whether they are: bool
     tensor (). Where they are not, weights and the optimiser's state stay as they are, in every process.
 
-    On XLA both outcomes are computed and one is chosen: nothing waits for the device, and the graph is the same.
+    On XLA both outcomes are computed and one is chosen, so that the graph is the same.
     """
     finite = losses.isfinite().all() & norm.isfinite()
     if processes() > 1:
@@ -3919,7 +3923,8 @@ def audit(made, own, real, training, condition, canaries=8, denoiser=None, setti
     made, real: from audit_slices (images, classes, positions), N synthetic and M real cases, one a patient;
     own bool (N, M), training bool (M,): see CopyFinder; canaries: how many training cases are planted, in each of
     the ways of CANARIES, to see whether they are found; denoiser: the generator, for part C, which is left out
-    without it; settings: of sample_volume; few: part C draws so many cases of each kind.
+    without it; settings: of sample_volume; few: part C samples so many cases of each kind, and asks for the loss of
+    twice as many.
     """
     views = [audit_views(images, classes, condition) for images, classes, _ in (made, real)]
     head = mean_head(*views[1])
@@ -3941,11 +3946,12 @@ def audit(made, own, real, training, condition, canaries=8, denoiser=None, setti
     report["canaries_found"] = planted
     # --- C: does the generator know its training cases?
     if denoiser is not None:
-        losses = denoising_loss(denoiser, *real)
-        report["loss_auc"], report["loss_p"] = membership(-losses[training].numpy(), -losses[~training].numpy())
-        drawn = [group[np.linspace(0, len(group) - 1, min(few, len(group))).astype(int)] for group in (members, others)]
+        some = lambda n: [group[np.linspace(0, len(group) - 1, min(n, len(group))).astype(int)]
+                          for group in (members, others)]
+        losses = [-denoising_loss(denoiser, *(its[rows] for its in real)) for rows in some(2 * few)]
+        report["loss_auc"], report["loss_p"] = membership(*(its.numpy() for its in losses))
         alike_own = [reproduction(denoiser, *(its[rows] for its in real), condition, head, settings, 0)
-                     for rows in drawn]
+                     for rows in some(few)]
         report["reproduction_auc"], report["reproduction_p"] = membership(*(its.numpy() for its in alike_own))
         report["reproduction"] = [its.mean().item() for its in alike_own]
         # a synthetic case beside the training case it has its label map from, against decoys and theirs

@@ -163,6 +163,9 @@ REJECTED = {
     "skull still there": ("t2w", lambda p: rewrite(p, lambda d: (d + np.random.default_rng(0).integers(
         1, 900, d.shape)).astype(np.int16)), "skull"),
 }
+REJECTED["hardly any brain"] = ("seg", lambda p: [rewrite(o, lambda d: d * (np.indices(d.shape).max(0) < 20)) if
+                                                  o != p else rewrite(o, lambda d: d * 0) for o in p.parent.iterdir()],
+                                "")
 WARNED = {
     "empty mask": ("seg", lambda p: rewrite(p, lambda d: d * 0), "no tumour"),
     "labels 1 and 2 swapped": ("seg", lambda p: rewrite(p, swapped), "swapped"),

@@ -159,6 +159,7 @@ def test_two_processes_give_the_weights_of_one(plain):
     assert len(losses(text)) == 12 and losses(text) == pytest.approx(losses(alone), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_continue_each_other(plain):
     """A checkpoint does not know how many made it."""
     folder, longer = plain[0], [word if word != "12" else "15" for word in DDPM]

@@ -103,6 +103,7 @@ def test_twenty_kills_end_at_the_same_bits(straight, tmp_path):
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_sampling_killed_half_way_goes_on(straight, tmp_path):
     """Finished cases are whole, a second run makes the rest, and all bytes are those of an undisturbed set."""
     command = ["--checkpoint", straight / "runs/ddpm", "--labels", straight / "runs/phantoms/A", "--count", "4",

@@ -411,6 +411,7 @@ def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
     assert not np.array_equal(bs.read_case(other[0])[0], bs.read_case(split["test"][0])[0])
 
 
+@pytest.mark.slow
 def test_generators_saw_all_is_said(made):
     """A given synthetic set is used in every row; rows of fewer patients are marked."""
     folder, _ = made

@@ -180,7 +180,7 @@ def test_the_datasheet_says_what_must_not_be_done(tmp_path):
     """Made from sidecars alone; figures appear when there are some, and are called missing when not."""
     folder = small_set(tmp_path)
     text = (folder / "DATASHEET.md").read_text()
-    for words in ("SYNTHETIC", "3 cases", "24 patients (phantoms)", "Nothing clinical", "No validation of a clinical claim",
+    for words in ("SYNTHETIC", "3 cases", "24 cases (phantoms)", "Nothing clinical", "No validation of a clinical claim",
                   "Not judged", "Not audited", "Known limits", "| ET | 1.5 | 1.5 | 1.5 |"):
         assert words in text, words
     bs.write_json(folder / "judge.json", {"held_out_cases": 12, "synthetic": {"Dice WT": 0.81}, "real": {"Dice WT": 0.9}})

@@ -3049,9 +3049,9 @@ class LogBook:
     def line(self, step, lr, batch, seconds, more=()):
         """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`). more: the
         values of the further columns, unless they are QUARTERS."""
-        none = [torch.tensor([math.nan]), torch.ones(1)][:1 + (len(self.fields) > 6)]
-        kept = self.losses or [none]            # where no step was sound
-        losses, *t = [torch.cat(its) for its in zip(*to_host(kept))]
+        losses, *t = [torch.cat(its) for its in zip(*to_host(self.losses))] or [torch.tensor([math.nan])]
+        if not t and self.fields[2:6] == QUARTERS:              # no step was sound: no loss, no noise level
+            t = [torch.ones(1)]
         if t:
             quarter = (t[0] - 1) * 4 // T
             more = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan for q in range(4)]
@@ -3768,7 +3768,8 @@ def audit_views(images, classes, condition):
 
 
 def mean_head(view, mask):
-    """The mean view at each position, left and right alike: (P, C, S, S). What all heads share is no copy."""
+    """The mean view at each position, left and right alike, with one empty head counted in: view (N, P, C, S, S), mask
+    (N, P, 1, S, S) -> (P, C, S, S). What all heads share is no copy."""
     total, count = (view * mask).sum(0), mask.sum(0)
     return (total + total.flip(-1)) / (count + count.flip(-1) + 1)
 
@@ -3797,7 +3798,8 @@ def similarity(made, real, head):
 
 
 def robust(values):
-    """Median and robust standard deviation (1.4826 times the median distance from it), of a tensor."""
+    """Median and robust standard deviation of a tensor's values, tensors (): 1.4826 times the median distance from the
+    median, which is the standard deviation if they are Gaussian."""
     middle = values.median()
     return middle, 1.4826 * (values - middle).abs().median() + 1e-6
 
@@ -3876,10 +3878,12 @@ def membership(members, others, permutations=4000, seed=0):
 
 
 def canary(kind, images, classes, other, seed):
-    """A training case as a copying generator might give it: images (P, C, R, R), classes (P, R, R) -> the same.
-    other: images of a synthetic case, which a blend mixes in (40%)."""
+    """A training case as a copying generator might give it: images (P, C, R, R) in [-1, 1], classes (P, R, R) -> the
+    same, changed as `kind` of CANARIES says: copy (not at all), noise (std 0.15), shift (down and right by 1/32 of the
+    picture), flip (left for right), gamma (1.6 on 0..1), blend (40% of `other`, images of a synthetic case)."""
     if kind == "shift":
-        return [torch.roll(its, (R // 32,) * 2, (-2, -1)) for its in (images, classes) for R in its.shape[-1:]]
+        pixels = max(1, images.shape[-1] // 32)
+        return [torch.roll(its, (pixels, pixels), (-2, -1)) for its in (images, classes)]
     if kind == "flip":
         return [images.flip(-1), classes.flip(-1)]
     if kind == "noise":
@@ -3905,20 +3909,28 @@ def denoising_loss(denoiser, images, classes, position):
     return torch.stack(out).mean(0)
 
 
-def reproduction(denoiser, images, classes, position, condition, head, settings, seed):
+def reproduction(denoiser, images, classes, position, condition, head, settings):
     """How alike a sample is to the scan its label map came from, case by case: arguments as denoising_loss, head
-    from mean_head -> (N,). High for any good generator; higher for training cases only if it remembers them."""
+    from mean_head, settings of sample_volume -> (N,) in [-1, 1], mean of similarity over slices. High for any good
+    generator; higher for training cases only if it remembers them."""
     out = []
     for number in range(len(images)):
-        drawn = sample_volume(denoiser, classes[number], position[number], 1.0, (seed, "audit", number), settings)
+        drawn = sample_volume(denoiser, classes[number], position[number], 1.0, (0, "audit", number), settings)
         pair = [audit_views(its[None], classes[number][None], condition) for its in (drawn, images[number])]
         out.append(similarity(*pair, head)[0, :, 0].mean())
     return torch.stack(out)
 
 
 def audit(made, own, real, training, condition, canaries=8, denoiser=None, settings=None, few=12):
-    """The whole audit -> (report: a dict of numbers, pairs: [(synthetic, slice, real)] to look at, nearest first, as
-    indices; the first report["copies"] of them are named).
+    """The whole audit -> (report, pairs: [(synthetic, slice, real)] to look at, nearest first, as indices; the first
+    report["copies"] of them are named).
+
+    report: a dict of numbers: cases of each kind; copies (scores above LIMIT) and scores of all N; share and its p; AUC
+    and p of loss and of reproduction; canaries_found, a share for each kind; nearest, similarities; and "verdict":
+    leak        a copy is named, or share or an AUC is above chance with p < CHANCE
+    underpowered  else, where under 90% of the canaries are found, or there are fewer than 8 cases on a side, or no
+                denoiser
+    none found  else
 
     made, real: from audit_slices (images, classes, positions), N synthetic and M real cases, one a patient;
     own bool (N, M), training bool (M,): see CopyFinder; canaries: how many training cases are planted, in each of
@@ -3937,21 +3949,21 @@ def audit(made, own, real, training, condition, canaries=8, denoiser=None, setti
               "share": share, "share_p": p_share, "limit": LIMIT}
     # --- D: is a copy found when there is one?
     planted = {}
-    spread = members[np.linspace(0, len(members) - 1, min(canaries, len(members))).astype(int)] if canaries else []
+    some = lambda group, n: group[np.linspace(0, len(group) - 1, min(n, len(group))).astype(int)]
+    victims = some(members, canaries)
     for kind in CANARIES if canaries else ():
-        copies = [canary(kind, real[0][i], real[1][i], made[0][n % len(alike)], n) for n, i in enumerate(spread)]
+        copies = [canary(kind, real[0][i], real[1][i], made[0][n % len(alike)], n) for n, i in enumerate(victims)]
         views_of = audit_views(*(torch.stack(its) for its in zip(*copies)), condition)
         its = finder.scores(similarity(views_of, views[1], head))
-        planted[kind] = float(((its["score"] > LIMIT) & (its["pair"] == torch.as_tensor(spread))).float().mean())
+        planted[kind] = float(((its["score"] > LIMIT) & (its["pair"] == victims)).float().mean())
     report["canaries_found"] = planted
     # --- C: does the generator know its training cases?
     if denoiser is not None:
-        some = lambda n: [group[np.linspace(0, len(group) - 1, min(n, len(group))).astype(int)]
-                          for group in (members, others)]
-        losses = [-denoising_loss(denoiser, *(its[rows] for its in real)) for rows in some(2 * few)]
+        losses = [-denoising_loss(denoiser, *(its[some(group, 2 * few)] for its in real))
+                  for group in (members, others)]
         report["loss_auc"], report["loss_p"] = membership(*(its.numpy() for its in losses))
-        alike_own = [reproduction(denoiser, *(its[rows] for its in real), condition, head, settings, 0)
-                     for rows in some(few)]
+        alike_own = [reproduction(denoiser, *(its[some(group, few)] for its in real), condition, head, settings)
+                     for group in (members, others)]
         report["reproduction_auc"], report["reproduction_p"] = membership(*(its.numpy() for its in alike_own))
         report["reproduction"] = [its.mean().item() for its in alike_own]
         # a synthetic case beside the training case it has its label map from, against decoys and theirs

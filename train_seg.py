@@ -167,7 +167,7 @@ def fit(args, sources, cache, device, trained_on=None):
     keep, state, best = trained_on is not None, None, {"dice": -1.0, "step": 0}
     if keep:
         state = bs.resume(args, "seg", trained_on, net, ema, optimizer)
-    if state and sound_best(args.out):
+    if state and state["best"]["step"] and sound_best(args.out):
         best = state["best"]
     if args.weights and not state:
         bs.load_encoder(net.encoder, args.depth, args.weights)
@@ -190,12 +190,15 @@ def fit(args, sources, cache, device, trained_on=None):
         """Validate the averaged weights and keep them if they are the best so far -> their Dice."""
         twin = ema.copy_of(net, pace.step)
         score = validate(bs.Segmenter(twin, args.resolution, args.fov, device), cache)
-        if not score <= best["dice"]:                           # NaN: nobody to validate on, the last one counts
+        def write():
             bs.replace_file(Path(args.out) / "best.pt", lambda path: bs.save_state(path, {
                 "kind": "segmenter", "version": bs.__version__, "dice": score, "step": pace.step,
                 "args": bs.kept_arguments(args), "network": network, "weights": twin.state_dict(),
                 "resolution": args.resolution, "fov": args.fov, "seen": sorted({*trained_on, *cache.hashes("val")})}))
             best.update(dice=score, step=pace.step)             # once it is written
+
+        if not score <= best["dice"]:                           # NaN: nobody to validate on, the last one counts
+            bs.attempt("best.pt", write)
         return score
 
     while pace.progress() < 1 and not bs.agreed(len(stop)):
@@ -248,7 +251,7 @@ def fit(args, sources, cache, device, trained_on=None):
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
-    if not (Path(args.out) / "best.pt").exists():               # resumed at its end, before any validation
+    if not best["step"]:                                        # resumed at its end, and there is none to be used
         check()
     return bs.load_segmenter(args.out, device), pace
 

@@ -257,6 +257,39 @@ def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, cap
     assert same_state(learned(straight / "runs/ddpm"), learned("runs/ddpm"))
 
 
+def test_a_segmenter_that_cannot_keep_its_best_goes_on(here, monkeypatch, capsys):
+    """best.pt cannot be written in the first validation: it is said, and a later one writes it."""
+    monkeypatch.setattr(train_seg, "close", lambda *_: None)
+    real, tried = bs.replace_file, []
+
+    def refuse(path, write):
+        if Path(path).name == "best.pt":
+            tried.append(path)
+            if len(tried) == 1:
+                raise OSError(28, "No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr(bs, "replace_file", refuse)
+    monkeypatch.setattr(train_seg, "validate", lambda *_: 0.5)
+    train_seg.main(["--phantoms", "8", "--resolution", "32", "--batch", "4", "--steps", "4", "--validate-every", "2",
+                    "--device", "cpu"])
+    assert "note: best.pt could not be written" in capsys.readouterr().out and len(tried) == 2
+    assert bs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 4
+
+
+@pytest.mark.parametrize("how", ["damaged", "deleted"])
+def test_a_best_that_cannot_be_used_is_made_again(here, monkeypatch, capsys, how):
+    """A run resumed at its end with best.pt damaged or gone validates again instead of failing."""
+    monkeypatch.setattr(train_seg, "close", lambda *_: None)
+    command = ["--phantoms", "8", "--resolution", "32", "--batch", "4", "--steps", "2", "--device", "cpu"]
+    train_seg.main(command)
+    best = Path("runs/seg/best.pt")
+    best.write_bytes(best.read_bytes()[:999]) if how == "damaged" else best.unlink()
+    train_seg.main(command)
+    assert "the next validation writes another" in capsys.readouterr().out
+    assert bs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 2
+
+
 def test_a_limit_on_file_size_is_one_sentence(straight, tmp_path):
     """The operating system's own refusal, at the checkpoint of step 1: exit 2, one line, nothing half-written."""
     shutil.copytree(straight, tmp_path / "work", symlinks=True)

@@ -147,6 +147,15 @@ def test_log_has_four_noise_bins_and_no_step_twice(tmp_path):
     assert [r["step"] for r in bs.read_log(tmp_path / "log.csv")] == [10]
 
 
+@pytest.mark.parametrize("more, values", [(bs.QUARTERS, ()), (("val_dice",), (0.5,))])
+def test_a_line_without_a_sound_step_has_no_loss(tmp_path, more, values):
+    """Where every step since the last line was left out there is nothing to average: NaN, in every loss column."""
+    row, _ = bs.LogBook(tmp_path, 0, more).line(7, 1e-3, 4, 2.0, values)
+    assert list(row) == ["step", "loss", *more, "lr", "images_per_s", "seconds"] and row["seconds"] == 2.0
+    assert all(math.isnan(row[name]) for name in ("loss", *more) if name != "val_dice")
+    assert bs.read_log(tmp_path / "log.csv")[0]["step"] == 7
+
+
 class TwoSlices:
     """A cache of two slices, one modality: half brain (class 1, values 0 and 0.2), half ET (1.0)."""
     rows = np.zeros((2, 2, 4, 6), np.uint8)

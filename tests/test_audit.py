@@ -59,19 +59,20 @@ def test_shares_of_fresh_heads_are_chance(alike):
     assert abs(np.mean(shares) - 0.5) < 0.05 and 0.3 < np.mean(ps) < 0.7 and min(ps) > bs.CHANCE, (shares, ps)
 
 
-def planted(pool, seed, kind, where):
+def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
     """One deal with training cases copied, as `kind`, into the synthetic ones. where: [(synthetic case, slices,
     training case)], numbers within their parts -> what the finder says of all synthetic cases."""
-    training, decoys, made = deal(seed)
+    training, decoys, made = deal(seed, sizes)
     real, its = take(pool, torch.cat([training, decoys])), [t.clone() for t in take(pool, made)]
     for to, slices, number in where:
         copy = bs.canary(kind, real[0][number], real[1][number], its[0][to].clone(), seed)
         for mine, theirs in zip(its, copy):
             mine[to, slices] = theirs[slices]
-    known, views = torch.arange(24) < 12, bs.audit_views(*real[:2], TUMOUR)
+    known, views = torch.arange(sum(sizes[:2])) < sizes[0], bs.audit_views(*real[:2], TUMOUR)
     head = bs.mean_head(*views)
     finder = bs.CopyFinder(bs.similarity(bs.audit_views(*its[:2], TUMOUR), views, head),
-                           bs.similarity(views, views, head), known, torch.zeros(20, 24, dtype=torch.bool))
+                           bs.similarity(views, views, head), known,
+                           torch.zeros(len(made), len(known), dtype=torch.bool))
     return finder.found
 
 
@@ -93,10 +94,26 @@ def test_copies_are_found_under_what_hides_them(pool, kind, seed):
     assert (found["score"] > bs.LIMIT).sum() == 1
 
 
+def test_canaries_are_what_they_are_called(pool):
+    """Nothing, noise of 0.15, a shift of a 32nd of the picture (a pixel at least), a mirror, a gamma, a blend."""
+    images, classes, other = pool[0][0], pool[1][0], pool[0][1]
+    made = {kind: bs.canary(kind, images, classes, other, 0) for kind in bs.CANARIES}
+    assert all(torch.equal(its[1], classes) for kind, its in made.items() if kind not in ("shift", "flip"))
+    assert torch.equal(made["copy"][0], images) and abs((made["noise"][0] - images).std() - 0.15) < 0.01
+    for its, original in zip(made["shift"], (images, classes)):
+        assert torch.equal(its[..., 1:, 1:], original[..., :-1, :-1]) and not torch.equal(its, original)
+    small = bs.canary("shift", images[..., ::2, ::2], classes[..., ::2, ::2], None, 0)[0]
+    assert torch.equal(small[..., 1:, 1:], images[..., ::2, ::2][..., :-1, :-1])
+    assert torch.equal(made["flip"][0], images.flip(-1)) and torch.equal(made["flip"][1], classes.flip(-1))
+    assert torch.allclose(made["gamma"][0][images == 0], torch.tensor(2 * 0.5 ** 1.6 - 1))
+    assert torch.allclose(made["blend"][0], images * 0.6 + other * 0.4)
+
+
 def test_a_set_that_is_mostly_copies_is_named(pool):
-    """Where the median case is a copy, nothing stands out of the set: what stands out is how near it is."""
-    found = planted(pool, 0, "noise", [(i, slice(None), i % 12) for i in range(16)])
-    assert (found["score"][:16] > bs.LIMIT).all() and (found["pair"][:16] == torch.arange(16) % 12).all()
+    """Where the median case, real ones counted, is a copy, nothing stands out of the set: what does is how near it is
+    beside the distances among real cases."""
+    found = planted(pool, 0, "noise", [(i, slice(None), i % 8) for i in range(28)], (8, 8, 28))
+    assert (found["score"] > bs.LIMIT).all() and (found["pair"] == torch.arange(28) % 8).all()
 
 
 def test_swapping_who_was_trained_on_mirrors_the_share(pool, alike):
@@ -106,6 +123,15 @@ def test_swapping_who_was_trained_on_mirrors_the_share(pool, alike):
     values[:10, :, 3] = 0.9                                     # half of them are copies of training case 3
     shares = [bs.nearer_share(values, labels, permutations=1)[0] for labels in (known, ~known)]
     assert abs(sum(shares) - 1) < 1e-9 and shares[0] > 0.6
+
+
+def test_gain_and_offset_do_not_hide_a_copy(pool):
+    """Any brightness and contrast of a modality give the same view."""
+    images, classes, _ = take(pool, torch.arange(3))
+    gain, offset = torch.tensor([0.5, 1, 2, 0.7]).view(4, 1, 1), torch.tensor([0.3, -0.2, 0.1, 0.0]).view(4, 1, 1)
+    view, mask = bs.audit_views(images, classes, TUMOUR)
+    other, same = bs.audit_views(images * gain + offset, classes, TUMOUR)
+    assert torch.equal(mask, same) and (view - other).abs().max() < 0.05 and view.abs().max() > 1
 
 
 def test_what_a_label_map_demands_is_no_copy(pool, alike):
@@ -156,6 +182,13 @@ def learn(pool, rows, steps, every):
     return bs.Denoiser(ema.copy_of(net, steps), prior, alpha_bar, torch.device("cpu"))
 
 
+def untrained():
+    """A generator that has learned nothing."""
+    torch.manual_seed(0)
+    prior = {"classes": torch.stack([torch.zeros(6, 4), torch.full((6, 4), 0.5)])}
+    return bs.Denoiser(bs.UNet(width=16, mults=(1,), patch=4).eval(), prior, bs.cosine_alpha_bar(), torch.device("cpu"))
+
+
 SETTINGS = {**bs.SAMPLING, "steps": 10, "coherence": 0.0}
 
 
@@ -170,19 +203,31 @@ def audited(pool, training, masks, denoiser, **more):
     return bs.audit(made, own, pool, known, TUMOUR, denoiser=denoiser, settings=SETTINGS, **more)
 
 
-def test_without_canaries_nothing_is_cleared(pool):
-    """An untrained generator leaks nothing; but only if planted copies were found is that called so."""
+def test_without_canaries_nothing_is_cleared(pool, monkeypatch):
+    """An untrained generator leaks nothing; but only if planted copies were found is that called so; and a share
+    above chance is a leak though no case is named."""
     training, decoys, _ = deal(3, (24, 20, 0))
-    torch.manual_seed(0)
-    denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,), patch=4), {
-        "classes": torch.stack([torch.zeros(6, 4), torch.full((6, 4), 0.5)])}, bs.cosine_alpha_bar(), torch.device("cpu"))
-    denoiser.net.eval()
-    more = {"few": 3}
+    denoiser, more = untrained(), {"few": 3}
     report, pairs = audited(pool, training, decoys[:8], denoiser, **more)
     assert report["verdict"] == "none found" and len(pairs) == 8, report
     assert "below 37.5%" in bs.audit_words(report) and "private" not in bs.audit_words(report)
     report, _ = audited(pool, training, decoys[:8], denoiser, canaries=0, **more)
     assert report["verdict"] == "underpowered" and "none were planted" in bs.audit_words(report)
+    monkeypatch.setattr(bs, "nearer_share", lambda *_: (0.7, bs.CHANCE / 2))
+    report, _ = audited(pool, training, decoys[:8], denoiser, canaries=1, **more)
+    assert report["verdict"] == "leak" and report["copies"] == 0
+
+
+def test_a_case_that_repeats_the_scan_of_its_label_map_is_named(pool):
+    """Parts A and B leave that pair out, part C does not: it is measured by how decoys come back from theirs."""
+    training, decoys, made = deal(3, (12, 12, 8))
+    real, its = torch.cat([training, decoys]), [t.clone() for t in take(pool, made)]
+    for mine, theirs in zip(its, pool):
+        mine[5] = theirs[training[2]]
+    own = torch.zeros(8, 24, dtype=torch.bool)
+    own[5, 2] = True
+    report, pairs = bs.audit(its, own, take(pool, real), torch.arange(24) < 12, TUMOUR, 1, untrained(), SETTINGS, 6)
+    assert report["copies"] == 1 and pairs[0][0] == 5 and pairs[0][2] == 2 and report["verdict"] == "leak"
 
 
 @pytest.mark.slow
@@ -193,3 +238,4 @@ def test_a_network_that_memorised_is_caught(pool):
     report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]), learn(pool, training, 600, every=5))
     print(bs.audit_words(report))
     assert report["verdict"] == "leak" and report["reproduction_auc"] > 0.95 and report["loss_auc"] > 0.75, report
+    assert report["copies"] >= 1, report

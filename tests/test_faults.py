@@ -425,6 +425,12 @@ def test_published_weights_are_plain_arrays_and_sample_the_same(straight, tmp_pa
     with np.load(tmp_path / "weights.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     assert "optimizer" not in json.loads(arrays["about"].item()) and all(a.dtype != object for a in arrays.values())
-    np.savez(tmp_path / "bomb.npz", **arrays, bomb=np.array([print], dtype=object))
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it went off",)
+
+    np.savez(tmp_path / "bomb.npz", **arrays, bomb=np.array([Bomb()], dtype=object))
     with pytest.raises(bs.BadInput, match="bomb.npz"):
         bs.load_checkpoint(tmp_path / "bomb.npz")
+    assert not (tmp_path / "it went off").exists()

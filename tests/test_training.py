@@ -1,5 +1,6 @@
 """Section 10: batches, EMA, checkpoints, log, and whether a network learns at all."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,10 +123,11 @@ def test_checkpoints_run_no_code(tmp_path):
     """A pickle can call anything on loading; ours refuses all but data."""
     class Bomb:
         def __reduce__(self):
-            return print, ("boom",)
+            return Path.touch, (tmp_path / "it went off",)
     torch.save({"kind": "ddpm", "step": 1, "bomb": Bomb()}, tmp_path / "checkpoint.pt")
     with pytest.raises(bs.BadInput):
         bs.load_checkpoint(tmp_path)
+    assert not (tmp_path / "it went off").exists()
 
 
 def test_no_checkpoint_is_one_clear_sentence(tmp_path):

@@ -194,6 +194,7 @@ def test_labels_survive_the_way_through_regions(tmp_path):
     ones over earlier ones. NCR, ED and ET must come out as they went in."""
     description = json.loads((small_set(tmp_path) / "dataset.json").read_text())
     assert list(description["labels"])[1:] == ["whole_tumor", "tumor_core", "enhancing_tumor"]
+    assert description["numTraining"] == len(description["dataset"]) == len(description["training"]) == 3
     for case in bs.find_cases(tmp_path):
         labels = bs.read_labels(case)[0]
         out = np.zeros_like(labels)

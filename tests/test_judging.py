@@ -171,6 +171,26 @@ def slice_sets(phantom_folder):
     return sets
 
 
+def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
+    """Nothing between equal pictures in whatever order; other heads are near; blur, noise and another contrast are
+    far, and the further the stronger. Feature distances of a segmenter see none of it."""
+    real, other = slice_sets["real"], slice_sets["training"]
+    changed = lambda f: bs.texture_distance(real, {**real, "images": f(real["images"])})
+    blur = lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    floor = bs.texture_distance(real, other)
+    order = torch.randperm(len(real["case"]))
+    assert bs.texture_distance(real, {name: values[order] for name, values in real.items()}) < 1e-6 < floor
+    noisy, noisier = [changed(lambda x: x + level * torch.randn_like(x)) for level in (0.1, 0.2)]
+    blurred, smeared = changed(blur), changed(lambda x: blur(blur(x)))
+    assert min(noisy, blurred, changed(lambda x: 0.7 * x)) > 1.5 * floor
+    assert noisier > 1.3 * noisy and smeared > 1.1 * blurred
+    # white noise of equal power in place of what is fine: only the shape of details differs
+    fine = real["images"] - blur(real["images"])
+    assert changed(lambda x: blur(x) + fine.flatten()[torch.randperm(fine.numel())].view_as(x)) > 1.5 * floor
+    nothing = {**real, "classes": torch.zeros_like(real["classes"])}
+    assert np.isnan(bs.texture_distance(real, nothing))
+
+
 def test_every_case_gives_equally_many_slices(slice_sets):
     """Figures that depend on the number of slices are computed on equal numbers, all heights included."""
     for its in slice_sets.values():

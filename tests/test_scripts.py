@@ -269,11 +269,12 @@ def test_first_look(tmp_path):
 
 
 def test_readme_commands_are_commands():
-    """Every `python ...` of the README names a script and flags that exist."""
-    lines = re.findall(r"python \w+\.py[^`\n]*", (ROOT / "README.md").read_text())
-    assert len(lines) >= 10
+    """Every `python ...` of the README and the pages beside the notebooks names a script and flags that exist."""
+    pages = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.md")]
+    lines = [line for page in pages for line in re.findall(r"python [\w/]+\.py[^`\n]*", page.read_text())]
+    assert len(lines) >= 40
     for line in lines:
         script, *words = re.search(r"python (.*)", line)[1].split()
         text = (ROOT / script).read_text()
         for flag in (w for w in words if w.startswith("--")):
-            assert f'"{flag}"' in text, f"README: {line}: {script} has no {flag}"
+            assert f'"{flag}"' in text, f"{line}: {script} has no {flag}"

@@ -46,7 +46,7 @@ SOURCES (the key in brackets is how comments below refer to them)
     [CFG]     Ho & Salimans 2022, arXiv 2207.12598   classifier-free guidance
     [RANGE]   Kynkaanniemi et al. 2024, arXiv 2404.07724  guidance in a limited interval
     [ADM]     Dhariwal & Nichol 2021, arXiv 2105.05233  scale-shift norm in residual blocks
-    [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning
+    [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning, loss in its units
     [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
     [GSPMD]   Xu et al. 2021, arXiv 2105.04663      one program for several chips
     [BN]      Ioffe & Szegedy 2015, arXiv 1502.03167  batch normalisation
@@ -1607,19 +1607,29 @@ def expected(prior, onehot, position):
     return mean, std
 
 
+def prior_error(signal, sigma, std):
+    """How far off the best guess of v is on average when a pixel comes from N(mean, std^2) and nothing else is
+    known: std / sqrt(std^2 signal^2 + sigma^2). From 1 at clean (std > 0) to std at pure noise.
+
+    It is the unit of what the network learns, see precondition, and of the loss, see train_ddpm.py.
+    signal, sigma (B, 1, 1, 1); std (B, C, H, W), above 0 -> (B, C, H, W).
+    """
+    return std / ((std * signal) ** 2 + sigma ** 2).sqrt()
+
+
 def precondition(out, x_t, signal, sigma, mean, std):
     """What the network says on top of what needs no network -> v_hat (B, C, H, W), float32.
 
     If every pixel were a number from N(mean, std^2), the best v were known in closed form:
-    sigma (signal (1 - std^2) x_t - mean) / den with den = std^2 signal^2 + sigma^2, and its error
-    were std / sqrt(den). So v_hat = that + that error * out: the network learns how pixels hang
-    together, starts right about air and the mean brain, and its task has about unit size at every t.
-    This is the preconditioning of [EDM] with a Gaussian for each pixel instead of one for all.
+    sigma (signal (1 - std^2) x_t - mean) / (std^2 signal^2 + sigma^2), and its error were prior_error.
+    So v_hat = that + that error * out: the network learns how pixels hang together, starts right about
+    air and the mean brain, and its task has about unit size at every t. This is the preconditioning of
+    [EDM] with a Gaussian for each pixel instead of one for all.
 
     out: the network's output (B, C, H, W); signal, sigma (B, 1, 1, 1); mean, std: from expected.
     """
-    den = (std * signal) ** 2 + sigma ** 2
-    return sigma * (signal * (1 - std ** 2) * x_t - mean) / den + std / den.sqrt() * out.float()
+    guess = sigma * (signal * (1 - std ** 2) * x_t - mean) / ((std * signal) ** 2 + sigma ** 2)
+    return guess + prior_error(signal, sigma, std) * out.float()
 
 
 # ================================================================================================

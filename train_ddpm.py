@@ -53,6 +53,8 @@ def parse_arguments(argv=None):
     optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
     optim.add_argument("--shift", type=float, default=2.0,
                        help="noise schedule: factor on sqrt(snr); 128/resolution suits larger pictures")
+    optim.add_argument("--loss", choices=("unit", "v"), default="unit",
+                       help="squared error of v: in units of the prior's own error, the same at every noise level; or plain")
     optim.add_argument("--min-snr", type=float, default=0.0,
                        help="gamma of the min-SNR loss weight, 0 for none (5 is usual)")
     optim.add_argument("--lesion-weight", type=float, default=0.0, help="extra loss weight inside tumour labels")
@@ -98,7 +100,7 @@ def close(args, cache, denoiser, settings, pace):
                  ["labels", *(f"{who}\n{n}" for n in names), "", *(f"SYNTHETIC\n{n}" for n in names)],
                  args.condition)
     log, quarters = bs.read_log(out / "log.csv"), ("cleanest quarter of t", "second", "third", "noisiest quarter")
-    bs.draw_lines(out / "curves.png", [("mean squared error of v", "log", {
+    bs.draw_lines(out / "curves.png", [("squared error of v" + " in units of the prior's" * (args.loss == "unit"), "log", {
         label: ([r["step"] for r in log], [r[name] for r in log]) for name, label in zip(bs.QUARTERS, quarters)})])
     closing = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "slices": f"{len(rows)} {who}",
                "sampler_calls": settings["steps"], **figures}
@@ -187,7 +189,8 @@ def train(args, device):
         with bs.fast_math(device, args.precision):
             out = trained(x_t, t, onehot, scalars)
         v_hat = bs.precondition(out, x_t, signal, sigma, mean, std)
-        losses = (weight * (v_hat - v) ** 2).mean((1, 2, 3))                        # (B,)
+        unit = bs.prior_error(signal, sigma, std) if args.loss == "unit" else 1.0   # (B, C, H, W)
+        losses = (weight * ((v_hat - v) / unit) ** 2).mean((1, 2, 3))               # (B,)
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         finite = bs.step_if_finite(device, optimizer, losses, norm)

@@ -27,6 +27,7 @@ for line in sys.stdin:
             continue
         os.chdir(job["folder"])
         os.environ.update(more)
+        sys.path.insert(0, os.path.dirname(job["words"][0]))
         torch.set_num_threads(int(more.get("OMP_NUM_THREADS", torch.get_num_threads())))
         out = os.open(job["out"], os.O_WRONLY | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -100,7 +100,7 @@ def test_parameters_reported_are_parameters_counted():
 
 def test_precondition_is_the_best_v_for_gaussian_pixels():
     """With out = 0, v_hat must be the posterior mean of v where pixels are N(mean, std^2): checked by
-    drawing, its error is `std / sqrt(den)` and has no mean, at every level."""
+    drawing, its error is prior_error and has no mean, at every level."""
     mean, std = torch.tensor([-0.4, 0.5]).view(1, 2, 1, 1), torch.tensor([0.3, 0.1]).view(1, 2, 1, 1)
     eps = torch.randn(4, 2, 128, 128)
     x0 = mean + std * torch.randn(4, 2, 128, 128)
@@ -108,7 +108,7 @@ def test_precondition_is_the_best_v_for_gaussian_pixels():
         signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(), torch.full((4,), t))
         x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
         error = bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma, mean, std) - v
-        expected = (std / ((std * signal) ** 2 + sigma ** 2).sqrt())[0].flatten()
+        expected = bs.prior_error(signal, sigma, std)[0].flatten()
         assert ((error.std((0, 2, 3)) / expected) - 1).abs().max() < 0.03, f"t {t}"
         assert (error.mean((0, 2, 3)).abs() < 0.05 * expected + 1e-3).all(), f"t {t}"
         more = bs.precondition(torch.ones_like(x_t), x_t, signal, sigma, mean, std) - v - error

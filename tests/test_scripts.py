@@ -111,6 +111,18 @@ def test_minutes_bound_a_run(trained):
     assert 0.03 <= closing["minutes"] < 0.2 and closing["steps"] >= 1, text
 
 
+def test_the_loss_has_the_same_say_at_every_noise_level(trained):
+    """Before anything is learned, errors in units of the prior's own are about as large in every quarter of t; plain
+    errors of v are many times smaller where noise is strong and all of the anatomy is decided."""
+    spread = {}
+    for loss in ("unit", "v"):
+        run(trained[0], "train_ddpm.py", *SHORT, "--batch", "64", "--steps", "1", "--loss", loss, "--out", f"runs/{loss}")
+        row = bs.read_log(trained[0] / f"runs/{loss}/log.csv")[0]
+        quarters = [row[name] for name in bs.QUARTERS]
+        spread[loss] = max(quarters) / min(quarters)
+    assert spread["unit"] < 3 and spread["v"] > 5, spread
+
+
 class PowerCut(Exception):
     pass
 

@@ -1,0 +1,575 @@
+"""Quality after the same minutes: our generator, changes of it one at a time, and other libraries' in their recipe.
+
+    pip install -r requirements-bench.txt                           for the others
+    python tests/bench_quality.py ours --minutes 2 5 15             one run for each (the rate falls with the length)
+    python tests/bench_quality.py monai ddp --minutes 2 5 15        one run, looked at on the way; also monai-tuned,
+                                                                    ddp-tuned; --lr for another learning rate
+    python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run each
+    python tests/bench_quality.py changes "patch 2" "batch 8"       these alone
+    python tests/bench_quality.py samplers                          the default run's samplers and numbers of calls
+    python tests/bench_quality.py show                              tables and curves of all that lies in --out
+
+Every run gets the same phantoms (or --data), slices, held-out slices and noise, on a machine that does nothing
+else meanwhile; minutes are those in the training loop, looking not counted. Results are added to results.jsonl in
+--out, pictures lie beside it.
+
+Figures (192 slices with tumour of held-out test cases, 20 network calls each)
+    x0 at .9 .5 .1 .01   mean squared error of x0_hat where that share of signal power is left, same noise for all
+    Dice                 mean over WT, TC, ET of what a segmenter finds in the samples; on the scans themselves it is
+                         printed once, beside them
+    Frechet              distance in that segmenter's features, and the same between training and held-out slices
+    texture              sliced Wasserstein distance of small patches, and the same between training and held-out slices
+    fine, ET             fine_power of samples over that of scans; slices in which ET is brighter than brain on T1ce
+The segmenter is trained once, by train_seg.py, into --out.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bench_peers
+import brainsyn as bs
+import train_ddpm
+import train_seg
+
+LEVELS = (0.9, 0.5, 0.1, 0.01)
+
+
+# ------------------------------------------------------------------------------------ looking ---
+
+
+def some_slices(cache, part, count, condition):
+    """`count` slices with tumour, spread evenly over a part of the cases: (x0, classes, position)."""
+    first_lesion = bs.CONDITIONS[condition].index(bs.LABELS[0])
+    return cache.batch(train_ddpm.pick_rows(cache, cache.part(part), first_lesion, count))
+
+
+def x0_errors(denoiser, x0, classes, position):
+    """{"x0 at .9": mean squared error, ...}. denoiser: function (x_t, t, onehot, scalars) -> v_hat with .alpha_bar
+    and .net.classes."""
+    onehot, out = bs.one_hot(classes, denoiser.net.classes), {}
+    for level in LEVELS:
+        t = (denoiser.alpha_bar - level).abs().argmin().expand(len(x0))
+        signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
+        eps = torch.randn(x0.shape, generator=bs.generator(0, "quality", level))
+        x_t = bs.add_noise(x0, eps, signal, sigma)
+        x0_hat, _ = bs.split_v(x_t, denoiser(x_t, t, onehot, position[:, None]), signal, sigma)
+        out[f"x0 at {str(level)[1:]}"] = F.mse_loss(x0_hat, x0).item()
+    return out
+
+
+def look(denoiser, cache, args, condition="tumour", settings=None, picture=None):
+    """All figures of a generator -> dict."""
+    x0, classes, position = some_slices(cache, "test", args.held, condition)
+    figures = x0_errors(denoiser, x0, classes, position)
+    settings = {**bs.SAMPLING, "coherence": 0.0, **(settings or {})}
+    made = bs.sample_volume(denoiser, classes, position, 1.0, (0, "quality"), settings)
+    segmenter = bs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
+    labels = (classes - bs.CONDITIONS[condition].index("NCR") + 1).clamp(min=0)
+    real, ours = [segmenter.features(its) for its in (x0, made)]
+    trained, trained_classes, _ = some_slices(cache, "train", args.held, condition)
+    figures["Dice"] = float(np.mean(segmenter.slice_dice(made, labels)))
+    figures["Dice on scans"] = float(np.mean(segmenter.slice_dice(x0, labels)))
+    figures["Frechet"] = bs.frechet_distance(real, ours)
+    figures["Frechet floor"] = bs.frechet_distance(real, segmenter.features(trained))
+    scans = {"images": x0, "classes": classes}
+    figures["texture"] = bs.texture_distance(scans, {"images": made, "classes": classes})
+    figures["texture floor"] = bs.texture_distance(scans, {"images": trained, "classes": trained_classes})
+    figures["fine"] = (bs.fine_power(made, classes) / bs.fine_power(x0, classes)).mean().item()
+    figures["ET"], _ = bs.lesion_contrast(made, classes, condition, "t1ce", "ET")
+    if picture:
+        few = np.linspace(0, len(x0) - 1, 6).astype(int)
+        bs.draw_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
+                     ["labels", *(f"held-out\n{n}" for n in bs.MODALITIES), "",
+                      *(f"SYNTHETIC\n{n}" for n in bs.MODALITIES)], condition, Path(picture).stem)
+    return figures
+
+
+def keep(args, name, minutes, steps, figures):
+    """Add a row to results.jsonl and print it."""
+    row = {"name": name, "minutes": round(minutes, 2), "steps": steps, "pixels": args.resolution,
+           "data": "real" if args.data else "phantoms", "seed": args.seed, **figures}
+    with open(Path(args.out) / "results.jsonl", "a") as handle:
+        handle.write(json.dumps(row) + "\n")
+    print(name, f"{minutes:.1f} minutes, {steps} steps:",
+          " ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
+
+
+def common_words(args):
+    """What all runs are called with."""
+    data = ["--data", args.data] if args.data else ["--phantoms", str(args.phantoms)]
+    return [*data, *(["--split", args.split] if args.split else []), "--resolution", str(args.resolution),
+            "--device", "cpu", "--seed", str(args.seed)]
+
+
+def prepare(args):
+    """The data of all runs: cache, and the segmenter that judges, trained once."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    wanted = train_ddpm.parse_arguments([*common_words(args), "--out", str(Path(args.out) / "ours")])
+    cases, split = bs.find_data(wanted)
+    cache = bs.build_cache(cases, Path(args.out) / "cache", args.resolution, wanted.fov, "tumour", split)
+    if not (Path(args.out) / "seg" / "best.pt").exists():
+        kept, train_seg.close = train_seg.close, lambda *_: None
+        train_seg.main([*common_words(args), "--out", str(Path(args.out) / "seg"), "--steps", str(args.seg_steps)])
+        train_seg.close = kept
+    return cache
+
+
+# --------------------------------------------------------------------------------------- ours ---
+
+
+class Patched:
+    """Names of brainsyn.py replaced while the body runs."""
+
+    def __init__(self, **names):
+        self.names = names
+
+    def __enter__(self):
+        self.kept = {name: getattr(bs, name) for name in self.names}
+        for name, value in self.names.items():
+            setattr(bs, name, value)
+
+    def __exit__(self, *_):
+        for name, value in self.kept.items():
+            setattr(bs, name, value)
+
+
+class Nothing(nn.Module):
+    """In place of attention: the identity."""
+
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+def chance(**fixed):
+    """training_noise with some of its results replaced: name -> function of it."""
+    original = bs.training_noise
+
+    def changed(*inputs):
+        got = dict(zip(("t", "eps", "keep", "given", "mirror"), original(*inputs)))
+        return tuple({**got, **{name: change(got[name]) for name, change in fixed.items()}}.values())
+    return {"training_noise": changed}
+
+
+def plain_prior(*inputs, original=bs.measure_prior):
+    """The prior without the mean brain."""
+    return {"classes": original(*inputs)["classes"]}
+
+
+def without_outline(classes, n, original=bs.one_hot):
+    """Label maps that do not say where the brain ends."""
+    onehot = original(classes, n)
+    onehot[:, 0] += onehot[:, 1]
+    onehot[:, 1] = 0
+    return onehot
+
+
+def plain_output(out, x_t, signal, sigma, mean, std):
+    """The network's output is v_hat."""
+    return out.float()
+
+
+def level_loss(std):
+    """A loss weight that only asks for the noise level: in units of the prior's error for pixels of spread std."""
+    def weight(alpha_bar, t, gamma=0.0):
+        level = alpha_bar[t].view(-1, 1, 1, 1)
+        return ((1 - level + std ** 2 * level) / std).float()
+    return {"min_snr_weight": weight}
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW for vectors and the first and last layers; for all other weights the momentum's nearest orthogonal
+    matrix, by five Newton-Schulz steps (Jordan et al. 2024), times sqrt(max(1, rows / columns))."""
+
+    def __init__(self, net, lr):
+        super().__init__(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        ends = ("conv_in", "conv_out", "fine_in", "time", "scalar")
+        self.hidden = [p for name, p in net.named_parameters() if p.ndim > 1 and not name.startswith(ends)]
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.hidden:
+            gradient = p.grad
+            p.grad = None                                       # AdamW leaves it alone
+            state = self.state[p]
+            buffer = state.setdefault("exp_avg", torch.zeros_like(p))
+            state.setdefault("exp_avg_sq", torch.zeros_like(p)), state.setdefault("step", torch.zeros(()))
+            buffer.lerp_(gradient, 0.05)
+            x = (gradient * 0.05 + buffer * 0.95).flatten(1)
+            tall = x.shape[0] > x.shape[1]
+            x = (x.T if tall else x).bfloat16()
+            x = x / (x.norm() + 1e-7)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = (x.T if tall else x).float().view_as(p)
+            lr = self.param_groups[0]["lr"] * self.factor
+            p.mul_(1 - lr * 0.01).sub_(x, alpha=lr * max(1, p.shape[0] / p[0].numel()) ** 0.5)
+        super().step()
+
+
+def adamw(**settings):
+    """make_optimizer with other settings."""
+    def make(net, lr, device):
+        return torch.optim.AdamW(net.parameters(), **{"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True,
+                                                      **settings})
+    return {"make_optimizer": make}
+
+
+def muon(factor):
+    """make_optimizer that makes Muon, whose matrices learn `factor` times as fast as the rest."""
+    def make(net, lr, device):
+        optimizer = Muon(net, lr)
+        optimizer.factor = factor
+        return optimizer
+    return {"make_optimizer": make}
+
+
+class SelfConditioned(bs.UNet):
+    """Also gets its own first answer (Chen et al. 2022, arXiv 2208.04202): half of all training batches, and every
+    call in sampling, ask twice."""
+
+    def __init__(self, channels=4, **words):
+        super().__init__(channels=2 * channels, out_channels=channels, **words)
+        self.channels, self.calls = channels, 0
+
+    def forward(self, x_t, t, onehot, scalars):
+        first, self.calls = torch.zeros_like(x_t), self.calls + 1
+        if not self.training or self.calls % 2:
+            with torch.no_grad():
+                first = super().forward(torch.cat([x_t, first], 1), t, onehot, scalars).to(x_t.dtype)
+        return super().forward(torch.cat([x_t, first], 1), t, onehot, scalars)
+
+
+def early(share, what):
+    """Names of brainsyn.py replaced so that the first `share` of a run sees halved pictures, or a quarter of every
+    batch, as `what` says."""
+    so_far, rows, rate, move = [0.0], [], bs.learning_rate, bs.to_device
+
+    def noted(peak, progress, step):
+        if so_far[0] < share <= progress:
+            rows.extend(range(len(rows), 4 * len(rows)))
+        so_far[0] = progress
+        return rate(peak, progress, step)
+
+    def halved(device, *tensors):
+        if so_far[0] < share:                   # means, but for noise (the third): that keeps its spread
+            tensors = [its if its.ndim < 4 or its.shape[-1] == 1 else its[..., ::2, ::2] if i == 2 else
+                       F.avg_pool2d(its, 2) for i, its in enumerate(tensors)]
+        return move(device, *tensors)
+
+    def quarter(batch):
+        so_far[0], rows[:] = 0.0, range(batch // 4)
+        return rows                             # indexes every batch; grows later
+    return {"learning_rate": noted, **{"halved pictures": {"to_device": halved}, "quarter batch": {"share_of": quarter}}[what]}
+
+
+class MovedCache(bs.Cache):
+    """Training slices are turned, scaled and shifted at random, as the segmenter's are."""
+
+    def batch(self, rows, mirror=None):
+        x0, classes, position = super().batch(rows, mirror)
+        if mirror is not None:
+            bs.AUGMENT["moved"] = {**bs.AUGMENT["standard"], "gamma": 0, "contrast": 0, "noise": 0}
+            x0, classes = bs.augment(x0, classes, "moved", ("moved", *map(int, rows)))
+        return x0, classes, position
+
+
+# A change of the default: (words added to the command line, names of brainsyn.py replaced).
+CHANGES = {
+    "default": ("", {}),
+    "patch 1, width 32, 2 blocks": ("--patch 1 --width 32 --mults 1 2 4 --blocks 2", {}),
+    "patch 2, width 64": ("--patch 2 --width 64", {}),
+    "patch 2, width 64 128 256": ("--patch 2 --width 64 --mults 1 2 4", {}),
+    "patch 2, width 64 128 256 256": ("--patch 2 --width 64 --mults 1 2 4 4", {}),
+    "width 96": ("--width 96", {}),
+    "width 192": ("--width 192", {}),
+    "one level more (1 2 2 2)": ("--mults 1 2 2 2", {}),
+    "one level less (1 2)": ("--mults 1 2", {}),
+    "two blocks a level": ("--blocks 2", {}),
+    "two blocks a level, width 96": ("--blocks 2 --width 96", {}),
+    "no attention": ("", {"Attention": Nothing}),
+    "lr 5e-4": ("--lr 5e-4", {}),
+    "lr 1e-3": ("--lr 1e-3", {}),
+    "lr 4e-3": ("--lr 4e-3", {}),
+    "lr constant": ("", {"learning_rate": lambda peak, progress, step, warmup=50: peak * min(1, (step + 1) / warmup)}),
+    "batch 8": ("--batch 8", {}),
+    "batch 32": ("--batch 32", {}),
+    "shift 1": ("--shift 1", {}),
+    "shift 4": ("--shift 4", {}),
+    "min-SNR 5": ("--min-snr 5", {}),
+    "plain loss": ("--loss v", {}),
+    "plain loss, weight of the unit of pixels with spread 0.2": ("--loss v", level_loss(0.2)),
+    "lesion weight 5": ("--lesion-weight 5", {}),
+    "EMA 0.99": ("--ema 0.99", {}),
+    "EMA 0.9999": ("--ema 0.9999", {}),
+    "no position": ("", chance(given=lambda it: it & False)),
+    "no mirroring": ("", chance(mirror=lambda it: it & False)),
+    "nothing dropped": ("--drop 0", {}),
+    "no outline": ("", {"one_hot": without_outline}),
+    "no mean brain": ("", {"measure_prior": plain_prior}),
+    "no preconditioning": ("", {"precondition": plain_output}),
+    "all slices alike (tumour share 0.37)": ("--tumour-share 0.37", {}),
+    "Muon": ("", muon(5)),
+    "Muon, twice as fast": ("", muon(10)),
+    "AdamW, betas 0.9 0.95": ("", adamw(betas=(0.9, 0.95))),
+    "AdamW, betas 0.9 0.999": ("", adamw(betas=(0.9, 0.999))),
+    "AdamW, no weight decay": ("", adamw(weight_decay=0.0)),
+    "AdamW, weight decay 0.1": ("", adamw(weight_decay=0.1)),
+    "self-conditioning": ("", {"UNet": SelfConditioned}),
+    "first 0.4 of the time at half size": ("", early(0.4, "halved pictures")),
+    "first 0.25 of the time with batches of 4": ("", early(0.25, "quarter batch")),
+    "slices moved": ("", {"Cache": MovedCache}),
+    "tissue labels": ("--condition tissue", {}),
+}
+
+
+def run_ours(args, name, minutes, words="", names=None, loud=True):
+    """Train by train_ddpm.py with these words, these names of brainsyn.py replaced; look; keep. Only loud runs leave
+    checkpoints."""
+    condition = "tissue" if "--condition tissue" in words else "tumour"
+    out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}"
+
+    def close(its, cache, denoiser, settings, pace):
+        picture = Path(args.out) / f"{name.replace(' ', '_')}_{minutes:g}.png"
+        keep(args, name, pace.seconds / 60, pace.step, look(denoiser, cache, args, condition, picture=picture))
+
+    with Patched(**(names or {})):
+        kept, train_ddpm.close = train_ddpm.close, close
+        save, bs.save_checkpoint = bs.save_checkpoint, bs.save_checkpoint if loud else lambda *_: None
+        try:
+            train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes", str(minutes),
+                             *words.split()])
+        finally:
+            train_ddpm.close, bs.save_checkpoint = kept, save
+
+
+# -------------------------------------------------------------------------------------- peers ---
+
+
+class PeerDenoiser:
+    """Another library's network as our samplers want one. alpha_bar (T + 1,): theirs, with 1 in front.
+    predicts: "v" or "eps"."""
+
+    def __init__(self, net, alpha_bar, predicts, fast):
+        self.net, self.alpha_bar, self.predicts, self.fast = net, alpha_bar, predicts, fast
+        net.classes, net.channels = bench_peers.CLASSES, bench_peers.CHANNELS
+
+    @torch.no_grad()
+    def __call__(self, x_t, t, onehot, scalars, batch=32):
+        out = []
+        for x, its_t, its_onehot, its_scalars in zip(*(its.split(batch) for its in (x_t, t, onehot, scalars))):
+            with self.fast():
+                out.append(self.net(conditioned(x, its_onehot, its_scalars[:, 0]), (its_t - 1).clamp(min=0)).float())
+        out = torch.cat(out)
+        if self.predicts == "v":
+            return out
+        signal, sigma = bs.signal_sigma(self.alpha_bar, t)
+        return (out - sigma * x_t) / signal
+
+
+def conditioned(x_t, onehot, position):
+    """All that a network gets, as channels: noisy pictures, label map, position."""
+    return torch.cat([x_t, onehot, position.view(-1, 1, 1, 1).expand(-1, 1, *x_t.shape[2:])], 1)
+
+
+def monai_recipe(args, tuned):
+    """MONAI's network of 3.9 M parameters. As its 2-D tutorials train it: DDPMScheduler, noise predicted, Adam
+    (1e-4 where they have 2.5e-5, which learns next to nothing in minutes), float32. Tuned: v predicted, 16 channels a
+    norm group, channels last, bfloat16, AdamW with warm-up and half a cosine, EMA."""
+    from monai.networks.schedulers import DDPMScheduler
+    scheduler = DDPMScheduler(bs.T, prediction_type="v_prediction" if tuned else "epsilon")
+    net = bench_peers.monai(2 if tuned else 32, inputs=bench_peers.CHANNELS + bench_peers.CLASSES + 1)
+    alpha_bar = torch.cat([torch.ones(1), scheduler.alphas_cumprod]).double()
+
+    def loss(net, x0, onehot, position, fast):
+        t, eps = torch.randint(0, bs.T, (len(x0),)), torch.randn_like(x0)
+        x_t = scheduler.add_noise(x0, eps, t)
+        with fast():
+            out = net(conditioned(x_t, onehot, position), t)
+        return F.mse_loss(out.float(), scheduler.get_velocity(x0, eps, t) if tuned else eps)
+
+    return net, alpha_bar, "v" if tuned else "eps", loss, None
+
+
+def ddp_recipe(args, tuned):
+    """denoising-diffusion-pytorch: its GaussianDiffusion and the settings of its Trainer (v predicted, sigmoid
+    schedule, Adam 1e-4, batch 16, its EMA). Tuned: channels last, bfloat16, AdamW with warm-up and half a cosine."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from ema_pytorch import EMA
+    net = bench_peers.denoising_diffusion_pytorch(inputs=bench_peers.CHANNELS + bench_peers.CLASSES + 1)
+
+    class Conditioned(nn.Module):               # GaussianDiffusion knows pictures only
+        channels = out_dim = bench_peers.CHANNELS
+        self_condition, given = False, None
+
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, x_self_cond=None):
+            with self.fast():
+                return self.net(conditioned(x, *self.given), t).float()
+
+    model = Conditioned()
+    diffusion = GaussianDiffusion(model, image_size=args.resolution)
+    alpha_bar = torch.cat([torch.ones(1), diffusion.alphas_cumprod.cpu()]).double()
+
+    def loss(_, x0, onehot, position, fast):
+        model.given, model.fast = (onehot, position), fast
+        return diffusion.p_losses(x0, torch.randint(0, bs.T, (len(x0),)))
+
+    return net, alpha_bar, "v", loss, EMA(net, beta=0.995, update_every=10)
+
+
+RECIPES = {"monai": (monai_recipe, False), "monai-tuned": (monai_recipe, True),
+           "ddp": (ddp_recipe, False), "ddp-tuned": (ddp_recipe, True)}
+
+
+def run_peer(args, name, cache):
+    """Train another library's network for the longest of the minutes, looking at the others on the way. Tuned runs
+    have a rate that falls: one run for each of the minutes."""
+    recipe, tuned = RECIPES[name]
+    for minutes in [[m] for m in args.minutes] if tuned else [sorted(args.minutes)]:
+        torch.manual_seed(args.seed)
+        device = torch.device("cpu")
+        net, alpha_bar, predicts, loss, average = recipe(args, tuned)
+        fast = (lambda: bs.fast_math(device)) if tuned else nullcontext
+        lr = args.lr or (1e-3 if tuned else 1e-4)
+        if tuned:
+            net = bs.place_network(net, device)
+            optimizer, ours = bs.make_optimizer(net, lr, device), bs.EMA(net)
+        else:
+            optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99) if average else (0.9, 0.999))
+        rows, seconds, step, left = cache.part("train"), 0.0, 0, list(minutes)
+        ill = bs.has_label(cache, rows, 2)
+        print(f"{name}: {bs.count_parameters(net) / 1e6:.1f} M parameters, lr {lr:g}", flush=True)
+        while left:
+            started = time.time()
+            drawn = bs.batch_rows(rows[ill], rows[~ill], 0.5, args.seed, step, 16)
+            x0, classes, position = cache.batch(drawn, torch.rand(16) < 0.5)
+            for group in optimizer.param_groups:
+                group["lr"] = bs.learning_rate(lr, seconds / (60 * left[-1]), step) if tuned else lr
+            loss(net, x0, bs.one_hot(classes, bench_peers.CLASSES), position, fast).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if tuned:
+                ours.update(net, step)
+            elif average:
+                average.update()
+            seconds += time.time() - started
+            if seconds >= 60 * left[0]:
+                best = ours.copy_of(net, step) if tuned else average.ema_model if average else net
+                best.eval()
+                label = name + (f" lr {lr:g}" if args.lr else "")
+                keep(args, label, seconds / 60, step, look(
+                    PeerDenoiser(best, alpha_bar, predicts, fast), cache, args,
+                    picture=Path(args.out) / f"{label.replace(' ', '_')}_{left[0]:g}.png"))
+                net.train()
+                left.pop(0)
+
+
+# ------------------------------------------------------------------------------------ showing ---
+
+
+def samplers(args, cache):
+    """Quality of the default run's generator over samplers, calls and guidance."""
+    runs = sorted(Path(args.out).glob("run-ours-*"), key=lambda path: float(path.name.split("-")[-1]))
+    if not runs:
+        raise bs.BadInput(f"{args.out}: no run of ours there; python tests/bench_quality.py ours first")
+    state = bs.load_checkpoint(runs[-1])
+    net = bs.UNet(**state["network"])
+    net.load_state_dict(state["ema"])
+    device = torch.device("cpu")
+    denoiser = bs.Denoiser(bs.place_network(net.eval(), device), state["prior"], bs.cosine_alpha_bar(state["shift"]),
+                           device)
+    grid = [{"sampler": sampler, "steps": steps, "eta": 0.0} for steps in (5, 10, 20, 50, 250)
+            for sampler in ("ddim", "dpmpp", "ddpm")]
+    grid += [{"guidance": scale} for scale in (1.5, 2.0, 3.0)]
+    for settings in grid:
+        name = "sampler " + " ".join(str(its) for its in settings.values() if its != 0.0)
+        keep(args, name, state["seconds"] / 60, state["step"], look(denoiser, cache, args, settings=settings,
+                                                                  picture=Path(args.out) / f"{name.replace(' ', '_')}.png"))
+
+
+def show(args):
+    """Tables and curves.png of results.jsonl."""
+    rows = [json.loads(line) for line in open(Path(args.out) / "results.jsonl")]
+    columns = [*(f"x0 at {str(level)[1:]}" for level in LEVELS), "Dice", "Frechet", "texture", "fine", "ET"]
+    print("| what | minutes | steps | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
+    for row in sorted(rows, key=lambda row: (row["name"].startswith("sampler"), row["minutes"] > 2.5, row["x0 at .1"])):
+        print(f"| {row['name']} | {row['minutes']:.1f} | {row['steps']} | "
+              + " | ".join(f"{row[name]:.4f}" if name.startswith("x0") else f"{row[name]:.3f}" for name in columns) + " |")
+    print(f"on the scans themselves: Dice {rows[0]['Dice on scans']:.3f}; training against held-out slices: Frechet "
+          f"{rows[0]['Frechet floor']:.3f}, texture {rows[0]['texture floor']:.3f}")
+    curves = {}
+    for row in sorted(rows, key=lambda row: row["minutes"]):
+        if row["name"] in ("ours", *RECIPES):
+            curves.setdefault(row["name"], []).append(row)
+    panels = [(name, "log" if name != "Dice" else "linear",
+               {who: ([its["minutes"] for its in line], [its[name] for its in line]) for who, line in curves.items()})
+              for name in ("x0 at .5", "x0 at .1", "Dice", "Frechet", "texture")]
+    if curves:
+        bs.draw_lines(Path(args.out) / "curves.png", panels, "minutes")
+        print(f"wrote: {Path(args.out) / 'curves.png'}")
+
+
+def main():
+    """What is asked for, in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("what", nargs="+", help="ours, " + ", ".join(RECIPES) + ", samplers, show; or changes, and names "
+                        "of changes")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[2.0], help="of training")
+    parser.add_argument("--out", default="runs/quality", help="output folder")
+    parser.add_argument("--data", help="folder of BraTS cases in place of phantoms")
+    parser.add_argument("--split", help="as train_ddpm.py")
+    parser.add_argument("--phantoms", type=int, default=60, help="how many phantoms")
+    parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
+    parser.add_argument("--lr", type=float, help="learning rate of the other libraries' networks")
+    parser.add_argument("--held", type=int, default=192, help="held-out slices looked at")
+    parser.add_argument("--seg-steps", type=int, default=1200, help="of the segmenter that judges")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.what == ["show"]:
+        return show(args)
+    bs.pick_device("cpu")
+    cache, first = prepare(args), args.what[0]
+    if first == "changes":
+        unknown = set(args.what[1:]) - set(CHANGES)
+        if unknown:
+            raise bs.BadInput(f"no such change: {sorted(unknown)[0]}; there are {', '.join(CHANGES)}")
+        for name in args.what[1:] or CHANGES:
+            for minutes in args.minutes:
+                run_ours(args, name, minutes, *CHANGES[name], loud=False)
+        return None
+    for what in args.what:
+        if what == "ours":
+            for minutes in args.minutes:
+                run_ours(args, "ours", minutes)
+        elif what == "samplers":
+            samplers(args, cache)
+        elif what in RECIPES:
+            run_peer(args, what, cache)
+        else:
+            raise bs.BadInput(f"no such thing: {what}; see --help")
+
+
+if __name__ == "__main__":
+    bs.run_script(main)

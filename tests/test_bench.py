@@ -1,0 +1,50 @@
+"""The benchmarks run, at sizes so small that their figures mean nothing."""
+import json
+
+import pytest
+
+from nursery import run_script
+
+
+def run(folder, script, *words):
+    """What a benchmark printed; it must have ended well."""
+    status, text = run_script(folder, f"tests/{script}", *words)
+    assert status == 0, text
+    return text
+
+
+def test_speed_is_compared_with_a_plain_network_of_the_same_architecture(tmp_path):
+    """The ratio that shows when a change makes our network slower than one written without care."""
+    text = run(tmp_path, "bench_peers.py", "--rounds", 1, "--scale", 4, "--steps", 3, "--only", "ours",
+               "plain, same architecture", "our segmenter")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| plain U-Net of our arch")]
+    assert len(rows) == 2 and all(float(row[3].split()[0]) > 0 for row in rows), text
+    assert "share of our training loop outside the network:" in text
+
+
+def test_both_networks_of_that_ratio_do_the_same_work():
+    """As many multiplications, parameters but for the scalars' layers: else the ratio compares two designs."""
+    import bench_peers
+    ours, plain = [bench_peers.Runner(name, 32, 2) for name in ("ours", "plain, same architecture")]
+    assert ours.flops == pytest.approx(plain.flops, rel=0.01)
+    assert ours.parameters == pytest.approx(plain.parameters, rel=0.05)
+
+
+def test_quality_is_measured_after_minutes(tmp_path):
+    """A run, a change of it and the table of both."""
+    words = ["--minutes", 0.01, "--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
+    run(tmp_path, "bench_quality.py", "ours", *words)
+    run(tmp_path, "bench_quality.py", "changes", "batch 8", *words)
+    rows = [json.loads(line) for line in (tmp_path / "q/results.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["ours", "batch 8"]
+    for row in rows:
+        assert row["steps"] >= 1 and 0 < row["x0 at .01"] < 10 and 0 <= row["Dice"] <= 1
+    text = run(tmp_path, "bench_quality.py", "show", "--out", "q")
+    assert "| ours |" in text and "| batch 8 |" in text and (tmp_path / "q/curves.png").exists()
+
+
+def test_costs_of_whole_volumes_are_measured(tmp_path):
+    """Volumes, growth and the bill."""
+    text = run(tmp_path, "bench_scale.py", "--tiny")
+    for words in ("| sampled, 16x16", "| segmented", "| ratio |", "| pixels a side |", "on paper:"):
+        assert words in text, text

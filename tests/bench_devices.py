@@ -88,7 +88,7 @@ def measure(name, make, device, args, resolution):
     rate, place = counter.get_total_flops() / step, bs.describe(device, args.precision).removeprefix("device ")
     print(f"| {name} | {place} | {resolution} | "
           f"{bs.count_parameters(net) / 1e6:.1f} | {1 / step:.2f} | {args.batch / step:.1f} | {times[0] - step:.1f} | "
-          f"{memory / 2 ** 30:.2f} | {rate / 1e9:.0f} | "
+          f"{memory / 2 ** 30:.2f} | {rate / 1e9:.3g} | "
           f"{rate / product_rate(device, args.precision):.0%} |", flush=True)
 
 

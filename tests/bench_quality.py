@@ -155,6 +155,23 @@ class Nothing(nn.Module):
         return x
 
 
+class AttendingBlock(bs.ResBlock):
+    """A residual block with attention behind it, but for the one at full resolution."""
+
+    def __init__(self, c_in, c_out, emb):
+        super().__init__(c_in, c_out, emb)
+        self.more = bs.Attention(c_out) if c_out >= 64 else nn.Identity()
+
+    def forward(self, x, emb):
+        return self.more(super().forward(x, emb))
+
+
+def middle_levels(t):
+    """Noise levels drawn with density 6 u (1 - u) of u = t / T, from evenly drawn ones: its quantile."""
+    u = t.double() / bs.T
+    return ((0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)) * bs.T).round().long().clamp(1, bs.T)
+
+
 def chance(**fixed):
     """training_noise with some of its results replaced: name -> function of it."""
     original = bs.training_noise
@@ -275,7 +292,8 @@ def early(share, what):
     def quarter(batch):
         so_far[0], rows[:] = 0.0, range(batch // 4)
         return rows                             # indexes every batch; grows later
-    return {"learning_rate": noted, **{"halved pictures": {"to_device": halved}, "quarter batch": {"share_of": quarter}}[what]}
+    names = {"halved pictures": {"to_device": halved}, "quarter batch": {"share_of": quarter}}
+    return {"learning_rate": noted, **names[what]}
 
 
 class MovedCache(bs.Cache):
@@ -286,6 +304,7 @@ class MovedCache(bs.Cache):
         if mirror is not None:
             bs.AUGMENT["moved"] = {**bs.AUGMENT["standard"], "gamma": 0, "contrast": 0, "noise": 0}
             x0, classes = bs.augment(x0, classes, "moved", ("moved", *map(int, rows)))
+            x0 = torch.where(classes[:, None] > 0, x0, -1.0)        # interpolated edges
         return x0, classes, position
 
 
@@ -303,6 +322,7 @@ CHANGES = {
     "two blocks a level": ("--blocks 2", {}),
     "two blocks a level, width 96": ("--blocks 2 --width 96", {}),
     "no attention": ("", {"Attention": Nothing}),
+    "attention after every block": ("", {"ResBlock": AttendingBlock}),
     "lr 5e-4": ("--lr 5e-4", {}),
     "lr 1e-3": ("--lr 1e-3", {}),
     "lr 4e-3": ("--lr 4e-3", {}),
@@ -311,6 +331,7 @@ CHANGES = {
     "batch 32": ("--batch 32", {}),
     "shift 1": ("--shift 1", {}),
     "shift 4": ("--shift 4", {}),
+    "noise levels mostly in the middle": ("", chance(t=middle_levels)),
     "min-SNR 5": ("--min-snr 5", {}),
     "plain loss": ("--loss v", {}),
     "plain loss, weight of the unit of pixels with spread 0.2": ("--loss v", level_loss(0.2)),
@@ -334,6 +355,12 @@ CHANGES = {
     "first 0.4 of the time at half size": ("", early(0.4, "halved pictures")),
     "first 0.25 of the time with batches of 4": ("", early(0.25, "quarter batch")),
     "slices moved": ("", {"Cache": MovedCache}),
+    "width 64": ("--width 64", {}),
+    "width 96, levels in the middle": ("--width 96", chance(t=middle_levels)),
+    "width 96, Muon": ("--width 96", muon(5)),
+    "width 96, Muon, levels in the middle": ("--width 96", {**muon(5), **chance(t=middle_levels)}),
+    "patch 2, width 48 96 192 192": ("--patch 2 --width 48 --mults 1 2 4 4", {}),
+    "width 96, half size first": ("--width 96", early(0.4, "halved pictures")),
     "tissue labels": ("--condition tissue", {}),
 }
 

@@ -5,7 +5,7 @@
     python tests/bench_quality.py monai ddp --minutes 2 5 15        one run, looked at on the way; also monai-tuned,
                                                                     ddp-tuned; --lr for another learning rate
     python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run each
-    python tests/bench_quality.py changes "patch 2" "batch 8"       these alone
+    python tests/bench_quality.py changes "width 96" "batch 8"      these alone
     python tests/bench_quality.py samplers                          the default run's samplers and numbers of calls
     python tests/bench_quality.py show                              tables and curves of all that lies in --out
 
@@ -30,7 +30,6 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch

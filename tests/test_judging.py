@@ -173,7 +173,7 @@ def slice_sets(phantom_folder):
 
 def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
     """Nothing between equal pictures in whatever order; other heads are near; blur, noise and another contrast are
-    far, and the further the stronger. Feature distances of a segmenter see none of it."""
+    far, and the further the stronger."""
     real, other = slice_sets["real"], slice_sets["training"]
     changed = lambda f: bs.texture_distance(real, {**real, "images": f(real["images"])})
     blur = lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1)

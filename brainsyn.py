@@ -11,7 +11,7 @@ This one file is the library. It reads top to bottom; each section uses only wha
      7 sampling        DDPM, DDIM, DPM-Solver++(2M) as four numbers a step; guidance; noise along z
      8 segmenter       ResNet encoder with torchvision's parameter names, U-Net decoder
      9 segmentation    regions, losses, augmentation; Dice, HD95 and lesion-wise Dice per case
-    10 training        batches from (seed, step), EMA, checkpoints, log
+    10 training        batches from (seed, step), Muon, EMA, checkpoints, log
     11 editing         new label maps from old ones: moved, bent, pasted, balanced
     12 writing         synthetic cases as NIfTI with a sidecar; pictures
     13 judging         figures that say whether a sample obeys its mask and looks like a scan
@@ -47,6 +47,8 @@ SOURCES (the key in brackets is how comments below refer to them)
     [RANGE]   Kynkaanniemi et al. 2024, arXiv 2404.07724  guidance in a limited interval
     [ADM]     Dhariwal & Nichol 2021, arXiv 2105.05233  scale-shift norm in residual blocks
     [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning, loss in its units
+    [ADAMW]   Loshchilov & Hutter 2017, arXiv 1711.05101  Adam with weight decay of its own
+    [MUON]    Jordan et al. 2024, kellerjordan.github.io/posts/muon  orthogonalised momentum
     [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
     [GSPMD]   Xu et al. 2021, arXiv 2105.04663      one program for several chips
     [BN]      Ioffe & Szegedy 2015, arXiv 1502.03167  batch normalisation
@@ -66,6 +68,7 @@ import copy
 import csv
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -1437,8 +1440,8 @@ def one_hot(classes, n_classes):
 
 
 def sinusoid(value, dim, top=10_000.0):
-    """Position code: value (B,) -> (B, dim), sines and cosines at dim/2 wavelengths from
-    2 pi to about 2 pi top."""
+    """Position code: value (B,) -> (B, dim), dim/2 sines, then dim/2 cosines of 2 pi value / wavelength;
+    wavelength i = 0 .. dim/2 - 1 is 2 pi top^(2 i / dim)."""
     wave = torch.exp(torch.arange(dim // 2, device=value.device) * (-math.log(top) / (dim // 2)))
     phase = value.float().unsqueeze(1) * wave
     return torch.cat([phase.sin(), phase.cos()], 1)
@@ -1515,7 +1518,7 @@ class UNet(nn.Module):
                    of its own. They enter the time embedding through a layer that starts at zero.
     """
 
-    def __init__(self, channels=4, classes=5, width=128, mults=(1, 2, 2), blocks=1, patch=4,
+    def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
                  fine=32, scalars=1, out_channels=None):
         super().__init__()
         self.channels, self.classes, self.out_channels = channels, classes, out_channels or channels
@@ -1552,6 +1555,12 @@ class UNet(nn.Module):
         self.norm_coarse, self.unfold = norm(c), nn.Conv2d(c, fine * patch ** 2, 1)
         self.fine_in, self.fine = nn.Conv2d(channels + classes + 2, fine, 3, padding=1), ResBlock(fine, fine, emb)
         self.norm_out, self.conv_out = norm(fine), zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
+
+    def hidden(self):
+        """The weights inside, as [MUON] wants them: all that have two axes or more, but for those of the first and
+        last layers."""
+        ends = ("conv_in", "fine_in", "time", "scalar", "conv_out")
+        return [p for name, p in self.named_parameters() if p.ndim > 1 and not name.startswith(ends)]
 
     def embed(self, t, scalars):
         """t (B,), scalars (B, S) -> embedding (B, E)."""
@@ -1888,28 +1897,22 @@ def mark_whole(tensors):
     torch_xla.sync()
 
 
-def make_optimizer(net, lr, device):
-    """AdamW as both training scripts use it, in the form that is fastest on the device: one kernel for all
-    weights; on XLA with the step count as a tensor: as a Python number it decides what the graph looks like (two
-    numbers that are equal become one), and step 2 is compiled anew."""
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01,
-                             fused=device.type in ("cpu", "cuda"), capturable=device.type == "xla")
+def optimizer_form(device):
+    """The form of AdamW that is fastest on the device, as torch's words for it: one kernel for all weights; on XLA
+    with the step count as a tensor: as a Python number it decides what the graph looks like (two numbers that are
+    equal become one), and step 2 is compiled anew."""
+    return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "xla"}
 
 
 def prepare_training(net, optimizer, device, compiled=False):
     """What a training loop calls in place of net, whose parameters it shares: with gradients averaged over
     processes, or through torch.compile. Call it once net and optimizer hold what they start from.
 
-    BadInput for torch.compile on XLA. There the optimiser's state is made here: Adam makes it in step 1, and
-    step 2, which finds it there, would be another graph, compiled anew.
+    BadInput for torch.compile on XLA.
     """
     if device.type == "xla":
         if compiled:
             raise BadInput("--compile: XLA compiles by itself; leave it out")
-        for p in net.parameters():
-            if not optimizer.state[p]:
-                optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
         mark_whole([its for state in optimizer.state.values() for its in state.values()])
     if processes() > 1:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
@@ -2661,17 +2664,17 @@ def resume(args, kind, trained_on, net, ema, optimizer):
     try:
         net.load_state_dict(state["weights"])
         # its state alone: whether it is fused is the device's affair
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
-        moments = [set(its) for its in optimizer.state.values()]                # none if no step was sound yet
-        whole = [{"step", "exp_avg", "exp_avg_sq"}] * len(list(net.parameters()))
-        if state["ema"].keys() != ema.weights.keys() or moments not in ([], whole):
+        fresh, kept = optimizer.state_dict(), state["optimizer"]["state"]
+        optimizer.load_state_dict({**fresh, "state": kept})
+        whole = {i: its.keys() for i, its in fresh["state"].items()}
+        if state["ema"].keys() != ema.weights.keys() or {i: its.keys() for i, its in kept.items()} != whole:
             raise ValueError("averaged weights or moments are missing")
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise BadInput(f"{state['file']}: does not fit the network ({str(error).splitlines()[0]}); delete the folder "
                        "to begin anew") from error
     ema.weights = state["ema"]
     for p, its in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # laid out like p: fused kernels pair numbers by place in memory
+        for name in its.keys() - {"step"}:      # laid out like p: fused kernels pair numbers by place in memory
             its[name] = torch.empty_like(p).copy_(its[name])
     print(f"resumed: {args.out} at step {state['step']}")
     return state
@@ -2827,6 +2830,66 @@ def learning_rate(peak, progress, step, warmup=50):
     progress: share of the run that is over, 0..1, whichever of steps and minutes ends it.
     """
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def orthogonal(matrices, steps=5):
+    """(G, M, N) -> (G, M, N), roughly each one's nearest matrix with orthonormal rows (columns where M > N): singular
+    vectors stay, singular values become about 1 (0.7 to 1.2 where they were above a hundredth of the root of the sum
+    of squares). By Newton-Schulz iteration, which needs products of matrices alone [MUON]:
+        x = matrix / |matrix|;   five times x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+    """
+    if matrices.shape[1] > matrices.shape[2]:   # x x^T is the smaller one then
+        return orthogonal(matrices.mT, steps).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT                                                   # (G, M, M)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW [ADAMW], but for weights inside a network (`hidden`, each with two axes or more), which learn by Muon
+    [MUON]: a gradient of a layer is dominated by few directions, and the rest is learned too slowly; Muon gives all
+    directions of a matrix (M outputs, N = all inputs of one) the same step.
+
+        momentum += (gradient - momentum) / 20
+        weight   *= 1 - rate * decay
+        weight   -= rate * sqrt(max(1, M / N)) * orthogonal(0.95 momentum + 0.05 gradient)      rate = 5 lr
+
+    dtype: of orthogonal's arithmetic. State is made here, not in the first step: on XLA the second one would be
+    another graph, compiled anew.
+    """
+
+    def __init__(self, weights, hidden, dtype, **settings):
+        super().__init__([{"params": list(weights)}, *([{"params": list(hidden)}] if hidden else [])], **settings)
+        self.dtype = dtype
+        for group, names in zip(self.param_groups, (("exp_avg", "exp_avg_sq"), ("momentum",))):
+            for p in group["params"]:
+                self.state[p] = {"step": torch.zeros((), device=p.device), **{name: torch.zeros_like(p) for name in names}}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups[1:]:
+            alike, rate = {}, 5 * group["lr"]
+            for p in group["params"]:
+                self.state[p]["step"] += 1
+                self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                alike.setdefault(p.flatten(1).shape, []).append(p)
+            for (rows, columns), its in alike.items():      # matrices of one size at once: few large products
+                wanted = [torch.lerp(self.state[p]["momentum"], p.grad, 0.05).flatten(1) for p in its]
+                for p, change in zip(its, orthogonal(torch.stack(wanted).to(self.dtype))):
+                    p.mul_(1 - rate * group["weight_decay"])
+                    p.sub_(change.view_as(p), alpha=rate * max(1, rows / columns) ** 0.5)
+                    p.grad = None                           # AdamW leaves it alone
+        super().step()
+
+
+def make_optimizer(net, lr, device, precision="auto", hidden=()):
+    """The optimiser of both training scripts: AdamW, and Muon for those of net's parameters that are in `hidden`."""
+    inside = {id(p) for p in hidden}
+    return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden),
+                torch.bfloat16 if uses_bf16(device, precision) else torch.float32,
+                lr=lr, betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
 
 
 class EMA:
@@ -3240,14 +3303,19 @@ def colour_labels(classes, condition):
     return np.array(rgb)[np.asarray(classes)]
 
 
+def show(*its):
+    """Print the source of functions or classes, as notebooks do."""
+    print("\n\n".join(inspect.getsource(one).rstrip() for one in its))
+
+
 def draw_rows(path, rows, titles, condition, headline=""):
-    """A PNG of pictures. rows: list of lists of (H, W) tensors or arrays; integer ones are class
-    maps, float ones images in [-1, 1], (H, W, 3) colours, None leaves a gap. titles: one per column."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """A PNG of pictures; path None: none is written -> the matplotlib Figure, which notebooks show. rows: list of
+    lists of (H, W) tensors or arrays; integer ones are class maps, float ones images in [-1, 1], (H, W, 3) colours,
+    None leaves a gap. titles: one per column."""
+    from matplotlib.figure import Figure
     height = 1.25 * len(rows) + 0.6
-    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(1.25 * len(titles), height), dpi=110)
+    figure = Figure(figsize=(1.25 * len(titles), height), dpi=110)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, title in zip(axes[0], titles):
@@ -3265,8 +3333,9 @@ def draw_rows(path, rows, titles, condition, headline=""):
                 axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
     figure.suptitle(headline, fontsize=9, y=1 - 0.06 / height, va="top")
     figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / height, 0.02, 0.02)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
+    if path is not None:
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 def overlay(image, labels, strength=0.55):
@@ -3278,12 +3347,12 @@ def overlay(image, labels, strength=0.55):
 
 
 def draw_lines(path, panels, xlabel="step", xscale="linear"):
-    """A PNG of plots side by side. panels: list of (title, style, {label: (x, y) or (x, y, error)}); style: the scale
-    of y, "linear" or "log", for lines; "points" for points and, where there is no error, a line; "bars"."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=(4.6 * len(panels) + 1, 3.6), dpi=110)
+    """A PNG of plots side by side -> Figure, as draw_rows. panels: list of (title, style, {label: (x, y) or (x, y,
+    error)}); style: the scale of y, "linear" or "log", for lines; "points" for points and, where there is no error, a
+    line; "bars"."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.6 * len(panels) + 1, 3.6), dpi=110)
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, style, lines) in zip(axes[0], panels):
         for label, (x, y, *error) in lines.items():
             if style == "bars":
@@ -3298,8 +3367,9 @@ def draw_lines(path, panels, xlabel="step", xscale="linear"):
         if lines:
             axis.legend(fontsize=7)
     figure.tight_layout()
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
+    if path is not None:
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 def image_counts(images, classes):

@@ -4,10 +4,11 @@
     python tests/bench_peers.py                         two cores: about ten minutes
     python tests/bench_peers.py --rounds 1 --scale 4    tiny pictures: whether it runs at all
 
-Rows      our default networks; a plain U-Net of the same architecture as our generator, written out below, so
-          that a later change which slows ours shows in the ratio; MONAI, diffusers, denoising-diffusion-pytorch and
-          segmentation_models_pytorch, each as it comes (float32) and tuned (channels last, bfloat16 where that is
-          fast, for MONAI and diffusers 16 channels a norm group)
+Rows      our default networks, by AdamW like all others and, "with Muon", as train_ddpm.py trains; a plain U-Net of
+          the same architecture as our generator, written out below, so that a later change which slows ours shows
+          in the ratio; MONAI, diffusers, denoising-diffusion-pytorch and segmentation_models_pytorch, each as it
+          comes (float32) and tuned (channels last, bfloat16 where that is fast, for MONAI and diffusers 16 channels
+          a norm group)
 Columns   median milliseconds of a training step (forward, loss, backward, clipping, optimiser) and of inference,
           with quartiles; parameters; GFLOP a step as torch counts them, GFLOP/s, and which share of what one large
           3x3 convolution reaches, in the same precision, measured in between; peak memory of a process that does
@@ -178,8 +179,9 @@ def segmentation_models():
 # "concat" gets (channels joined, t), "scan" gets pictures alone.
 CANDIDATES = {
     "ours": (bs.UNet, "ours", True),
-    "plain, same architecture": (lambda: PlainUNet(128, (1, 2, 2), 1, 4, 32), "place", True),
-    "ours, patch 2, 4 M": (lambda: bs.UNet(width=64, mults=(1, 2, 2), blocks=1, patch=2), "ours", True),
+    "ours, with Muon": (bs.UNet, "ours", True),
+    "plain, same architecture": (lambda: PlainUNet(64, (1, 2, 2), 1, 4, 32), "place", True),
+    "ours, patch 2": (lambda: bs.UNet(patch=2), "ours", True),
     "ours, nothing folded": (lambda: bs.UNet(width=32, mults=(1, 2, 4), blocks=2, patch=1), "ours", True),
     "plain, MONAI's architecture": (lambda: PlainUNet(32, (1, 2, 4), 2, peers=True), "place", True),
     "MONAI": (monai, "concat", False),
@@ -216,7 +218,8 @@ class Runner:
             self.net = bs.place_network(self.net, device)
             self.inputs = [its.contiguous(memory_format=torch.channels_last) if its.ndim == 4 else its
                            for its in self.inputs]
-            self.optimizer = bs.make_optimizer(self.net, 1e-4, device)
+            self.optimizer = bs.make_optimizer(self.net, 1e-4, device,
+                                               hidden=self.net.hidden() if name.endswith("with Muon") else ())
         else:
             self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-4)       # as their examples do
         self.parameters, self.target = bs.count_parameters(self.net), torch.randn_like(self.net(*self.inputs).detach())
@@ -378,8 +381,8 @@ GOALS = [
     ("MONAI, ours with nothing folded", "MONAI", "ours, nothing folded", "train", 128, 2.5),
     ("MONAI, ours with nothing folded", "MONAI", "ours, nothing folded", "infer", 64, 2.3),
     ("MONAI, ours with nothing folded", "MONAI", "ours, nothing folded", "infer", 128, 2.6),
-    ("MONAI, ours at patch 2 and its parameters", "MONAI", "ours, patch 2, 4 M", "train", 64, 6),
-    ("MONAI, ours at patch 2 and its parameters", "MONAI", "ours, patch 2, 4 M", "train", 128, 8.5),
+    ("MONAI, ours at patch 2 and its parameters", "MONAI", "ours, patch 2", "train", 64, 6),
+    ("MONAI, ours at patch 2 and its parameters", "MONAI", "ours, patch 2", "train", 128, 8.5),
     ("denoising-diffusion-pytorch, ours with nothing folded", "denoising-diffusion-pytorch", "ours, nothing folded",
      "train", 64, 5),
     ("denoising-diffusion-pytorch, ours with nothing folded", "denoising-diffusion-pytorch", "ours, nothing folded",
@@ -394,8 +397,8 @@ GOALS = [
      256, 2.3),
     ("plain U-Net of our architecture, ours", "plain, same architecture", "ours", "train", 64, 0.95),
     ("plain U-Net of our architecture, ours", "plain, same architecture", "ours", "train", 128, 0.95),
-    ("MONAI, our default", "MONAI", "ours", "train", 64, None),
-    ("MONAI tuned, our default", "MONAI tuned", "ours", "train", 64, None),
+    ("MONAI, our default (with Muon)", "MONAI", "ours, with Muon", "train", 64, None),
+    ("MONAI tuned, our default (with Muon)", "MONAI tuned", "ours, with Muon", "train", 64, None),
 ]
 
 

@@ -29,13 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bench_check
 import brainsyn as bs
+import train_ddpm
 
 CPU = torch.device("cpu")
 # dense bfloat16 FLOP/s of the makers' data sheets; SHARE of them is what a well-run training reaches, an assumption
 CHIPS = {"one H200": 989e12, "a v5e-8": 8 * 197e12}
 SHARE = 0.25
 BRATS_2021 = (1251, 140)                        # training cases; slices with brain in each, about
-DEFAULT_RUN = (800 * 16, 2329)                  # slices seen, slices there are: 5.5 passes
+DEFAULT_RUN = (train_ddpm.STEPS * 16, 2329)     # slices seen, slices there are: 13.7 passes
 
 
 def in_child(function, *inputs):
@@ -103,7 +104,7 @@ def step_time(size, batch, width, steps):
                 torch.zeros(batch, 1)]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         bs.UNet(width=width)(*(torch.empty_like(its, device="meta") for its in batch_of)).sum().backward()
-    optimizer = bs.make_optimizer(net, 1e-4, CPU)
+    optimizer = bs.make_optimizer(net, 1e-4, CPU, hidden=net.hidden())
 
     def step():
         with bs.fast_math(CPU):
@@ -142,10 +143,10 @@ def main():
             bench_check.plain, lambda its: bs.prepare_case(its, large, 240.0, "tumour"))]
         print(f"| from files to slices for the cache, {large}x{large} | {ready:.2f} | |\n"
               f"| the same files through nibabel alone | {plain:.2f} | |\n| ratio | {ready / plain:.2f} | |")
-    steps, base = (1, (16, 4, 32)) if args.tiny else (5, (64, 16, 128))
+    steps, base = (1, (16, 4, 32)) if args.tiny else (5, (64, 16, 64))
     rows = {"pixels a side": [(k, (k, base[1], base[2])) for k in ((16, 32) if args.tiny else (32, 64, 96, 128, 192, 240))],
             "batch": [(k, (base[0], k, base[2])) for k in ((2, 4) if args.tiny else (4, 8, 16, 32))],
-            "width": [(k, (base[0], base[1], k)) for k in ((16, 32) if args.tiny else (64, 96, 128, 192, 256))]}
+            "width": [(k, (base[0], base[1], k)) for k in ((16, 32) if args.tiny else (48, 64, 96, 128, 192))]}
     print("\n| training step over | ms | exponent |\n|---|---|---|")
     flops = {}
     for name, points in rows.items():

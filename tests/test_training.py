@@ -1,4 +1,5 @@
 """Section 10: batches, EMA, checkpoints, log, and whether a network learns at all."""
+import copy
 import math
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert math.isclose(bs.learning_rate(1.0, 1.0, 500), 0.01)
 
 
+@pytest.mark.a2
 @pytest.mark.parametrize("every", [1, 4, 10])
 def test_ema_equals_its_closed_form(every):
     """EMA after n updates = sum of weights times (1 - keep_i) times the product of later keeps."""
@@ -79,6 +81,7 @@ def test_ema_equals_its_closed_form(every):
     assert torch.allclose(ema.weights["weight"].double(), sum(s * w for s, w in zip(share, history)), atol=1e-5)
 
 
+@pytest.mark.a2
 def test_ema_forgets_the_random_start_of_a_short_run():
     """Too young an EMA gives noise: after 300 steps less than 1% of the start is left."""
     net = torch.nn.Linear(1, 1, bias=False)
@@ -211,3 +214,60 @@ def test_averaged_networks_keep_the_batch_norms_as_they_are():
     assert twin.encoder.bn1.running_mean.abs().max() > 0 and not twin.training
     ema.update(net, 1)
     assert not torch.equal(ema.copy_of(net, 1).head.bias, net.head.bias)
+
+
+@pytest.mark.a2
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
+def test_orthogonalised_matrices_keep_their_directions(shape):
+    """U diag(s) V^T becomes U diag(about 1) V^T: no direction is left behind, none is mixed into another."""
+    matrix, other = [torch.randn(shape, generator=bs.generator(i), dtype=torch.float64) for i in (3, 4)]
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ bs.orthogonal(torch.stack([other, 100 * matrix]))[1] @ vt.T
+    assert (s > s.max() * 0.05).sum() > 20 and s.max() > 5
+    assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-9)
+    assert (inside.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.28
+
+
+def test_muon_by_hand():
+    """Two steps on a convolution's weight, whose row is all that one output reads, against singular values: each
+    goes through the polynomial five times, whatever its size. The bias learns by AdamW."""
+    torch.manual_seed(0)
+    conv, twin = torch.nn.Conv2d(2, 40, 3).double(), torch.nn.Conv2d(2, 40, 3).double()
+    twin.load_state_dict(conv.state_dict())
+    ours = bs.Muon([conv.bias], [conv.weight], torch.float64, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    plain = torch.optim.AdamW([twin.bias], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    weight, momentum = conv.weight.detach().clone(), 0.0
+    for _ in range(2):
+        gradient = torch.randn(40, 2, 3, 3, dtype=torch.float64)
+        conv.weight.grad, conv.bias.grad, twin.bias.grad = gradient.clone(), gradient[:, 0, 0, 0], gradient[:, 0, 0, 0]
+        momentum = 0.95 * momentum + 0.05 * gradient
+        u, s, vt = torch.linalg.svd((0.95 * momentum + 0.05 * gradient).reshape(40, 18), full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        weight = weight * (1 - 0.05 * 0.1) - 0.05 * (40 / 18) ** 0.5 * ((u * s) @ vt).view_as(weight)
+        ours.step()
+        plain.step()
+    assert torch.allclose(conv.weight, weight, atol=1e-6) and torch.equal(conv.bias, twin.bias)
+
+
+def test_muon_gets_what_lies_inside():
+    """Matrices and convolutions, but for those that meet pixels, noise level or position; AdamW gets all the rest,
+    and alone it is torch's."""
+    net = bs.UNet(width=16, mults=(1, 2))
+    inside = {id(p) for p in net.hidden()}
+    names = {name for name, p in net.named_parameters() if id(p) in inside}
+    assert {"middle1.to_scale_shift.weight", "attention.to_qkv.weight", "unfold.weight"} <= names
+    assert all(p.ndim > 1 for p in net.hidden())
+    assert not any(name.startswith(("conv_in", "conv_out", "fine_in", "time", "scalar")) for name in names)
+    first, second = bs.make_optimizer(net, 1e-3, torch.device("cpu"), hidden=net.hidden()).param_groups
+    assert {id(p) for p in second["params"]} == inside
+    assert {id(p) for p in first["params"]} | inside == {id(p) for p in net.parameters()}
+    twin = copy.deepcopy(net)
+    for its, optimizer in ((net, bs.make_optimizer(net, 1e-3, torch.device("cpu"))), (twin, torch.optim.AdamW(
+            twin.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True))):
+        for step in range(3):
+            for i, p in enumerate(its.parameters()):
+                p.grad = torch.randn(p.shape, generator=bs.generator(step, i))
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))

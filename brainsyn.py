@@ -2865,7 +2865,8 @@ class Muon(torch.optim.AdamW):
         self.dtype = dtype
         for group, names in zip(self.param_groups, (("exp_avg", "exp_avg_sq"), ("momentum",))):
             for p in group["params"]:
-                self.state[p] = {"step": torch.zeros((), device=p.device), **{name: torch.zeros_like(p) for name in names}}
+                self.state[p] = {name: torch.zeros_like(p) for name in names}
+                self.state[p]["step"] = torch.zeros((), device=p.device)
 
     @torch.no_grad()
     def step(self):
@@ -3067,6 +3068,16 @@ def read_published(path):
             if name != "about":
                 state.setdefault(group, {})[key] = torch.from_numpy(archive[name])
     return state
+
+
+def load_generator(path, device, batch=32):
+    """The generator of a run's folder or of a file of weights -> (Denoiser with the averaged weights, checkpoint).
+    batch: slices a call of the network. BadInput where there is none."""
+    state = load_checkpoint(path)
+    net = UNet(**state["network"])
+    net.load_state_dict(state["ema"])
+    net = place_network(net.eval(), device)
+    return Denoiser(net, state["prior"], cosine_alpha_bar(state["shift"]), device, batch), state
 
 
 def load_segmenter(path, device):

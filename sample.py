@@ -245,24 +245,20 @@ def finish_set(folder):
     bs.write_datasheet(folder)
 
 
-def load_generator(args, device):
+def generator_of(args, device):
     """-> (Denoiser, checkpoint, what a sidecar says of model and settings)."""
-    state = bs.load_checkpoint(args.checkpoint)
-    net = bs.UNet(**state["network"])
-    net.load_state_dict(state["ema"])
+    denoiser, state = bs.load_generator(args.checkpoint, device, args.batch)
     common = {"SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",
               "CheckpointSHA256": bs.file_hash(state["file"]), "Seed": args.seed,
               **{k.capitalize(): v for k, v in sampling(args).items()},
               "Condition": state["condition"], "Grid": "native" if args.native else "model",
               "LabelMaps": "segmented" if args.scan else "cases" if args.labels else "phantoms"}
-    denoiser = bs.Denoiser(bs.place_network(net.eval(), device), state["prior"], bs.cosine_alpha_bar(state["shift"]),
-                           device, args.batch)
     return denoiser, state, common
 
 
 def make_set(args, device):
     """Make the cases that are missing, then draw the contact sheet of all."""
-    denoiser, state, common = load_generator(args, device)
+    denoiser, state, common = generator_of(args, device)
     rough, made, asked = [], 0, []
     bs.write_description(args.out)              # first: a set that is cut short is marked as well
     with tempfile.TemporaryDirectory() as scratch:
@@ -303,7 +299,7 @@ def make_set(args, device):
 
 def close_loop(args, device):
     """A scan without labels -> segmented -> a new case synthesised from the predicted labels; a picture."""
-    denoiser, state, common = load_generator(args, device)
+    denoiser, state, common = generator_of(args, device)
     segmenter, rows = bs.load_segmenter(args.segmenter[0], device), []
     common["SegmenterSHA256"] = segmenter.digest
     cases = bs.find_cases(args.scan, labelled=False)
@@ -447,7 +443,7 @@ def audit_cases(args, state):
 
 def audit(args, device):
     """Search a folder of synthetic cases for copies of training cases: table, audit.json, audit.png, pairs.png."""
-    denoiser, state, _ = load_generator(args, device)
+    denoiser, state, _ = generator_of(args, device)
     made = bs.find_cases(args.audit)
     facts = [bs.synthetic_facts(case) for case in made]
     foreign = [case.case for case, its in zip(made, facts) if its["CheckpointSHA256"] != bs.file_hash(state["file"])]

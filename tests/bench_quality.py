@@ -6,7 +6,8 @@
                                                                     ddp-tuned; --lr for another learning rate
     python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run each
     python tests/bench_quality.py changes "width 96" "batch 8"      these alone
-    python tests/bench_quality.py samplers                          the default run's samplers and numbers of calls
+    python tests/bench_quality.py samplers --minutes 5              samplers and numbers of calls, with the generator
+                                                                    that "ours" left
     python tests/bench_quality.py show                              tables and curves of all that lies in --out
 
 Every run gets the same phantoms (or --data), slices, held-out slices and noise, on a machine that does nothing
@@ -430,20 +431,21 @@ def ddp_recipe(args, tuned):
     return net, alpha_bar, "v", loss, EMA(net, beta=0.995, update_every=10)
 
 
-RECIPES = {"monai": (monai_recipe, False), "monai-tuned": (monai_recipe, True),
-           "ddp": (ddp_recipe, False), "ddp-tuned": (ddp_recipe, True)}
+# name: (recipe, whether tuned, learning rate: tuned the best after two minutes of 1e-3 and 3e-3)
+RECIPES = {"monai": (monai_recipe, False, 1e-4), "monai-tuned": (monai_recipe, True, 3e-3),
+           "ddp": (ddp_recipe, False, 1e-4), "ddp-tuned": (ddp_recipe, True, 3e-3)}
 
 
 def run_peer(args, name, cache):
     """Train another library's network for the longest of the minutes, looking at the others on the way. Tuned runs
     have a rate that falls: one run for each of the minutes."""
-    recipe, tuned = RECIPES[name]
+    recipe, tuned, lr = RECIPES[name]
+    lr = args.lr or lr
     for minutes in [[m] for m in args.minutes] if tuned else [sorted(args.minutes)]:
         torch.manual_seed(args.seed)
         device = torch.device("cpu")
         net, alpha_bar, predicts, loss, average = recipe(args, tuned)
         fast = (lambda: bs.fast_math(device)) if tuned else nullcontext
-        lr = args.lr or (1e-3 if tuned else 1e-4)
         if tuned:
             net = bs.place_network(net, device)
             optimizer, ours = bs.make_optimizer(net, lr, device), bs.EMA(net)
@@ -483,16 +485,8 @@ def run_peer(args, name, cache):
 
 
 def samplers(args, cache):
-    """Quality of the default run's generator over samplers, calls and guidance."""
-    runs = sorted(Path(args.out).glob("run-ours-*"), key=lambda path: float(path.name.split("-")[-1]))
-    if not runs:
-        raise bs.BadInput(f"{args.out}: no run of ours there; python tests/bench_quality.py ours first")
-    state = bs.load_checkpoint(runs[-1])
-    net = bs.UNet(**state["network"])
-    net.load_state_dict(state["ema"])
-    device = torch.device("cpu")
-    denoiser = bs.Denoiser(bs.place_network(net.eval(), device), state["prior"], bs.cosine_alpha_bar(state["shift"]),
-                           device)
+    """Quality of the generator that "ours" trained for --minutes, over samplers, calls and guidance."""
+    denoiser, state = bs.load_generator(Path(args.out) / f"run-ours-{args.minutes[0]:g}", torch.device("cpu"))
     grid = [{"sampler": sampler, "steps": steps, "eta": 0.0} for steps in (5, 10, 20, 50, 250)
             for sampler in ("ddim", "dpmpp", "ddpm")]
     grid += [{"guidance": scale} for scale in (1.5, 2.0, 3.0)]
@@ -503,13 +497,14 @@ def samplers(args, cache):
 
 
 def show(args):
-    """Tables and curves.png of results.jsonl."""
+    """Tables and curves.png of results.jsonl; x0 errors in units of 1e-4."""
     rows = [json.loads(line) for line in open(Path(args.out) / "results.jsonl")]
-    columns = [*(f"x0 at {str(level)[1:]}" for level in LEVELS), "Dice", "Frechet", "texture", "fine", "ET"]
-    print("| what | minutes | steps | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
-    for row in sorted(rows, key=lambda row: (row["name"].startswith("sampler"), row["minutes"] > 2.5, row["x0 at .1"])):
-        print(f"| {row['name']} | {row['minutes']:.1f} | {row['steps']} | "
-              + " | ".join(f"{row[name]:.4f}" if name.startswith("x0") else f"{row[name]:.3f}" for name in columns) + " |")
+    print(f"| what | minutes | steps | x0 error x 10^4 at {' / '.join(str(level)[1:] for level in LEVELS)} | Dice | Frechet "
+          "| texture | fine | ET |\n" + "|---" * 9 + "|")
+    for row in sorted(rows, key=lambda row: (row["name"].startswith("sampler"), round(row["minutes"]), row["x0 at .1"])):
+        errors = " / ".join(f"{1e4 * row[f'x0 at {str(level)[1:]}']:.1f}" for level in LEVELS)
+        print(f"| {row['name']} | {row['minutes']:.0f} | {row['steps']} | {errors} | "
+              + " | ".join(f"{row[name]:.3f}" for name in ("Dice", "Frechet", "texture", "fine", "ET")) + " |")
     print(f"on the scans themselves: Dice {rows[0]['Dice on scans']:.3f}; training against held-out slices: Frechet "
           f"{rows[0]['Frechet floor']:.3f}, texture {rows[0]['texture floor']:.3f}")
     curves = {}

@@ -222,7 +222,7 @@ def test_orthogonalised_matrices_keep_their_directions(shape):
     """U diag(s) V^T becomes U diag(about 1) V^T: no direction is left behind, none is mixed into another."""
     matrix, other = [torch.randn(shape, generator=bs.generator(i), dtype=torch.float64) for i in (3, 4)]
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.T @ bs.orthogonal(torch.stack([other, 100 * matrix]))[1] @ vt.T
+    inside = u.T @ bs.orthogonal(torch.stack([100 * other, matrix]))[1] @ vt.T
     assert (s > s.max() * 0.05).sum() > 20 and s.max() > 5
     assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-9)
     assert (inside.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.28

@@ -1366,7 +1366,7 @@ def cosine_alpha_bar(shift=1.0, steps=T):
 
     alpha_bar[0] = 1 and alpha_bar[steps] = 0 exactly: at T nothing of the image is left, so that a
     sampler may start from pure noise and air can come out black [ZSNR].
-    shift: factor on sqrt(snr) at every t; the first line holds at 1. Healthy brain spans about a third
+    shift: factor on sqrt(snr) at every t; where it is 1 the first line holds. Healthy brain spans about a third
     of the range of x0, so noise hides it early: 2 suits slices of 64 pixels. Large pictures survive
     noise better (their pixels repeat each other): keep shift = 128 / resolution [SHIFT].
     DIFFERS: no small offset s near t = 0; v-prediction does not need it.
@@ -1379,7 +1379,8 @@ def cosine_alpha_bar(shift=1.0, steps=T):
 
 
 def signal_sigma(alpha_bar, t):
-    """signal and sigma at t (B,), each float32 (B, 1, 1, 1), ready to multiply images."""
+    """Square roots of alpha_bar and 1 - alpha_bar at t, int64 (B,): signal and sigma, each float32 (B, 1, 1, 1), ready
+    to multiply images. alpha_bar is float64: the roots are taken before anything is rounded."""
     level = alpha_bar[t]
     return level.sqrt().float().view(-1, 1, 1, 1), (1 - level).sqrt().float().view(-1, 1, 1, 1)
 
@@ -1405,7 +1406,7 @@ def split_v(x_t, v, signal, sigma):
 
 def min_snr_weight(alpha_bar, t, gamma=5.0, floor=0.05):
     """Loss weight per sample, float32 (B, 1, 1, 1): min(snr, gamma) / (snr + 1), the v form of
-    [MINSNR]; 1 everywhere where gamma is 0.
+    [MINSNR]; 1 everywhere where gamma is 0. t = 0, where snr is infinite, gets `floor`.
 
     DIFFERS: never below `floor`; at t = T the snr is 0, and a weight of 0 would leave the first
     sampling step untrained.
@@ -1434,14 +1435,14 @@ GROUP = 16      # channels a normalisation group: small groups fall off the fast
 
 
 def one_hot(classes, n_classes):
-    """Class map int (B, H, W) -> float32 (B, n_classes, H, W). Every pixel has exactly one 1, so
+    """Class map int64 (B, H, W) -> float32 (B, n_classes, H, W). Every pixel has exactly one 1, so
     all zeros is a state no label map has: the null condition of guidance, see guided_v."""
     return F.one_hot(classes, n_classes).movedim(-1, 1).float()
 
 
 def sinusoid(value, dim, top=10_000.0):
-    """Position code: value (B,) -> (B, dim), dim/2 sines, then dim/2 cosines of 2 pi value / wavelength;
-    wavelength i = 0 .. dim/2 - 1 is 2 pi top^(2 i / dim)."""
+    """Position code: value (B,), int or float -> float32 (B, dim), dim even: dim/2 sines, then as many cosines, of
+    value / top^(2 i / dim), i = 0 .. dim/2 - 1."""
     wave = torch.exp(torch.arange(dim // 2, device=value.device) * (-math.log(top) / (dim // 2)))
     phase = value.float().unsqueeze(1) * wave
     return torch.cat([phase.sin(), phase.cos()], 1)
@@ -1467,8 +1468,9 @@ def count_parameters(net):
 class ResBlock(nn.Module):
     """x (B, c_in, H, W), emb (B, E) -> (B, c_out, H, W).
 
-    norm, SiLU, 3x3; norm * (1 + scale) + shift from emb [ADM]; SiLU, 3x3 that starts at zero; plus
-    the input (through a 1x1 where the number of channels changes).
+    norm, SiLU, 3x3; norm * (1 + scale) + shift [ADM]; SiLU, 3x3 that starts at zero; plus the input (through a 1x1
+    where the number of channels changes). scale and shift are the first and second half of a linear map of emb,
+    which has been through its SiLU already, see UNet.embed.
     """
 
     def __init__(self, c_in, c_out, emb):
@@ -1487,7 +1489,8 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over all pixels: (B, C, H, W) -> the same; heads of 64 channels (one head where
-    that does not divide C); starts as the identity."""
+    that does not divide C). x + to_out(softmax(q k^T / sqrt(channels of a head)) v), where to_qkv(norm(x)) is all of
+    q, then all of k, then all of v, each head by head. to_out starts at zero: the layer starts as the identity."""
 
     def __init__(self, channels):
         super().__init__()
@@ -1635,7 +1638,7 @@ def precondition(out, x_t, signal, sigma, mean, std):
     air and the mean brain, and its task has about unit size at every t. This is the preconditioning of
     [EDM] with a Gaussian for each pixel instead of one for all.
 
-    out: the network's output (B, C, H, W); signal, sigma (B, 1, 1, 1); mean, std: from expected.
+    out: the network's output (B, C, H, W), maybe bfloat16; signal, sigma (B, 1, 1, 1); mean, std: from expected.
     """
     guess = sigma * (signal * (1 - std ** 2) * x_t - mean) / ((std * signal) ** 2 + sigma ** 2)
     return guess + prior_error(signal, sigma, std) * out.float()
@@ -2005,13 +2008,18 @@ def fast_math(device, precision="auto"):
 
 
 def timesteps(steps):
-    """Noise levels a sampler visits: `steps` + 1 integers from T down to 0, even in t; steps in 1..T."""
+    """Noise levels a sampler visits: int64 tensor (steps + 1,), evenly spaced from T down to 0, rounded to the nearest;
+    steps in 1..T."""
     return torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long()
 
 
 def ddpm_step(before, after):
-    """Ancestral sampling: mean and spread of q(x_s | x_t, x0) [DDPM]. alpha_bar before (at t) and
-    after (at s < t) the step -> (a, b, c, d)."""
+    """Ancestral sampling: x_s = a x_t + b x0_hat + d noise is drawn from q(x_s | x_t, x0) [DDPM]. before, after:
+    floats, alpha_bar before (at t) and after (at s < t) the step -> (a, b, c, d), c = 0, d a standard deviation. With
+    ratio = before / after, the share of power that one step back keeps:
+        a = sqrt(ratio) (1 - after) / (1 - before),  b = sqrt(after) (1 - ratio) / (1 - before),
+        d^2 = (1 - ratio) (1 - after) / (1 - before)
+    """
     ratio = before / after
     a = math.sqrt(ratio) * (1 - after) / (1 - before)
     b = math.sqrt(after) * (1 - ratio) / (1 - before)
@@ -2020,7 +2028,8 @@ def ddpm_step(before, after):
 
 def ddim_step(before, after, eta=0.0):
     """x_s = signal_s x0 + sqrt(sigma_s^2 - d^2) eps + d noise, with eps = (x_t - signal_t x0)/sigma_t
-    and d = eta sigma_s/sigma_t sqrt(1 - before/after) [DDIM]. eta 0: no noise, eta 1: DDPM."""
+    and d = eta sigma_s/sigma_t sqrt(1 - before/after) [DDIM]. eta 0: no noise, eta 1: DDPM. Returns (a, b, 0, d) as
+    ddpm_step; sigma_s^2 - d^2 may come out a little below 0 by rounding and is 0 then."""
     d = eta * math.sqrt((1 - after) / (1 - before) * (1 - before / after))
     along_eps = math.sqrt(max(1 - after - d * d, 0.0)) / math.sqrt(1 - before)
     return along_eps, math.sqrt(after) - along_eps * math.sqrt(before), 0.0, d
@@ -2030,8 +2039,9 @@ def dpmpp_step(earlier, before, after):
     """DPM-Solver++(2M) [DPM++]. earlier: alpha_bar one step before `before`, None in step one.
 
     x_s = sigma_s/sigma_t x_t + k D,  k = signal_s - signal_t sigma_s/sigma_t,
-    D = (1 + 1/2r) x0_hat - 1/2r x0_hat_earlier,  r = h_earlier / h,  h = step in log(signal/sigma).
-    From T (log-snr is -infinity) and to 0 (+infinity) r has no meaning: those are first order.
+    D = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_earlier,  r = h_earlier / h,  h = step in log(signal/sigma).
+    Where earlier is None or 0 (log-snr is -infinity there) or after is 1 (+infinity) r has no meaning: D = x0_hat.
+    Returns (a, b, c, 0): shares of x_t, x0_hat, x0_hat_earlier and noise.
     """
     ratio = math.sqrt((1 - after) / (1 - before))
     k = math.sqrt(after) - math.sqrt(before) * ratio
@@ -2064,8 +2074,8 @@ def sample(predict_v, x, visited, table, noise=None, clip=True):
     predict_v  function (x_t, level) -> v_hat; gets the entries of `visited` in turn (S + 1 of them,
                the last is where the walk ends and is not asked for)
     table      from sampler_table at these levels
-    noise      function of the step number -> noise shaped like x; needed where a row's d is not 0
-    clip       keep x0_hat in [-1, 1], where images live
+    noise      function of the step number, from 0 -> noise shaped like x; needed where a row's d is not 0
+    clip       keep x0_hat in [-1, 1], where images live; "the x0_hat of the step before" is the clipped one
     """
     x0_earlier = torch.zeros_like(x)
     for i, (signal, sigma, a, b, c, d) in enumerate(table.to(x.device)):
@@ -2110,7 +2120,8 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition drops the label map
     (all zeros, which no label map is) and keeps the scalars.
     rescale: share by which the result is brought back to the spread of v_cond per sample, without
-    which large scales blow contrast up and turn air grey [ZSNR].
+    which large scales blow contrast up and turn air grey [ZSNR]:
+    v (1 - rescale + rescale std(v_cond) / std(v)), std over all axes but B. Two calls, one after the other.
     """
     v_cond = denoiser(x_t, t, onehot, scalars)
     if scale == 1.0:
@@ -2135,7 +2146,9 @@ def volume_noise(key, shape, coherence, thickness):
     """Standard normal noise (D, C, H, W), float32, whose neighbouring slices agree.
 
     The correlation of two slices dz mm apart is exp(-dz^2 / (2 coherence^2)); each voxel alone is
-    N(0, 1). coherence 0: independent slices. thickness: mm between slices.
+    N(0, 1). Away from the ends, that is, and where coherence is no less than thickness: slices of white noise, drawn
+    from generator(*key), are mixed with weights exp(-dz^2 / coherence^2), whose squares sum to 1 for every slice.
+    coherence 0: independent slices. thickness: mm between slices.
     """
     white = torch.randn(shape, generator=generator(*key))
     if coherence <= 0:
@@ -2342,8 +2355,9 @@ def regions_of(labels):
 def labels_of(probability, predict):
     """Probabilities (K, ...) -> labels uint8 (...) in 0..3.
 
-    predict "labels": the likeliest of background, NCR, ED, ET. "regions": the BraTS way, each region
-    above one half overwrites the larger one: WT is ED, in it TC is NCR, in it ET is ET.
+    predict "labels": the likeliest of background, NCR, ED, ET. "regions": channels WT, TC, ET; the BraTS way, each
+    where it is above one half overwrites the one before: WT becomes ED, then TC becomes NCR, then ET becomes ET,
+    whether or not the larger region is above one half there too.
     """
     if predict == "labels":
         return probability.argmax(0).to(torch.uint8)
@@ -2355,7 +2369,8 @@ def labels_of(probability, predict):
 
 def dice_loss(probability, target, smooth=1.0):
     """1 - mean over channels of soft Dice = (2 sum(p g) + smooth) / (sum p + sum g + smooth), sums over
-    the whole global batch: a slice without tumour then says "nothing here" instead of 0/0 [VNET].
+    B, H and W, of the whole global batch (see summed): a slice without tumour then says "nothing here" instead of
+    0/0 [VNET].
 
     probability, target: float (B, K, H, W) in [0, 1]. Returns a scalar.
     """
@@ -2417,13 +2432,13 @@ def augment(images, labels, kind, key, share=None):
 
 
 def dice(predicted, truth):
-    """Dice = 2 |A and B| / (|A| + |B|) of two bool masks of one case; both empty: 1."""
+    """Dice = 2 |A and B| / (|A| + |B|) of two bool masks of one case, a float; both empty: 1."""
     total = int(predicted.sum() + truth.sum())
     return 2 * int((predicted & truth).sum()) / total if total else 1.0
 
 
 def sensitivity(predicted, truth):
-    """Share of the true voxels that were found; NaN where there are none."""
+    """Share of the true voxels that were found, a float; NaN where there are none."""
     return int((predicted & truth).sum()) / int(truth.sum()) if truth.any() else math.nan
 
 
@@ -2442,8 +2457,9 @@ def surface(mask):
 def hd95(predicted, truth, spacing):
     """95th percentile Hausdorff distance in mm between the surfaces of two bool masks (X, Y, Z).
 
-    Each way the 95th percentile of the distances from one surface's voxels to the other surface, and
-    the larger of the two. spacing: mm a voxel (3,). Both empty: 0; exactly one: HD95_MISSED.
+    Each way the 95th percentile (linearly interpolated) of the distances from one surface's voxels to the other
+    surface, and the larger of the two. spacing: mm a voxel (3,). Both empty: 0; exactly one: HD95_MISSED. Surfaces
+    have thousands of voxels: distances of all pairs are taken in parts.
     """
     if not predicted.any() or not truth.any():
         return 0.0 if predicted.any() == truth.any() else HD95_MISSED
@@ -2458,10 +2474,12 @@ def hd95(predicted, truth, spacing):
 
 
 def components(mask):
-    """Connected components (26 neighbours) of a bool mask (X, Y, Z): int64, 0 outside, 1, 2, ... inside.
+    """Connected components (26 neighbours) of a bool mask (X, Y, Z): int64, 0 outside, 1, 2, ... inside, in any order,
+    without gaps.
 
-    Every voxel starts with a number of its own and takes the largest among its neighbours', then the
-    number its number's owner has, until nothing changes: labels run along chains in few rounds.
+    Every voxel starts with a number of its own and takes the largest among its neighbours' (in float64, which counts
+    exactly). Number n was voxel n - 1's: then it takes the number that voxel has by now. Until nothing changes:
+    numbers run along chains in few rounds.
     """
     number = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
     while True:
@@ -2486,10 +2504,11 @@ def dilate(mask, times):
 def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
     """Lesion-wise Dice of two bool masks (X, Y, Z), as BraTS 2023 counts it [LESION].
 
-    True components that touch after dilation by `reach` voxels are one lesion. Each is compared with
-    all predicted components that touch its dilation; a predicted one that touches none is a false
-    positive and counts as a Dice of 0. Lesions of at most `smallest` mm^3 are left out. Nothing
-    to find and nothing predicted: 1.
+    A lesion is what of `truth` lies in one component of its dilation by `reach` voxels. It is compared with the whole
+    of all predicted components that share a voxel with its own dilation; a predicted one that does with no lesion's
+    is a false positive, of whatever size. Lesions of at most `smallest` mm^3 are left out (what meets them is no
+    false positive). Returns the sum of Dice over lesions, divided by lesions + false positives; 1 where there is
+    neither.
     """
     both = (predicted | truth).nonzero()
     if not len(both):
@@ -2836,7 +2855,8 @@ def orthogonal(matrices, steps=5):
     """(G, M, N) -> (G, M, N), roughly each one's nearest matrix with orthonormal rows (columns where M > N): singular
     vectors stay, singular values become about 1 (0.7 to 1.2 where they were above a hundredth of the root of the sum
     of squares). By Newton-Schulz iteration, which needs products of matrices alone [MUON]:
-        x = matrix / |matrix|;   five times x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+        x = matrix / (|matrix| + 1e-7), the root of the sum of squares; then `steps` times
+        x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x      (x^T in place of x where M > N: the same, cheaper)
     """
     if matrices.shape[1] > matrices.shape[2]:   # x x^T is the smaller one then
         return orthogonal(matrices.mT, steps).mT
@@ -2919,7 +2939,8 @@ class EMA:
             self.weights = self.advanced(net, step, self.every)
 
     def advanced(self, net, step, count):
-        """The averaged weights after `count` more steps that ended at `net`: {name: tensor}."""
+        """The averaged weights after `count` more steps that ended at `net`: {name: tensor}, new ones: d^count
+        weights + (1 - d^count) net, with d the decay at `step`, see above."""
         keep = min(self.decay, (1 + step) / (10 + step)) ** count
         return {name: torch.lerp(p.float(), self.weights[name], keep) for name, p in self.of(net).items()}
 
@@ -3890,8 +3911,9 @@ def audit_views(images, classes, condition):
 
 
 def mean_head(view, mask):
-    """The mean view at each position, left and right alike, with one empty head counted in: view (N, P, C, S, S), mask
-    (N, P, 1, S, S) -> (P, C, S, S). What all heads share is no copy."""
+    """The mean view at each position, left and right alike: view (N, P, C, S, S), mask (N, P, 1, S, S) -> (P, C, S, S).
+    The sum of all views inside their masks and of their mirror images (last axis), over how many of the 2 N masks
+    cover a pixel, plus 1: one empty head, so that there is no division by 0. What all heads share is no copy."""
     total, count = (view * mask).sum(0), mask.sum(0)
     return (total + total.flip(-1)) / (count + count.flip(-1) + 1)
 
@@ -3921,7 +3943,7 @@ def similarity(made, real, head):
 
 def robust(values):
     """Median and robust standard deviation of a tensor's values, tensors (): 1.4826 times the median distance from the
-    median, which is the standard deviation if they are Gaussian."""
+    median, which is the standard deviation if they are Gaussian, plus 1e-6. Medians as torch.median takes them."""
     middle = values.median()
     return middle, 1.4826 * (values - middle).abs().median() + 1e-6
 
@@ -3969,9 +3991,11 @@ class CopyFinder:
 
 
 def nearer_share(alike, training, draws=10, permutations=400, seed=0):
-    """Part B: in which share of synthetic slices the nearest real case is a training case and no decoy, equally many
-    of each drawn: 0.5 if nothing leaked -> (share, p). alike (N, P, M), training bool (M,). p: how often the share is
-    as high when it is drawn by lot who was trained on."""
+    """Part B: in which share of the N P synthetic slices the nearest real case is a training case and no decoy: 0.5 if
+    nothing leaked -> (share, p). alike (N, P, M): from similarity; training bool (M,): which of the real cases were
+    trained on. Of the larger group as many as the smaller one has are drawn, without replacement, `draws` times, and
+    shares averaged; ties count half. p: (1 + k) / (1 + permutations), where k of so many shares are as high when
+    `training` is shuffled. Chance: numpy's default_rng(seed)."""
     values, rng = alike.flatten(0, 1).numpy(), np.random.default_rng(seed)
 
     def share(labels):
@@ -3989,8 +4013,9 @@ def nearer_share(alike, training, draws=10, permutations=400, seed=0):
 
 
 def membership(members, others, permutations=4000, seed=0):
-    """Part C: AUC, how often a training case scores above a held-out one, 0.5 by chance -> (AUC, p). members, others:
-    scores of cases, float arrays. p: how often the AUC is as high when it is drawn by lot who was trained on."""
+    """Part C: AUC, how often a training case scores above a held-out one, ties counting half, 0.5 by chance ->
+    (AUC, p). members, others: scores of cases, float arrays. p: (1 + k) / (1 + permutations), where k of so many AUCs
+    are as high when it is drawn by lot who was trained on. Chance: numpy's default_rng(seed)."""
     scores, n = np.concatenate([members, others]), len(members)
     ranks = np.array([(scores < value).sum() + (scores == value).sum() / 2 + 0.5 for value in scores])
     area = lambda its: (its.sum() - n * (n + 1) / 2) / (n * len(others))

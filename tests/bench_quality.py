@@ -520,7 +520,8 @@ def show(args):
                     (name, [row["minutes"] for row in mine if sign * row[name] <= sign * best[name]])
                     for name, sign in SIGNS.items())))
     panels = [(name, "log" if sign > 0 else "linear",
-               {who: ([its["minutes"] for its in line], [its[name] for its in line]) for who, line in curves.items()})
+               {who: ([its["minutes"] for its in line], [its[name] for its in line]) for who, line in curves.items()
+                if len(line) > 1})
               for name, sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
     if curves:
         bs.draw_lines(Path(args.out) / "curves.png", panels, "minutes")

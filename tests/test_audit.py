@@ -40,6 +40,7 @@ def take(pool, rows):
     return [its[rows] for its in pool]
 
 
+@pytest.mark.a5
 def test_fresh_heads_raise_no_alarm(alike):
     """Sixty times other phantoms are dealt as training cases, decoys and synthetic cases: none is ever named."""
     for seed in range(60):
@@ -47,6 +48,7 @@ def test_fresh_heads_raise_no_alarm(alike):
         assert scores.max() < bs.LIMIT, f"deal {seed}: {scores.max():.1f}"
 
 
+@pytest.mark.a5
 def test_shares_of_fresh_heads_are_chance(alike):
     """Nearer to training than to decoys in half of the slices, and p spread evenly over 0..1."""
     shares, ps = [], []
@@ -76,6 +78,7 @@ def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
     return finder.found
 
 
+@pytest.mark.a5
 @pytest.mark.parametrize("seed", range(5))
 def test_one_copied_slice_in_two_hundred_is_named(pool, seed):
     """A single slice, copied exactly, among 200: the case, the slice and the training case are named, nothing else."""
@@ -116,6 +119,7 @@ def test_a_set_that_is_mostly_copies_is_named(pool):
     assert (found["score"] > bs.LIMIT).all() and (found["pair"] == torch.arange(28) % 8).all()
 
 
+@pytest.mark.a5
 def test_swapping_who_was_trained_on_mirrors_the_share(pool, alike):
     """The share and that of decoys are one: nothing prefers one of the two groups but the data."""
     training, decoys, made = deal(1, (16, 8, 20))
@@ -146,6 +150,7 @@ def test_what_a_label_map_demands_is_no_copy(pool, alike):
     assert finder.found["score"][-1] < bs.LIMIT
 
 
+@pytest.mark.a5
 def test_auc_by_hand():
     """Two above two is 1, mixed evenly 0.5, ties count half; p of the best of three against three is 1 in 20."""
     assert bs.membership(np.array([3.0, 4]), np.array([1.0, 2]))[0] == 1

@@ -21,6 +21,7 @@ def inputs(net, height=16, width=24, batch=2):
             bs.one_hot(classes, net.classes), torch.full((batch, 1), 0.3))
 
 
+@pytest.mark.a2
 @pytest.mark.parametrize("size", [(16, 24), (17, 23), (30, 9)])
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_any_height_and_width(size, patch):
@@ -29,18 +30,21 @@ def test_any_height_and_width(size, patch):
     assert net(*inputs(net, *size)).shape == (2, 4, *size)
 
 
+@pytest.mark.a2
 def test_any_number_of_channels():
     """Modalities and classes come from the data; output channels may differ from input channels."""
     net = small(channels=3, classes=7, out_channels=5)
     assert net(*inputs(net)).shape == (2, 5, 16, 24)
 
 
+@pytest.mark.a2
 def test_a_new_network_says_zero():
     """The last layer starts at zero, so that training starts from the preconditioning's guess."""
     net = bs.UNet(width=16, mults=(1, 2))
     assert not net(*inputs(net)).any()
 
 
+@pytest.mark.a2
 @pytest.mark.parametrize("what", ["labels", "t", "position", "image"])
 def test_every_input_matters(what):
     """Users of other codes found samples that ignore the mask: change one input, the output changes."""
@@ -52,6 +56,7 @@ def test_every_input_matters(what):
     assert (net(*changed) - before).abs().max() > 1e-3, f"{what} does not reach the output"
 
 
+@pytest.mark.a2
 def test_labels_are_not_ordered():
     """One channel k/255 makes ED a weaker ET; one-hot swaps of two classes must be told apart."""
     net = small()
@@ -60,6 +65,7 @@ def test_labels_are_not_ordered():
     assert (net(x, t, swapped, position) - net(x, t, onehot, position)).abs().max() > 1e-3
 
 
+@pytest.mark.a2
 def test_null_condition_is_not_the_empty_mask():
     """No label map is all zeros: an empty mask has air everywhere, which says a great deal."""
     net = small()
@@ -70,6 +76,7 @@ def test_null_condition_is_not_the_empty_mask():
     assert (net(x, t, null, position) - net(x, t, empty, position)).abs().max() > 1e-3
 
 
+@pytest.mark.a2
 def test_each_scalar_has_a_null_of_its_own():
     """NaN means not given: different from 0, and one scalar's null leaves the others alive."""
     net = small(scalars=3)
@@ -82,6 +89,7 @@ def test_each_scalar_has_a_null_of_its_own():
             assert (outs[i] - outs[j]).abs().max() > 1e-4, f"scalar rows {i} and {j} look the same"
 
 
+@pytest.mark.a2
 def test_scalars_start_without_a_say():
     """Zero-initialised into the time embedding: a new condition can join a trained network."""
     net = bs.UNet(width=16, mults=(1, 2), scalars=2)
@@ -98,6 +106,68 @@ def test_parameters_reported_are_parameters_counted():
     assert rows[-1] == sum(rows[:-1]) == bs.count_parameters(net) == sum(p.numel() for p in net.parameters())
 
 
+@pytest.mark.a2
+def test_one_hot_by_hand():
+    """Class k of a pixel is a 1 in channel k, and channels come before height and width."""
+    onehot = bs.one_hot(torch.tensor([[[0, 2, 1], [1, 0, 3]]]), 5)
+    assert onehot.shape == (1, 5, 2, 3) and onehot.dtype == torch.float32 and (onehot.sum(1) == 1).all()
+    assert onehot[0, :, 0].T.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0]]
+
+
+@pytest.mark.a2
+def test_sinusoid_by_hand():
+    """Sines, then cosines, of the value over wavelengths in even ratios: 1 and 1/100 of it for dim 4."""
+    value = torch.tensor([0.0, 1.5, 700.0])
+    expected = torch.stack([value.sin(), (value / 100).sin(), value.cos(), (value / 100).cos()], 1)
+    assert torch.allclose(bs.sinusoid(value, 4), expected, atol=1e-4)
+    assert bs.sinusoid(torch.arange(5), 12).shape == (5, 12)
+
+
+def plain_norm(x, norm, size=16):
+    """GroupNorm written out: mean 0 and variance 1 over each group of `size` channels and all pixels."""
+    groups = x.unflatten(1, (-1, size))
+    centred = groups - groups.mean((2, 3, 4), keepdim=True)
+    scaled = centred / (centred.square().mean((2, 3, 4), keepdim=True) + norm.eps).sqrt()
+    return scaled.flatten(1, 2) * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+
+def awake(module):
+    """The module with every parameter drawn at random."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return module
+
+
+@pytest.mark.a2
+@pytest.mark.parametrize("c_out", [32, 48])
+def test_a_residual_block_by_hand(c_out):
+    """Both norms, both SiLUs, scale and shift from the embedding, and the input added at the end."""
+    block, x, emb = awake(bs.ResBlock(32, c_out, 24)), torch.randn(2, 32, 6, 9), torch.randn(2, 24)
+    silu, conv = lambda h: h * h.sigmoid(), torch.nn.functional.conv2d
+    h = conv(silu(plain_norm(x, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
+    scale, shift = (emb @ block.to_scale_shift.weight.T + block.to_scale_shift.bias).view(2, 2, c_out, 1, 1).unbind(1)
+    h = plain_norm(h, block.norm2) * (1 + scale) + shift
+    h = conv(silu(h), block.conv2.weight, block.conv2.bias, padding=1)
+    assert torch.allclose(block(x, emb), h + block.skip(x), atol=1e-3)
+
+
+@pytest.mark.a2
+@pytest.mark.parametrize("channels", [64, 128])
+def test_attention_by_hand(channels):
+    """Every pixel is asked about all pixels, head by head: softmax(q k^T / sqrt(64)) v, and the input added."""
+    layer, x = awake(bs.Attention(channels)), torch.randn(2, channels, 3, 5)
+    qkv = torch.einsum("oc,bchw->bohw", layer.to_qkv.weight[..., 0, 0], plain_norm(x, layer.norm))
+    q, k, v = (qkv + layer.to_qkv.bias.view(-1, 1, 1)).flatten(2).view(2, 3, channels, 15).unbind(1)
+    out = torch.empty_like(q)
+    for head in range(0, channels, 64):
+        its = slice(head, head + 64)
+        weight = (q[:, its].mT @ k[:, its] / 8).softmax(-1)                 # (B, asking pixel, pixel)
+        out[:, its] = v[:, its] @ weight.mT
+    out = torch.einsum("oc,bcn->bon", layer.to_out.weight[..., 0, 0], out) + layer.to_out.bias.view(-1, 1)
+    assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.a1
 def test_precondition_is_the_best_v_for_gaussian_pixels():
     """With out = 0, v_hat must be the posterior mean of v where pixels are N(mean, std^2): checked by
     drawing, its error is prior_error and has no mean, at every level."""

@@ -9,6 +9,7 @@ import brainsyn as bs
 X0, EPS = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randn(2, 3, 16, 24, dtype=torch.float64)
 
 
+@pytest.mark.a1
 @pytest.mark.parametrize("shift", [1.0, 0.5])
 def test_schedule_begins_clean_and_ends_in_pure_noise(shift):
     """Zero terminal SNR, exactly: otherwise samplers start from noise that still knows the mean."""
@@ -18,6 +19,7 @@ def test_schedule_begins_clean_and_ends_in_pure_noise(shift):
     assert (alpha_bar[1:] < alpha_bar[:-1]).all(), "noise must grow with t"
 
 
+@pytest.mark.a1
 def test_cosine_means_equal_angles():
     """signal = cos(t/T pi/2): at half time the angle is 45 degrees."""
     alpha_bar = bs.cosine_alpha_bar()
@@ -25,6 +27,7 @@ def test_cosine_means_equal_angles():
     assert math.isclose(alpha_bar[bs.T // 3].sqrt(), math.cos(333 / 1000 * math.pi / 2), rel_tol=1e-12)
 
 
+@pytest.mark.a1
 def test_shift_multiplies_the_root_of_snr():
     """The resolution shift is one factor on sqrt(snr), the same at every t."""
     plain, shifted = bs.cosine_alpha_bar()[1:-1], bs.cosine_alpha_bar(0.5)[1:-1]
@@ -32,6 +35,7 @@ def test_shift_multiplies_the_root_of_snr():
     assert torch.allclose(ratio, torch.full_like(ratio, 0.5))
 
 
+@pytest.mark.a1
 def test_signal_and_sigma_share_the_power():
     """signal^2 + sigma^2 = 1 at every t, so that x_t keeps the variance of x0 = 1."""
     signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(), torch.arange(bs.T + 1))
@@ -39,6 +43,7 @@ def test_signal_and_sigma_share_the_power():
     assert torch.allclose(signal ** 2 + sigma ** 2, torch.ones(()), atol=1e-6)
 
 
+@pytest.mark.a1
 def test_v_is_the_derivative_of_x_t():
     """v = d x_t / d angle: that is why it stays well-behaved from clean to pure noise."""
     angle = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -48,6 +53,7 @@ def test_v_is_the_derivative_of_x_t():
     assert torch.allclose(grad, v.detach()), "check the signs in v_target"
 
 
+@pytest.mark.a1
 @pytest.mark.parametrize("angle", [0.0, 0.3, 1.2, math.pi / 2])
 def test_split_v_undoes_add_noise_and_v_target(angle):
     """(x_t, v) -> (x0, eps) is a rotation back: exact at every t, the two ends included."""
@@ -56,6 +62,7 @@ def test_split_v_undoes_add_noise_and_v_target(angle):
     assert torch.allclose(x0, X0) and torch.allclose(eps, EPS)
 
 
+@pytest.mark.a1
 def test_at_T_x0_is_minus_v():
     """Where nothing of the image is left the network's v is the image's guess, sign turned."""
     signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(), torch.tensor([bs.T, bs.T]))
@@ -64,6 +71,7 @@ def test_at_T_x0_is_minus_v():
     assert torch.equal(x0, -v)
 
 
+@pytest.mark.a1
 def test_min_snr_weight_is_the_v_form_with_a_floor():
     """min(snr, 5) / (snr + 1), worked by hand; the floor keeps t = T in training."""
     alpha_bar = bs.cosine_alpha_bar()

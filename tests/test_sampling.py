@@ -35,6 +35,7 @@ def exact(x, start, end):
     return MU * math.sqrt(end) + spread(end) / spread(start) * (x - MU * math.sqrt(start))
 
 
+@pytest.mark.a3
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("ddim", 1), ("dpmpp", 0)])
 def test_samplers_return_the_distribution(sampler, eta):
     """500 steps on Gaussian data: mean and spread come back within 3%."""
@@ -42,6 +43,7 @@ def test_samplers_return_the_distribution(sampler, eta):
     assert abs(x.mean().item() - MU) < 0.005 and abs(x.std().item() / C - 1) < 0.03
 
 
+@pytest.mark.a3
 def test_ancestral_sampling_is_ddim_with_eta_one():
     """Two derivations of the same step: their four numbers agree at every pair of levels."""
     for t, s in ((1000, 600), (950, 949), (400, 13), (20, 0)):
@@ -53,6 +55,7 @@ def ratios(errors):
     return [a / b for a, b in zip(errors, errors[1:])]
 
 
+@pytest.mark.a3
 def test_ddim_is_first_order():
     """A first-order method's error halves when its steps double."""
     x = torch.linspace(-2, 2, 101)
@@ -66,6 +69,7 @@ def finite_levels(n):
     return torch.sigmoid(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 
+@pytest.mark.a3
 def test_dpmpp_is_second_order_where_log_snr_is_finite():
     """Its error falls by four when steps double, on even steps of log-snr from -3 to 3."""
     x = torch.linspace(-2, 2, 101, dtype=torch.float64)
@@ -75,6 +79,7 @@ def test_dpmpp_is_second_order_where_log_snr_is_finite():
     assert all(1.7 < order < 2.3 for order in orders), f"orders {orders}"
 
 
+@pytest.mark.a3
 def test_dpmpp_beats_ddim_at_twenty_steps():
     """From T to 0, first and last step first order: still closer than DDIM with as many calls."""
     x, levels = torch.linspace(-2, 2, 101), ALPHA_BAR[bs.timesteps(20)]
@@ -92,6 +97,7 @@ def reference_ddim(x, visited):
     return x
 
 
+@pytest.mark.a3
 def test_uneven_steps_agree_with_an_independent_computation():
     """`t - T // n` as the previous step is wrong as soon as steps are uneven; ours read the list."""
     visited, x = [1000, 990, 700, 640, 130, 17, 2, 0], torch.linspace(-2, 2, 11, dtype=torch.float64)
@@ -99,6 +105,7 @@ def test_uneven_steps_agree_with_an_independent_computation():
     assert torch.allclose(ours, reference_ddim(x, visited), atol=2e-6)
 
 
+@pytest.mark.a3
 def test_uneven_ancestral_steps_have_the_right_posterior():
     """Mean and variance of q(x_s | x_t, x0) by Bayes in float64, from the two Gaussians alone."""
     before, after = float(ALPHA_BAR[700]), float(ALPHA_BAR[130])
@@ -110,6 +117,7 @@ def test_uneven_ancestral_steps_have_the_right_posterior():
     assert c == 0 and math.isclose(d, math.sqrt(var))
 
 
+@pytest.mark.a3
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 1000])
 def test_every_walk_starts_at_T_and_ends_at_zero(steps):
     """Starting at t < T starts from an image; "leading" spacing with a cosine schedule is known bad."""
@@ -122,11 +130,14 @@ def test_every_walk_starts_at_T_and_ends_at_zero(steps):
         assert table[-1, 5] == 0, "the last step adds no noise"
 
 
+@pytest.mark.a3
 def test_clip_keeps_samples_in_range():
     """x0_hat is kept in [-1, 1] when asked, so air cannot drift below black."""
     levels = ALPHA_BAR[bs.timesteps(10)]
     x = bs.sample(lambda x, t: torch.full_like(x, 3.0), torch.randn(50), levels, bs.sampler_table(levels))
     assert x.min() >= -1 and x.max() <= 1
+    first = bs.sample(lambda x, t: torch.tensor([5.0, 0.5, -5.0]), torch.zeros(3), levels[:2], bs.sampler_table([0.0, 1.0]))
+    assert first.tolist() == [-1, -0.5, 1], "x0_hat is -v at T"
 
 
 class Counting:
@@ -140,6 +151,7 @@ class Counting:
         return x_t * 0.5 + onehot.sum((1, 2, 3), keepdim=True) / onehot[0].numel()
 
 
+@pytest.mark.a3
 def test_guidance_scale_one_costs_one_call():
     """At scale 1 the null call would be multiplied by zero: it is not made."""
     x, onehot, d = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24), Counting()
@@ -149,12 +161,14 @@ def test_guidance_scale_one_costs_one_call():
     assert d.calls == 3
 
 
+@pytest.mark.a3
 def test_guidance_extrapolates_from_null_to_condition():
     """v_null + scale (v_cond - v_null), by hand: null gives x/2, condition x/2 + 1, scale 3 x/2 + 3."""
     x, onehot = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24)
     assert torch.allclose(bs.guided_v(Counting(), x, None, onehot, None, 3.0, rescale=0.0), x * 0.5 + 3, atol=1e-5)
 
 
+@pytest.mark.a3
 def test_rescale_brings_back_the_spread():
     """Full rescale: each sample's v has the spread it has without guidance."""
     x, onehot = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24)
@@ -170,6 +184,7 @@ def make_denoiser():
     return bs.Denoiser(net.eval(), prior, ALPHA_BAR, torch.device("cpu"))
 
 
+@pytest.mark.a3
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_batch_size_changes_rounding_only(sampler, monkeypatch):
     """Noise belongs to the case, not to the batch: batch 1 and 4 give one volume (fp32, 1e-4)."""
@@ -182,6 +197,7 @@ def test_batch_size_changes_rounding_only(sampler, monkeypatch):
     assert (four - other).abs().max() > 0.1, "another case must have other noise"
 
 
+@pytest.mark.a3
 def test_guidance_acts_in_its_interval_only():
     """An interval no level lies in leaves the unguided sample; the whole range does not."""
     denoiser, classes, position = make_denoiser(), torch.randint(0, 5, (2, 16, 24)), torch.zeros(2)
@@ -192,6 +208,7 @@ def test_guidance_acts_in_its_interval_only():
     assert not torch.equal(plain, run(guidance=3.0, interval=(0.0, 1.0)))
 
 
+@pytest.mark.a3
 @pytest.mark.parametrize("coherence", [0.0, 3.0])
 def test_volume_noise_is_standard_and_correlated_as_promised(coherence):
     """Each voxel N(0, 1); slices dz mm apart correlate exp(-dz^2 / (2 coherence^2))."""

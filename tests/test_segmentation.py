@@ -14,6 +14,7 @@ def blobs(seed, shape=(20, 24, 18), level=0.6):
     return torch.from_numpy(noise > level)
 
 
+@pytest.mark.a4
 def test_regions_are_unions_of_labels():
     """WT = NCR + ED + ET, TC = NCR + ET, ET = ET; labels are 1 NCR, 2 ED, 3 ET."""
     labels = torch.tensor([0, 1, 2, 3])
@@ -21,6 +22,7 @@ def test_regions_are_unions_of_labels():
                                               [False, False, False, True]]
 
 
+@pytest.mark.a4
 def test_labels_survive_the_way_through_regions():
     """Any label map -> regions as probabilities -> the same label map."""
     labels = torch.randint(0, 4, (5, 6, 7))
@@ -29,20 +31,25 @@ def test_labels_survive_the_way_through_regions():
     assert torch.equal(bs.labels_of(onehot, "labels").long(), labels)
 
 
+@pytest.mark.a4
 def test_smaller_regions_overwrite_larger_ones():
     """The BraTS way: ET wins over TC wins over WT, each by its own probability."""
     probability = torch.tensor([[0.9, 0.9, 0.9, 0.2], [0.1, 0.8, 0.8, 0.1], [0.2, 0.3, 0.7, 0.9]])
     assert bs.labels_of(probability, "regions").tolist() == [2, 1, 3, 3]
 
 
+@pytest.mark.a4
 def test_dice_loss_by_hand():
     """Two pixels of four predicted with one half each, one of them true: (2*0.5+1)/(1+1+1) = 2/3."""
     probability = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(1, 1, 2, 2)
     target = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
     assert abs(bs.dice_loss(probability, target).item() - 1 / 3) < 1e-6
     assert bs.dice_loss(target, target).item() == 0 and bs.dice_loss(target * 0, target * 0).item() == 0
+    both = torch.cat([probability, probability * 0]), torch.cat([target, target * 0])
+    assert abs(bs.dice_loss(*both).item() - 1 / 3) < 1e-6, "sums go over the whole batch: an empty slice changes nothing"
 
 
+@pytest.mark.a4
 @pytest.mark.parametrize("predict", ["regions", "labels"])
 def test_the_right_answer_has_the_least_loss(predict):
     """Confident right logits cost almost nothing, confident wrong ones a lot."""
@@ -52,6 +59,7 @@ def test_the_right_answer_has_the_least_loss(predict):
     assert bs.segmentation_loss(right, (labels + 1) % 4, predict) > 3
 
 
+@pytest.mark.a4
 def test_dice_by_hand_and_of_empty_masks():
     """3 and 2 voxels sharing 1: 2/5. Nothing to find and nothing found is 1, one of them is 0."""
     a, b = torch.zeros(2, 3, 4, dtype=torch.bool), torch.zeros(2, 3, 4, dtype=torch.bool)
@@ -63,6 +71,19 @@ def test_dice_by_hand_and_of_empty_masks():
     assert bs.sensitivity(a, b) == 0.5 and math.isnan(bs.sensitivity(a, a & False))
 
 
+@pytest.mark.a4
+def test_surface_by_hand():
+    """Of a cube of 4 voxels a side all but the inner 2 x 2 x 2; where it meets the array's end that is surface too."""
+    mask = torch.zeros(7, 8, 9, dtype=torch.bool)
+    mask[1:5, 2:6, 3:7] = True
+    inner = mask.clone() & False
+    inner[2:4, 3:5, 4:6] = True
+    assert torch.equal(bs.surface(mask), mask & ~inner)
+    assert bs.surface(torch.ones(3, 4, 5, dtype=torch.bool)).sum() == 60 - 6
+    assert torch.equal(bs.surface(mask & False), mask & False)
+
+
+@pytest.mark.a4
 def test_hd95_by_hand():
     """Two voxels three apart along an axis of 2.5 mm lie 7.5 mm apart, whichever comes first."""
     a, b = torch.zeros(8, 9, 10, dtype=torch.bool), torch.zeros(8, 9, 10, dtype=torch.bool)
@@ -74,6 +95,7 @@ def test_hd95_by_hand():
     assert bs.hd95(a, b, (1, 1, 2.5)) == 7.5 and bs.hd95(a, a, (1, 1, 2.5)) == 0
 
 
+@pytest.mark.a4
 def test_hd95_is_the_larger_of_the_two_directions():
     """A prediction with a far extra part misses nothing of the truth, yet has a large distance."""
     truth = torch.zeros(40, 6, 6, dtype=torch.bool)
@@ -83,6 +105,7 @@ def test_hd95_is_the_larger_of_the_two_directions():
     assert bs.hd95(predicted, truth, (1, 1, 1)) == bs.hd95(truth, predicted, (1, 1, 1)) > 20
 
 
+@pytest.mark.a4
 def test_hd95_agrees_with_scipy():
     """Against distance transforms of the surfaces, for odd shapes and spacings."""
     ndimage = pytest.importorskip("scipy.ndimage")
@@ -95,6 +118,7 @@ def test_hd95_agrees_with_scipy():
         assert bs.hd95(a, b, spacing) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.a4
 def test_dice_and_hd95_agree_with_monai():
     """The library most of the field uses gives the same figures."""
     metrics = pytest.importorskip("monai.metrics")
@@ -106,6 +130,7 @@ def test_dice_and_hd95_agree_with_monai():
     assert bs.hd95(a, b, (1.0, 1.5, 2.0)) == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.a4
 def test_components_touch_through_corners():
     """Diagonal neighbours are one component, a gap of one voxel makes two, a snake is one."""
     mask = torch.zeros(6, 6, 12, dtype=torch.bool)
@@ -118,6 +143,7 @@ def test_components_touch_through_corners():
     assert bs.components(mask & False).max() == 0
 
 
+@pytest.mark.a4
 def test_components_and_dilation_agree_with_scipy():
     """26-connectivity for components, 18-connectivity for dilation, on random blobs."""
     ndimage = pytest.importorskip("scipy.ndimage")
@@ -139,6 +165,7 @@ def cube(*boxes, shape=(40, 20, 20)):
     return mask
 
 
+@pytest.mark.a4
 def test_lesion_dice_by_hand():
     """Two lesions, one found exactly: (1 + 0) / 2. A false positive is one more 0. Lesions closer than the
     dilations reach are one. At most 50 mm^3 is not counted as a lesion."""

@@ -16,7 +16,7 @@ import json, os, runpy, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import matplotlib
 matplotlib.use("Agg")
-import matplotlib.pyplot, nibabel, torch
+import matplotlib.pyplot, nibabel, pytest, torch
 import torch.utils.flop_counter
 for line in sys.stdin:
     job, children = json.loads(line), []

@@ -3,7 +3,6 @@ none. Each is grafted as a hand-in is, see blank.py.
 """
 import ast
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import brainsyn as bs
 from blank import ASSIGNMENTS, LIBRARY, VARIANT, blank, find, variant_angle
 from grade import FILES, grade
+from nursery import run_script
 
 SOURCE = LIBRARY.read_text()
 # Per exercise: (what stands in the library, what a student writes instead).
@@ -146,22 +146,17 @@ def assignment_of(name):
 
 
 def marked(folder, name, text, *words):
-    """Whether all tests of the exercise's assignment pass with `text` as the hand-in: in a forked child, which ends at
-    the first that does not."""
-    path, assignment = Path(folder) / "hand_in.py", assignment_of(name)
-    path.write_text(text)
-    child = os.fork()
-    if not child:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
-        for module in [its for its in sys.modules if its.startswith(("test_", "conftest"))]:
-            del sys.modules[module]
-        root = LIBRARY.parent
-        files = [str(root / "tests" / f"{its}.py") for its in FILES[assignment]]
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(root), "-m", f"{assignment} and not slow",
-                                  "--impl", str(path), *words, *files])))
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 1), f"pytest ended with {status}"
+    """Whether all tests of the exercise's assignment pass with `text` as the hand-in; it ends at the first that does
+    not."""
+    hand_in, assignment = Path(folder) / "hand_in.py", assignment_of(name)
+    hand_in.write_text(text)
+    (Path(folder) / "program.py").write_text("import sys, pytest\nsys.exit(int(pytest.main(sys.argv[1:])))\n")
+    tests = LIBRARY.parent / "tests"
+    status, said = run_script(folder, Path(folder) / "program.py", "-x", "-q", "-p", "no:cacheprovider", "--rootdir", tests.parent,
+                              "-c", tests.parent / "pyproject.toml", "-m", f"{assignment} and not slow", "--impl", hand_in,
+                              *words, *[tests / f"{its}.py" for its in FILES[assignment]],
+                              environments=[{"OMP_NUM_THREADS": "1"}])
+    assert status in (0, 1), said
     return status == 0
 
 

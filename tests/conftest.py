@@ -20,7 +20,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """The graft: functions of the hand-in in the place of brainsyn's."""
     path = config.getoption("--impl")
-    for assignment in re.findall(r"\ba\d\b", config.getoption("-m")) or ASSIGNMENTS if path else ():
+    if not path:
+        return
+    for assignment in re.findall(r"\ba\d\b", config.getoption("-m")) or ASSIGNMENTS:
         try:
             found = hand_in(path, assignment, config.getoption("--blank-rest"))
         except (Exception, SystemExit) as error:

@@ -6,6 +6,8 @@
                                                                     ddp-tuned; --lr for another learning rate
     python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run each
     python tests/bench_quality.py changes "width 96" "batch 8"      these alone
+    python tests/bench_quality.py changes "batch 8" --words="--width 128 --optimizer adamw"
+                                                                    the same from another default
     python tests/bench_quality.py samplers --minutes 5              samplers and numbers of calls, with the generator
                                                                     that "ours" left
     python tests/bench_quality.py show                              tables and curves of all that lies in --out
@@ -337,6 +339,7 @@ def run_ours(args, name, minutes, words="", names=None, loud=True):
     """Train by train_ddpm.py with these words, these names of brainsyn.py replaced; look; keep. Only loud runs leave
     checkpoints."""
     condition = "tissue" if "--condition tissue" in words else "tumour"
+    name = f"{name} {args.words}".strip()
     out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}"
 
     def close(its, cache, denoiser, settings, pace):
@@ -348,7 +351,7 @@ def run_ours(args, name, minutes, words="", names=None, loud=True):
         save, bs.save_checkpoint = bs.save_checkpoint, bs.save_checkpoint if loud else lambda *_: None
         try:
             train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes", str(minutes),
-                             *words.split()])
+                             *args.words.split(), *words.split()])
         finally:
             train_ddpm.close, bs.save_checkpoint = kept, save
 
@@ -541,6 +544,7 @@ def main():
     parser.add_argument("--phantoms", type=int, default=60, help="how many phantoms")
     parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
     parser.add_argument("--lr", type=float, help="learning rate of the other libraries' networks")
+    parser.add_argument("--words", default="", help="for train_ddpm.py in every run of ours, one string")
     parser.add_argument("--held", type=int, default=192, help="held-out slices looked at")
     parser.add_argument("--seg-steps", type=int, default=1200, help="of the segmenter that judges")
     parser.add_argument("--seed", type=int, default=0)

@@ -31,19 +31,23 @@ FILES = {"a1": ("test_noise", "test_networks", "test_variants"), "a2": ("test_ne
          "a3": ("test_sampling",), "a4": ("test_segmentation",), "a5": ("test_audit",)}
 
 
+def pytest_words(path, assignment, *words):
+    """What pytest is called with to mark a hand-in, from any folder."""
+    return ["-q", "-p", "no:cacheprovider", "-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(TESTS.parent),
+            "--impl", str(Path(path).resolve()), *words, *[str(TESTS / f"{name}.py") for name in FILES[assignment]]]
+
+
 def grade(path, assignment, hidden=(), student=None, seconds=300):
     """Run an assignment's tests on a hand-in -> a row of the CSV."""
     row = {"file": Path(path).name, "mark": 0, "passed": 0, "of": 0, "seconds": 0, "why": ""}
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = [str(TESTS / f"{name}.py") for name in FILES[assignment]] + [str(Path(its).resolve()) for its in hidden]
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(TESTS.parent / "pyproject.toml"),
-                 "--rootdir", str(TESTS.parent), "-m", assignment, "--blank-rest", "--impl", str(Path(path).resolve()),
-                 "--junitxml", str(report), *(["--student", student] if student else []), *tests]
+        words = pytest_words(path, assignment, "-m", assignment, "--blank-rest", "--junitxml", str(report),
+                             *(["--student", student] if student else []), *[str(Path(its).resolve()) for its in hidden])
         with open(Path(folder) / "out.txt", "w") as out:
-            child = subprocess.Popen(words, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                     start_new_session=True)
+            child = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=folder, stdin=subprocess.DEVNULL,
+                                     stdout=out, stderr=out, start_new_session=True)
             try:
                 child.wait(seconds)
             except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ import pytest
 
 import brainsyn as bs
 from blank import ASSIGNMENTS, LIBRARY, VARIANT, blank, find, variant_angle
-from grade import FILES, grade
+from grade import grade, pytest_words
 from nursery import run_script
 
 SOURCE = LIBRARY.read_text()
@@ -151,11 +151,8 @@ def marked(folder, name, text, *words):
     hand_in, assignment = Path(folder) / "hand_in.py", assignment_of(name)
     hand_in.write_text(text)
     (Path(folder) / "program.py").write_text("import sys, pytest\nsys.exit(int(pytest.main(sys.argv[1:])))\n")
-    tests = LIBRARY.parent / "tests"
-    status, said = run_script(folder, Path(folder) / "program.py", "-x", "-q", "-p", "no:cacheprovider", "--rootdir", tests.parent,
-                              "-c", tests.parent / "pyproject.toml", "-m", f"{assignment} and not slow", "--impl", hand_in,
-                              *words, *[tests / f"{its}.py" for its in FILES[assignment]],
-                              environments=[{"OMP_NUM_THREADS": "1"}])
+    words = pytest_words(hand_in, assignment, "-x", "-m", f"{assignment} and not slow", *words)
+    status, said = run_script(folder, Path(folder) / "program.py", *words, environments=[{"OMP_NUM_THREADS": "1"}])
     assert status in (0, 1), said
     return status == 0
 

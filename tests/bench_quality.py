@@ -502,6 +502,8 @@ def samplers(args, cache):
 def show(args):
     """Tables and curves.png of results.jsonl; x0 errors in units of 1e-4."""
     rows = [json.loads(line) for line in open(Path(args.out) / "results.jsonl")]
+    for row in rows:
+        row["name"] += f", seed {row['seed']}" if row["seed"] else ""
     print(f"| what | minutes | steps | x0 error x 10^4 at {' / '.join(str(level)[1:] for level in LEVELS)} | Dice | Frechet "
           "| texture | fine | ET |\n" + "|---" * 9 + "|")
     for row in sorted(rows, key=lambda row: (row["name"].startswith("sampler"), round(row["minutes"]), row["x0 at .1"])):

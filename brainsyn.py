@@ -2570,11 +2570,14 @@ class Segmenter:
         """images float (N, C, R, R) in [-1, 1] -> the encoder's last output averaged over each slice, (N, F)."""
         return self.ask(lambda some: self.net.encoder(some)[-1].float().mean((2, 3)), images)
 
+    def slice_labels(self, images):
+        """Labels of slices on the model's grid: images float (D, C, R, R) in [-1, 1] -> int (D, R, R) in 0..3."""
+        return labels_of(self.probability(images).movedim(1, 0), self.net.predict)
+
     def slice_dice(self, images, labels):
         """Dice of WT, TC, ET over all slices of one case on the model's grid: images float (D, C, R, R) in
         [-1, 1], labels int (D, R, R) -> list of three."""
-        predicted = labels_of(self.probability(images).movedim(1, 0), self.net.predict)
-        return [dice(a, b) for a, b in zip(regions_of(predicted), regions_of(labels))]
+        return [dice(a, b) for a, b in zip(regions_of(self.slice_labels(images)), regions_of(labels))]
 
     def segment(self, got):
         """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the scans:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import zipfile
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -62,6 +63,23 @@ def test_training_ends_with_a_table_and_its_files(work):
     for case in split["test"]:
         ours, theirs = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz"), nib.load(case.files["t1"])
         assert ours.shape == theirs.shape and np.array_equal(ours.affine, theirs.affine)
+
+
+def test_one_voxel_in_a_case_without_tumour_does_not_choose_the_weights():
+    """It counts less in validation than half of another case's tumour."""
+    classes = torch.ones(4, 8, 8, dtype=torch.long)             # two cases of two slices, tumour in the first alone
+    classes[:2, 2:6, 2:6] = 4
+    cases = [{"part": "val", "first": first, "count": 2} for first in (0, 2)]
+    cache = SimpleNamespace(cases=cases, batch=lambda rows: (torch.from_numpy(rows), classes[rows], None))
+
+    def score(wrong):
+        found = bs.tumour_labels(classes).clone()
+        found[wrong] = 3 - found[wrong]
+        return train_seg.validate(SimpleNamespace(slice_labels=lambda rows: found[rows]), cache)
+
+    stray, half = (2, 0, 0), (slice(0, 2), slice(2, 4), slice(2, 6))
+    assert 1 > score(stray) > 0.9 > score(half) > 0
+    assert np.isnan(train_seg.validate(None, SimpleNamespace(cases=[])))
 
 
 def test_the_best_weights_are_those_of_the_best_validation(work):

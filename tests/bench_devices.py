@@ -35,7 +35,7 @@ def our_network():
 def monai_network():
     """MONAI's U-Net with as many channels a level and the same conditions, given as further input channels."""
     from monai.networks.nets import DiffusionModelUNet
-    net = DiffusionModelUNet(2, 9, 4, num_res_blocks=(1, 1, 1), channels=(128, 256, 256), num_head_channels=64,
+    net = DiffusionModelUNet(2, 9, 4, num_res_blocks=(1, 1, 1), channels=(64, 128, 128), num_head_channels=64,
                              attention_levels=(False, False, True), norm_num_groups=16)
     return net, lambda net, x_t, t, onehot, scalars: net(torch.cat([x_t, onehot], 1), t)
 
@@ -65,7 +65,7 @@ def measure(name, make, device, args, resolution):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:       # shapes alone: costs nothing
         call(make()[0], *(torch.empty_like(its, device="meta") for its in batch)).sum().backward()
     net = bs.place_network(net, device)
-    optimizer = bs.make_optimizer(net, 1e-4, device)
+    optimizer = bs.make_optimizer(net, 1e-4, device, args.precision, hidden=net.hidden() if name == "ours" else ())
     trained, times = bs.prepare_training(net, optimizer, device, args.compile), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

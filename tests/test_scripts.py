@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -286,7 +287,7 @@ def test_readme_commands_are_commands():
     lines = [line for page in pages for line in re.findall(r"python [\w/]+\.py[^`\n]*", page.read_text())]
     assert len(lines) >= 40
     for line in lines:
-        script, *words = re.search(r"python (.*)", line)[1].split()
+        script, *words = shlex.split(re.search(r"python (.*)", line)[1])
         text = (ROOT / script).read_text()
-        for flag in (w for w in words if w.startswith("--")):
+        for flag in (w.partition("=")[0] for w in words if w.startswith("--")):
             assert f'"{flag}"' in text, f"{line}: {script} has no {flag}"

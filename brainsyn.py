@@ -2571,7 +2571,7 @@ class Segmenter:
         return self.ask(lambda some: self.net.encoder(some)[-1].float().mean((2, 3)), images)
 
     def slice_labels(self, images):
-        """Labels of slices on the model's grid: images float (D, C, R, R) in [-1, 1] -> int (D, R, R) in 0..3."""
+        """Labels of slices on the model's grid: images float (D, C, R, R) in [-1, 1] -> uint8 (D, R, R) in 0..3."""
         return labels_of(self.probability(images).movedim(1, 0), self.net.predict)
 
     def slice_dice(self, images, labels):

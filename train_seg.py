@@ -136,8 +136,8 @@ def draw_batch(sources, args, step):
 
 def validate(segmenter, cache):
     """Dice over the voxels of all validation cases together, mean over WT, TC, ET, on the model's grid; NaN without
-    cases, or where there is nothing to find and nothing found. Together, since else a single voxel found in a case without tumour, Dice 0 in place of 1, decides which
-    weights are the best."""
+    cases, or where there is nothing to find and nothing found. Together, since else a single voxel found in a case
+    without tumour, Dice 0 in place of 1, decides which weights are the best."""
     shared, total = np.zeros(3), np.zeros(3)
     for entry in (c for c in cache.cases if c["part"] == "val"):
         images, classes, _ = cache.batch(np.arange(entry["first"], entry["first"] + entry["count"]))

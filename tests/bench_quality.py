@@ -338,7 +338,7 @@ CHANGES = {
 def run_ours(args, name, minutes, words="", names=None, loud=True):
     """Train by train_ddpm.py with these words, these names of brainsyn.py replaced; look; keep. Only loud runs leave
     checkpoints."""
-    condition = "tissue" if "--condition tissue" in words else "tumour"
+    condition = "tissue" if "--condition tissue" in f"{args.words} {words}" else "tumour"
     name = f"{name} {args.words}".strip()
     out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}"
 

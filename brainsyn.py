@@ -2160,7 +2160,7 @@ def volume_noise(key, shape, coherence, thickness):
 
 # How sample.py and the pictures of a training run sample unless told otherwise. interval: guidance
 # acts while t / T lies in it [RANGE]; coherence: mm along z, see volume_noise.
-SAMPLING = {"steps": 20, "sampler": "ddim", "eta": 0.0, "guidance": 1.0, "rescale": 0.7,
+SAMPLING = {"steps": 20, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0, "rescale": 0.7,
             "interval": (0.2, 0.8), "coherence": 4.0}
 
 

@@ -89,6 +89,8 @@ def parse_arguments(argv=None):
     bs.require_positive(args, "count", "steps", "batch", "phantoms")
     if args.steps > bs.T or not 0 <= args.eta <= 1:
         raise bs.BadInput(f"--steps goes up to {bs.T}, --eta from 0 to 1")
+    if args.eta and args.sampler != "ddim":
+        raise bs.BadInput(f"--eta is the noise that ddim adds and {args.sampler} does not know it: add --sampler ddim")
     if args.range and not 0 < args.range[0] < args.range[1]:
         raise bs.BadInput("--range wants two volumes in mL, the smaller one first")
     if args.part and not args.labels or args.paste and args.balance or args.range and not args.balance:

@@ -16,7 +16,7 @@ Every run gets the same phantoms (or --data), slices, held-out slices and noise,
 else meanwhile; minutes are those in the training loop, looking not counted. Results are added to results.jsonl in
 --out, pictures lie beside it.
 
-Figures (192 slices with tumour of held-out test cases, 20 network calls each)
+Figures (192 slices with tumour of held-out test cases, 20 calls of DDIM each)
     x0 at .9 .5 .1 .01   mean squared error of x0_hat where that share of signal power is left, same noise for all
     Dice                 mean over WT, TC, ET of what a segmenter finds in the samples; on the scans themselves it is
                          printed once, beside them
@@ -74,10 +74,10 @@ def x0_errors(denoiser, x0, classes, position):
 
 
 def look(denoiser, cache, args, condition="tumour", settings=None, picture=None):
-    """All figures of a generator -> dict."""
+    """All figures of a generator -> dict. Recorded rows are of 20 DDIM calls; settings: what to change in that."""
     x0, classes, position = some_slices(cache, "test", args.held, condition)
     figures = x0_errors(denoiser, x0, classes, position)
-    settings = {**bs.SAMPLING, "coherence": 0.0, **(settings or {})}
+    settings = {**bs.SAMPLING, "sampler": "ddim", "coherence": 0.0, **(settings or {})}
     made = bs.sample_volume(denoiser, classes, position, 1.0, (0, "quality"), settings)
     segmenter = bs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
     labels = (classes - bs.CONDITIONS[condition].index("NCR") + 1).clamp(min=0)

@@ -212,7 +212,7 @@ def test_sidecars_say_how_and_not_from_whom(synthetic):
         weights = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
         assert facts["CheckpointSHA256"] == hashlib.sha256(weights).hexdigest()
         settings = [facts[k] for k in ("Seed", "Steps", "Sampler", "Condition", "Edits")]
-        assert settings == [0, 3, "ddim", "tumour", {}]
+        assert settings == [0, 3, "dpmpp", "tumour", {}]
         assert source.case not in text and "/" not in text
         assert "phantom" not in text.replace('"GeneratorData": "phantoms"', "").lower()
 

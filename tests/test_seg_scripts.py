@@ -449,6 +449,7 @@ def test_generators_saw_all_is_said(made):
     ("train_seg.py", ["--phantoms", "4", "--weights", "nowhere.pth", "--resolution", "24"], "nowhere.pth"),
     ("sample.py", ["--edit", "scale=big"], "--edit scale=big"),
     ("sample.py", ["--part", "train"], "--part needs --labels"),
+    ("sample.py", ["--eta", "0.5"], "add --sampler ddim"),
     ("sample.py", ["--judge", "nowhere"], "nowhere: no such folder"),
     ("sample.py", ["--audit", "nowhere"], "nowhere: no such folder"),
     ("sample.py", ["--scan", "nowhere"], "no checkpoint there"),

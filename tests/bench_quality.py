@@ -192,10 +192,9 @@ def plain_prior(*inputs, original=bs.measure_prior):
 
 
 def without_outline(classes, n, original=bs.one_hot):
-    """Label maps that do not say where the brain ends."""
+    """Label maps that show tumours and nothing else; where there is none the prior knows nothing either."""
     onehot = original(classes, n)
-    onehot[:, 0] += onehot[:, 1]
-    onehot[:, 1] = 0
+    onehot[:, :2] = 0
     return onehot
 
 

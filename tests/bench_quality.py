@@ -278,6 +278,14 @@ class MovedCache(bs.Cache):
         return x0, classes, position
 
 
+class PlacelessCache(bs.Cache):
+    """Slices do not say where in the brain they lie, neither in training nor when looked at."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.position = np.full_like(self.position, np.nan)
+
+
 # A change of the default: (words added to the command line, names of brainsyn.py replaced).
 CHANGES = {
     "default": ("", {}),
@@ -319,7 +327,7 @@ CHANGES = {
     "lesion weight 5": ("--lesion-weight 5", {}),
     "EMA 0.99": ("--ema 0.99", {}),
     "EMA 0.9999": ("--ema 0.9999", {}),
-    "no position": ("", chance(given=lambda it: it & False)),
+    "no position": ("", {"Cache": PlacelessCache}),
     "no mirroring": ("", chance(mirror=lambda it: it & False)),
     "nothing dropped": ("--drop 0", {}),
     "no outline": ("", {"one_hot": without_outline}),

@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -80,7 +82,7 @@ def look(denoiser, cache, args, condition="tumour", settings=None, picture=None)
     settings = {**bs.SAMPLING, "sampler": "ddim", "coherence": 0.0, **(settings or {})}
     made = bs.sample_volume(denoiser, classes, position, 1.0, (0, "quality"), settings)
     segmenter = bs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
-    labels = (classes - bs.CONDITIONS[condition].index("NCR") + 1).clamp(min=0)
+    labels = bs.tumour_labels(classes, condition)
     real, ours = [segmenter.features(its) for its in (x0, made)]
     trained, trained_classes, _ = some_slices(cache, "train", args.held, condition)
     figures["Dice"] = float(np.mean(segmenter.slice_dice(made, labels)))
@@ -124,39 +126,12 @@ def prepare(args):
     cases, split = bs.find_data(wanted)
     cache = bs.build_cache(cases, Path(args.out) / "cache", args.resolution, wanted.fov, "tumour", split)
     if not (Path(args.out) / "seg" / "best.pt").exists():
-        kept, train_seg.close = train_seg.close, lambda *_: None
-        train_seg.main([*common_words(args), "--out", str(Path(args.out) / "seg"), "--steps", str(args.seg_steps)])
-        train_seg.close = kept
+        with mock.patch.object(train_seg, "close", lambda *_: None):
+            train_seg.main([*common_words(args), "--out", str(Path(args.out) / "seg"), "--steps", str(args.seg_steps)])
     return cache
 
 
 # --------------------------------------------------------------------------------------- ours ---
-
-
-class Patched:
-    """Names of brainsyn.py replaced while the body runs."""
-
-    def __init__(self, **names):
-        self.names = names
-
-    def __enter__(self):
-        self.kept = {name: getattr(bs, name) for name in self.names}
-        for name, value in self.names.items():
-            setattr(bs, name, value)
-
-    def __exit__(self, *_):
-        for name, value in self.kept.items():
-            setattr(bs, name, value)
-
-
-class Nothing(nn.Module):
-    """In place of attention: the identity."""
-
-    def __init__(self, channels):
-        super().__init__()
-
-    def forward(self, x):
-        return x
 
 
 class AttendingBlock(bs.ResBlock):
@@ -203,14 +178,6 @@ def plain_output(out, x_t, signal, sigma, mean, std):
     return out.float()
 
 
-def level_loss(std):
-    """A loss weight that only asks for the noise level: in units of the prior's error for pixels of spread std."""
-    def weight(alpha_bar, t, gamma=0.0):
-        level = alpha_bar[t].view(-1, 1, 1, 1)
-        return ((1 - level + std ** 2 * level) / std).float()
-    return {"min_snr_weight": weight}
-
-
 def optimiser(original=bs.make_optimizer, **settings):
     """make_optimizer with other settings, as AdamW names them."""
     def make(*inputs):
@@ -226,9 +193,9 @@ def faster(factor, original=bs.orthogonal):
     return {"orthogonal": lambda matrices, steps=5: original(matrices, steps) * factor}
 
 
-class SelfConditioned(bs.UNet):
-    """Also gets its own first answer (Chen et al. 2022, arXiv 2208.04202): half of all training batches, and every
-    call in sampling, ask twice."""
+class AskedTwice(bs.UNet):
+    """Also gets its own first answer at the same x_t: half of all training batches, and every call in sampling, ask
+    twice. Near to self-conditioning (Chen et al. 2022, arXiv 2208.04202), which takes the answer of the step before."""
 
     def __init__(self, channels=4, **words):
         super().__init__(channels=2 * channels, out_channels=channels, **words)
@@ -290,31 +257,26 @@ class PlacelessCache(bs.Cache):
 CHANGES = {
     "default": ("", {}),
     "AdamW": ("--optimizer adamw", {}),
+    "AdamW, betas 0.9 0.95": ("--optimizer adamw", optimiser(betas=(0.9, 0.95))),
     "width 128, AdamW": ("--width 128 --optimizer adamw", {}),
     "width 96, AdamW": ("--width 96 --optimizer adamw", {}),
     "width 48": ("--width 48", {}),
     "width 96": ("--width 96", {}),
     "width 128": ("--width 128", {}),
-    "width 64 128 256": ("--mults 1 2 4", {}),
     "one level more (1 2 2 2)": ("--mults 1 2 2 2", {}),
     "one level less (1 2)": ("--mults 1 2", {}),
     "two blocks a level": ("--blocks 2", {}),
-    "patch 1, width 32, 2 blocks": ("--patch 1 --width 32 --mults 1 2 4 --blocks 2", {}),
+    "nothing folded, width 32 64 128": ("--patch 1 --width 32 --mults 1 2 4", {}),
     "patch 2, width 48 96 192 192": ("--patch 2 --width 48 --mults 1 2 4 4", {}),
     "patch 2, width 32 64 128 128": ("--patch 2 --width 32 --mults 1 2 4 4", {}),
     "patch 2, width 64 128 256": ("--patch 2 --width 64 --mults 1 2 4", {}),
-    "no attention": ("", {"Attention": Nothing}),
+    "no attention": ("", {"Attention": nn.Identity}),
     "attention after every block": ("", {"ResBlock": AttendingBlock}),
-    "lr 5e-4": ("--lr 5e-4", {}),
     "lr 1e-3": ("--lr 1e-3", {}),
     "lr 4e-3": ("--lr 4e-3", {}),
     "lr constant": ("", {"learning_rate": lambda peak, progress, step, warmup=50: peak * min(1, (step + 1) / warmup)}),
     "Muon half as fast": ("", faster(0.5)),
     "Muon twice as fast": ("", faster(2)),
-    "betas 0.9 0.95": ("", optimiser(betas=(0.9, 0.95))),
-    "betas 0.9 0.999": ("", optimiser(betas=(0.9, 0.999))),
-    "no weight decay": ("", optimiser(weight_decay=0.0)),
-    "weight decay 0.1": ("", optimiser(weight_decay=0.1)),
     "batch 8": ("--batch 8", {}),
     "batch 32": ("--batch 32", {}),
     "shift 1": ("--shift 1", {}),
@@ -322,19 +284,17 @@ CHANGES = {
     "levels in the middle": ("", chance(t=middle_levels)),
     "min-SNR 5": ("--min-snr 5", {}),
     "plain loss": ("--loss v", {}),
-    "plain loss, min-SNR 5": ("--loss v --min-snr 5", {}),
-    "plain loss, weight of the unit of pixels with spread 0.2": ("--loss v", level_loss(0.2)),
     "lesion weight 5": ("--lesion-weight 5", {}),
     "EMA 0.99": ("--ema 0.99", {}),
     "EMA 0.9999": ("--ema 0.9999", {}),
-    "no position": ("", {"Cache": PlacelessCache}),
+    "no position, so no mean brain": ("", {"Cache": PlacelessCache}),
     "no mirroring": ("", chance(mirror=lambda it: it & False)),
     "nothing dropped": ("--drop 0", {}),
     "no outline": ("", {"one_hot": without_outline}),
     "no mean brain": ("", {"measure_prior": plain_prior}),
-    "no preconditioning": ("--loss v", {"precondition": plain_output}),
+    "no preconditioning": ("", {"precondition": plain_output}),
     "all slices alike (tumour share 0.37)": ("--tumour-share 0.37", {}),
-    "self-conditioning": ("", {"UNet": SelfConditioned}),
+    "asked twice": ("", {"UNet": AskedTwice}),
     "first 0.4 of the time at half size": ("", early(0.4, "halved pictures")),
     "first 0.25 of the time with batches of 4": ("", early(0.25, "quarter batch")),
     "slices moved": ("", {"Cache": MovedCache}),
@@ -347,20 +307,18 @@ def run_ours(args, name, minutes, words="", names=None, loud=True):
     checkpoints."""
     condition = "tissue" if "--condition tissue" in f"{args.words} {words}" else "tumour"
     name = f"{name} {args.words}".strip()
-    out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}"
+    seed = f"-seed{args.seed}" if args.seed else ""
+    out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}{seed}"
+    shutil.rmtree(out, ignore_errors=True)      # a run of before would be resumed, that is, not run at all
 
     def close(its, cache, denoiser, settings, pace):
         picture = Path(args.out) / f"{name.replace(' ', '_')}_{minutes:g}.png"
         keep(args, name, pace.seconds / 60, pace.step, look(denoiser, cache, args, condition, picture=picture))
 
-    with Patched(**(names or {})):
-        kept, train_ddpm.close = train_ddpm.close, close
-        save, bs.save_checkpoint = bs.save_checkpoint, bs.save_checkpoint if loud else lambda *_: None
-        try:
-            train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes", str(minutes),
-                             *args.words.split(), *words.split()])
-        finally:
-            train_ddpm.close, bs.save_checkpoint = kept, save
+    names = {**(names or {}), "save_checkpoint": bs.save_checkpoint if loud else lambda *_: None}
+    with mock.patch.multiple(bs, **names), mock.patch.object(train_ddpm, "close", close):
+        train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes", str(minutes),
+                         *args.words.split(), *words.split()])
 
 
 # -------------------------------------------------------------------------------------- peers ---
@@ -413,7 +371,8 @@ def monai_recipe(args, tuned):
 
 def ddp_recipe(args, tuned):
     """denoising-diffusion-pytorch: its GaussianDiffusion and the settings of its Trainer (v predicted, sigmoid
-    schedule, Adam 1e-4, batch 16, its EMA). Tuned: channels last, bfloat16, AdamW with warm-up and half a cosine."""
+    schedule, Adam 1e-4, batch 16, its EMA). Tuned: every noise level weighs the same (its own weight is the share of
+    signal power, which hardly trains noisy levels), channels last, bfloat16, AdamW with warm-up and half a cosine."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
     net = bench_peers.denoising_diffusion_pytorch(inputs=bench_peers.CHANNELS + bench_peers.CLASSES + 1)
@@ -432,6 +391,8 @@ def ddp_recipe(args, tuned):
 
     model = Conditioned()
     diffusion = GaussianDiffusion(model, image_size=args.resolution)
+    if tuned:
+        diffusion.loss_weight.fill_(1)
     alpha_bar = torch.cat([torch.ones(1), diffusion.alphas_cumprod.cpu()]).double()
 
     def loss(_, x0, onehot, position, fast):
@@ -531,9 +492,9 @@ def show(args):
                 f"{name}: {its[0]:.0f} minutes" if its else f"{name}: none" for name, its in (
                     (name, [row["minutes"] for row in mine if sign * row[name] <= sign * best[name]])
                     for name, sign in SIGNS.items())))
+    curves = {who: line for who, line in curves.items() if len(line) > 1}
     panels = [(name, "log" if sign > 0 else "linear",
-               {who: ([its["minutes"] for its in line], [its[name] for its in line]) for who, line in curves.items()
-                if len(line) > 1})
+               {who: ([its["minutes"] for its in line], [its[name] for its in line]) for who, line in curves.items()})
               for name, sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
     if curves:
         bs.draw_lines(Path(args.out) / "curves.png", panels, "minutes")

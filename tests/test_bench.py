@@ -31,12 +31,13 @@ def test_both_networks_of_that_ratio_do_the_same_work():
 
 
 def test_quality_is_measured_after_minutes(tmp_path):
-    """A run, a change of another default and the table of both."""
-    words = ["--minutes", 0.01, "--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
-    run(tmp_path, "bench_quality.py", "ours", *words)
-    run(tmp_path, "bench_quality.py", "changes", "batch 8", "--words=--width 16", *words)
+    """Two runs, the second again, a change of another default, the table and the curve of all."""
+    words = ["--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
+    run(tmp_path, "bench_quality.py", "ours", *words, "--minutes", 0.01, 0.02)
+    assert "resumed" not in run(tmp_path, "bench_quality.py", "ours", *words, "--minutes", 0.02)
+    run(tmp_path, "bench_quality.py", "changes", "batch 8", "--words=--width 16", *words, "--minutes", 0.01)
     rows = [json.loads(line) for line in (tmp_path / "q/results.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == ["ours", "batch 8 --width 16"]
+    assert [row["name"] for row in rows] == ["ours", "ours", "ours", "batch 8 --width 16"]
     for row in rows:
         assert row["steps"] >= 1 and 0 < row["x0 at .01"] < 10 and 0 <= row["Dice"] <= 1
     text = run(tmp_path, "bench_quality.py", "show", "--out", "q")

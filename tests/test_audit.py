@@ -151,6 +151,29 @@ def test_what_a_label_map_demands_is_no_copy(pool, alike):
 
 
 @pytest.mark.a5
+def test_the_larger_group_does_not_win_by_its_size():
+    """20 training cases and 8 decoys, likenesses drawn by lot: half, and not 20 in 28."""
+    alike, known = torch.rand(20, 10, 28, generator=bs.generator("lot")), torch.arange(28) < 20
+    for training in (known, ~known):
+        assert abs(bs.nearer_share(alike, training, permutations=1)[0] - 0.5) < 0.06
+
+
+@pytest.mark.a5
+def test_the_mean_head_by_hand():
+    """Two heads of two pixels, left and right: the left one covered by both, the right one by one of them."""
+    view = torch.tensor([[1.0, 3], [5, 7]]).view(2, 1, 1, 1, 2)
+    mask = torch.tensor([[1.0, 0], [1, 1]]).view(2, 1, 1, 1, 2)
+    assert torch.equal(bs.mean_head(view, mask), torch.full((1, 1, 1, 2), (1 + 5 + 7) / (2 + 1 + 1)))
+
+
+@pytest.mark.a5
+def test_one_wild_value_moves_neither_middle_nor_spread():
+    """Median 2, and distances from it 2, 1, 0, 1 and 98."""
+    middle, spread = bs.robust(torch.tensor([0.0, 1, 2, 3, 100]))
+    assert middle == 2 and abs(spread - 1.4826) < 1e-4
+
+
+@pytest.mark.a5
 def test_auc_by_hand():
     """Two above two is 1, mixed evenly 0.5, ties count half; p of the best of three against three is 1 in 20."""
     assert bs.membership(np.array([3.0, 4]), np.array([1.0, 2]))[0] == 1

@@ -292,7 +292,7 @@ CHANGES = {
     "nothing dropped": ("--drop 0", {}),
     "no outline": ("", {"one_hot": without_outline}),
     "no mean brain": ("", {"measure_prior": plain_prior}),
-    "no preconditioning": ("", {"precondition": plain_output}),
+    "plain loss, no preconditioning": ("--loss v", {"precondition": plain_output}),
     "all slices alike (tumour share 0.37)": ("--tumour-share 0.37", {}),
     "asked twice": ("", {"UNet": AskedTwice}),
     "first 0.4 of the time at half size": ("", early(0.4, "halved pictures")),

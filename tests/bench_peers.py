@@ -269,7 +269,8 @@ class Convolution:
 
 
 def take_turns(runners, what, rounds, least=0.15):
-    """{name: [seconds]} of rounds in which every runner steps once, or as often as fills `least` seconds."""
+    """{name: [median seconds of a step, one for each round]}: in a round every runner takes its turn, a step that is not
+    counted and then as many as fill `least` seconds."""
     times = {name: [] for name in runners}
     for _ in range(rounds):
         for name, runner in runners.items():

@@ -158,6 +158,13 @@ def test_the_larger_group_does_not_win_by_its_size():
         assert abs(bs.nearer_share(alike, training, permutations=1)[0] - 0.5) < 0.06
 
 
+def test_the_same_cases_are_drawn_whoever_was_trained_on():
+    """The library's own draws do not ask which group is which: both shares are one exactly. Other right answers may
+    draw otherwise, so this is no test of a5."""
+    alike, known = torch.rand(20, 10, 28, generator=bs.generator("lot")), torch.arange(28) < 20
+    assert abs(sum(bs.nearer_share(alike, its, permutations=1)[0] for its in (known, ~known)) - 1) < 1e-9
+
+
 @pytest.mark.a5
 def test_the_mean_head_by_hand():
     """Two heads of two pixels, left and right: the left one covered by both, the right one by one of them."""

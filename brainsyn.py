@@ -68,6 +68,7 @@ import copy
 import csv
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -3337,9 +3338,15 @@ def colour_labels(classes, condition):
     return np.array(rgb)[np.asarray(classes)]
 
 
+def show(*its):
+    """Print the source of functions or classes, as notebooks do."""
+    print("\n\n".join(inspect.getsource(one).rstrip() for one in its))
+
+
 def draw_rows(path, rows, titles, condition, headline=""):
-    """A PNG of pictures. rows: list of lists of (H, W) tensors or arrays; integer ones are class
-    maps, float ones images in [-1, 1], (H, W, 3) colours, None leaves a gap. titles: one per column."""
+    """A PNG of pictures; path None: none is written -> the matplotlib Figure, which notebooks show. rows: list of
+    lists of (H, W) tensors or arrays; integer ones are class maps, float ones images in [-1, 1], (H, W, 3) colours,
+    None leaves a gap. titles: one per column."""
     from matplotlib.figure import Figure
     height = 1.25 * len(rows) + 0.6
     figure = Figure(figsize=(1.25 * len(titles), height), dpi=110)
@@ -3361,7 +3368,9 @@ def draw_rows(path, rows, titles, condition, headline=""):
                 axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
     figure.suptitle(headline, fontsize=9, y=1 - 0.06 / height, va="top")
     figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / height, 0.02, 0.02)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    if path is not None:
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 def overlay(image, labels, strength=0.55):
@@ -3373,8 +3382,9 @@ def overlay(image, labels, strength=0.55):
 
 
 def draw_lines(path, panels, xlabel="step", xscale="linear"):
-    """A PNG of plots side by side. panels: list of (title, style, {label: (x, y) or (x, y, error)}); style: the scale
-    of y, "linear" or "log", for lines; "points" for points and, where there is no error, a line; "bars"."""
+    """A PNG of plots side by side -> Figure, as draw_rows. panels: list of (title, style, {label: (x, y) or (x, y,
+    error)}); style: the scale of y, "linear" or "log", for lines; "points" for points and, where there is no error, a
+    line; "bars"."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.6 * len(panels) + 1, 3.6), dpi=110)
     axes = figure.subplots(1, len(panels), squeeze=False)
@@ -3392,7 +3402,9 @@ def draw_lines(path, panels, xlabel="step", xscale="linear"):
         if lines:
             axis.legend(fontsize=7)
     figure.tight_layout()
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    if path is not None:
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 def image_counts(images, classes):

@@ -3343,13 +3343,20 @@ def show(*its):
     print("\n\n".join(inspect.getsource(one).rstrip() for one in its))
 
 
-def draw_rows(path, rows, titles, condition, headline=""):
-    """A PNG of pictures; path None: none is written -> the matplotlib Figure, which notebooks show. rows: list of
-    lists of (H, W) tensors or arrays; integer ones are class maps, float ones images in [-1, 1], (H, W, 3) colours,
-    None leaves a gap. titles: one per column."""
+def new_figure(path, width, height):
+    """A figure of so many inches; where no file is asked for (path None) one of pyplot's, which notebooks show."""
+    if path is None:
+        import matplotlib.pyplot as plt
+        return plt.figure(figsize=(width, height))
     from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), dpi=110)
+
+
+def draw_rows(path, rows, titles, condition, headline=""):
+    """A PNG of pictures; path None: drawn for a notebook. rows: list of lists of (H, W) tensors or arrays; integer
+    ones are class maps, float ones images in [-1, 1], (H, W, 3) colours, None leaves a gap. titles: one per column."""
     height = 1.25 * len(rows) + 0.6
-    figure = Figure(figsize=(1.25 * len(titles), height), dpi=110)
+    figure = new_figure(path, 1.25 * len(titles), height)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -3370,7 +3377,6 @@ def draw_rows(path, rows, titles, condition, headline=""):
     figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / height, 0.02, 0.02)
     if path is not None:
         replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    return figure
 
 
 def overlay(image, labels, strength=0.55):
@@ -3382,11 +3388,10 @@ def overlay(image, labels, strength=0.55):
 
 
 def draw_lines(path, panels, xlabel="step", xscale="linear"):
-    """A PNG of plots side by side -> Figure, as draw_rows. panels: list of (title, style, {label: (x, y) or (x, y,
-    error)}); style: the scale of y, "linear" or "log", for lines; "points" for points and, where there is no error, a
-    line; "bars"."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.6 * len(panels) + 1, 3.6), dpi=110)
+    """A PNG of plots side by side; path None: drawn for a notebook. panels: list of (title, style, {label: (x, y) or
+    (x, y, error)}); style: the scale of y, "linear" or "log", for lines; "points" for points and, where there is no
+    error, a line; "bars"."""
+    figure = new_figure(path, 4.6 * len(panels) + 1, 3.6)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, style, lines) in zip(axes[0], panels):
         for label, (x, y, *error) in lines.items():
@@ -3404,7 +3409,6 @@ def draw_lines(path, panels, xlabel="step", xscale="linear"):
     figure.tight_layout()
     if path is not None:
         replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    return figure
 
 
 def image_counts(images, classes):

@@ -32,7 +32,7 @@ def code_cells(path):
 def picture(figure):
     """A figure as a notebook's output."""
     kept = io.BytesIO()
-    figure.savefig(kept, format="png", dpi=72)             # as Jupyter draws them
+    figure.savefig(kept, format="png", dpi=72, bbox_inches="tight")        # as Jupyter does
     return {"output_type": "display_data", "metadata": {}, "data": {
         "image/png": base64.b64encode(kept.getvalue()).decode() + "\n", "text/plain": ["<Figure>"]}}
 
@@ -40,7 +40,6 @@ def picture(figure):
 def run_cell(source, names, where):
     """Run one cell's source in the namespace `names` -> its outputs."""
     import matplotlib.pyplot as plt
-    from matplotlib.figure import Figure
     tree, printed, value = ast.parse(source, where), io.StringIO(), None
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(printed):
@@ -52,9 +51,7 @@ def run_cell(source, names, where):
         outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
     outputs += [picture(plt.figure(number)) for number in plt.get_fignums()]
     plt.close("all")
-    if isinstance(value, Figure):
-        outputs.append(picture(value))
-    elif value is not None and not source.rstrip().endswith(";"):
+    if value is not None and not source.rstrip().endswith(";"):
         outputs.append({"output_type": "execute_result", "metadata": {}, "execution_count": None,
                         "data": {"text/plain": repr(value).splitlines(keepends=True)}})
     return outputs

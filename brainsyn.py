@@ -36,30 +36,58 @@ GLOSSARY (the same names everywhere)
                 (the patient's right is on the left, as radiologists look at it)
 
 SOURCES (the key in brackets is how comments below refer to them)
-    [DDPM]    Ho et al. 2020, arXiv 2006.11239       ancestral sampling
-    [DDIM]    Song et al. 2020, arXiv 2010.02502     deterministic sampling, eta
-    [DPM++]   Lu et al. 2022, arXiv 2211.01095       DPM-Solver++(2M)
-    [VPRED]   Salimans & Ho 2022, arXiv 2202.00512   v-prediction
-    [ZSNR]    Lin et al. 2023, arXiv 2305.08891      zero terminal SNR, guidance rescale
-    [SHIFT]   Hoogeboom et al. 2023, arXiv 2301.11093  noise schedule shifted with resolution
-    [MINSNR]  Hang et al. 2023, arXiv 2303.09556     min-SNR loss weight
-    [CFG]     Ho & Salimans 2022, arXiv 2207.12598   classifier-free guidance
-    [RANGE]   Kynkaanniemi et al. 2024, arXiv 2404.07724  guidance in a limited interval
-    [ADM]     Dhariwal & Nichol 2021, arXiv 2105.05233  scale-shift norm in residual blocks
-    [EDM]     Karras et al. 2022, arXiv 2206.00364   preconditioning, loss in its units
-    [ADAMW]   Loshchilov & Hutter 2017, arXiv 1711.05101  Adam with weight decay of its own
-    [MUON]    Jordan et al. 2024, kellerjordan.github.io/posts/muon  orthogonalised momentum
-    [BRATS]   Baid et al. 2021, arXiv 2107.02314     labels, regions, file naming
-    [GSPMD]   Xu et al. 2021, arXiv 2105.04663      one program for several chips
-    [BN]      Ioffe & Szegedy 2015, arXiv 1502.03167  batch normalisation
-    [RESNET]  He et al. 2015, arXiv 1512.03385       residual networks
-    [VNET]    Milletari et al. 2016, arXiv 1606.04797  Dice as a loss
-    [LESION]  Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics  lesion-wise Dice
-    [FID]     Heusel et al. 2017, arXiv 1706.08500   Frechet distance of features
-    [SWD]     Karras et al. 2017, arXiv 1710.10196   sliced Wasserstein distance of patches
-    [KID]     Binkowski et al. 2018, arXiv 1801.01401  kernel distance of features
-    [PRDC]    Naeem et al. 2020, arXiv 2002.09797    precision, recall, density, coverage
-    [MSSSIM]  Wang et al. 2003, Asilomar conference  multi-scale structural similarity
+    [DDPM]    ancestral sampling: Ho et al. 2020, arXiv 2006.11239
+              Denoising Diffusion Probabilistic Models
+    [DDIM]    deterministic sampling, eta: Song et al. 2020, arXiv 2010.02502
+              Denoising Diffusion Implicit Models
+    [DPM++]   DPM-Solver++(2M): Lu et al. 2022, arXiv 2211.01095
+              DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models
+    [VPRED]   v-prediction: Salimans & Ho 2022, arXiv 2202.00512
+              Progressive Distillation for Fast Sampling of Diffusion Models
+    [ZSNR]    zero terminal SNR, guidance rescale: Lin et al. 2023, arXiv 2305.08891
+              Common Diffusion Noise Schedules and Sample Steps are Flawed
+    [SHIFT]   noise schedule shifted with resolution: Hoogeboom et al. 2023, arXiv 2301.11093
+              simple diffusion: End-to-end diffusion for high resolution images
+    [MINSNR]  min-SNR loss weight: Hang et al. 2023, arXiv 2303.09556
+              Efficient Diffusion Training via Min-SNR Weighting Strategy
+    [CFG]     classifier-free guidance: Ho & Salimans 2022, arXiv 2207.12598
+              Classifier-Free Diffusion Guidance
+    [RANGE]   guidance in a limited interval: Kynkaanniemi et al. 2024, arXiv 2404.07724
+              Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models
+    [ADM]     scale-shift norm in residual blocks: Dhariwal & Nichol 2021, arXiv 2105.05233
+              Diffusion Models Beat GANs on Image Synthesis
+    [UNET]    down, up and copies across: Ronneberger et al. 2015, arXiv 1505.04597
+              U-Net: Convolutional Networks for Biomedical Image Segmentation
+    [GN]      group normalisation: Wu & He 2018, arXiv 1803.08494
+              Group Normalization
+    [EDM]     preconditioning, loss in its units: Karras et al. 2022, arXiv 2206.00364
+              Elucidating the Design Space of Diffusion-Based Generative Models
+    [ADAMW]   Adam with weight decay of its own: Loshchilov & Hutter 2017, arXiv 1711.05101
+              Decoupled Weight Decay Regularization
+    [MUON]    orthogonalised momentum: Jordan et al. 2024, kellerjordan.github.io/posts/muon
+              Muon: An optimizer for hidden layers in neural networks
+    [BRATS]   labels, regions, file naming: Baid et al. 2021, arXiv 2107.02314
+              The RSNA-ASNR-MICCAI BraTS 2021 Benchmark on Brain Tumor Segmentation and Radiogenomic Classification
+    [GSPMD]   one program for several chips: Xu et al. 2021, arXiv 2105.04663
+              GSPMD: General and Scalable Parallelization for ML Computation Graphs
+    [BN]      batch normalisation: Ioffe & Szegedy 2015, arXiv 1502.03167
+              Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift
+    [RESNET]  residual networks: He et al. 2015, arXiv 1512.03385
+              Deep Residual Learning for Image Recognition
+    [VNET]    Dice as a loss: Milletari et al. 2016, arXiv 1606.04797
+              V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation
+    [LESION]  lesion-wise Dice: Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics
+              BraTS 2023 Metrics
+    [FID]     Frechet distance of features: Heusel et al. 2017, arXiv 1706.08500
+              GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium
+    [SWD]     sliced Wasserstein distance of patches: Karras et al. 2017, arXiv 1710.10196
+              Progressive Growing of GANs for Improved Quality, Stability, and Variation
+    [KID]     kernel distance of features: Binkowski et al. 2018, arXiv 1801.01401
+              Demystifying MMD GANs
+    [PRDC]    precision, recall, density, coverage: Naeem et al. 2020, arXiv 2002.09797
+              Reliable Fidelity and Diversity Metrics for Generative Models
+    [MSSSIM]  multi-scale structural similarity: Wang et al. 2003, Asilomar conference
+              Multiscale structural similarity for image quality assessment
 """
 from __future__ import annotations
 
@@ -1456,7 +1484,7 @@ def zero_init(module):
 
 
 def norm(channels):
-    """GroupNorm with GROUP channels a group (one group if channels are fewer or do not divide)."""
+    """GroupNorm [GN] with GROUP channels a group (one group if channels are fewer or do not divide)."""
     return nn.GroupNorm(channels // GROUP if channels % GROUP == 0 else 1, channels)
 
 
@@ -1510,7 +1538,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> an image like
     x_t (or with out_channels), from which precondition makes v_hat. Where a pixel lies, row and
-    column in [-1, 1], joins as two more channels. Any H and W: padded inside, cropped after.
+    column in [-1, 1], joins as two more channels. Any H and W: padded inside, cropped after. [UNET]
 
     width, mults   channels of level i are width * mults[i]; every level halves height and width
     blocks         residual blocks a level

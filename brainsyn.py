@@ -2505,19 +2505,26 @@ def components(mask):
     """Connected components (26 neighbours) of a bool mask (X, Y, Z): int64, 0 outside, 1, 2, ... inside, in any order,
     without gaps.
 
-    Every voxel starts with a number of its own and takes the largest among its neighbours' (in float64, which counts
-    exactly). Number n was voxel n - 1's: then it takes the number that voxel has by now. Until nothing changes:
-    numbers run along chains in few rounds.
+    Only the voxels of the mask are looked at. Every one starts as its own root. Of each pair of neighbours the larger
+    root is hung on the smaller, then every voxel follows its chain to the end; until all pairs agree.
     """
-    number = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
-    while True:
-        spread = F.max_pool3d(number.double()[None, None], 3, 1, 1)[0, 0].long() * mask
-        spread = torch.cat([torch.zeros(1, dtype=torch.long), spread.flatten()])[spread]
-        if torch.equal(spread, number):
-            break
-        number = spread
-    return torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), number.flatten()]),
-                        return_inverse=True)[1][1:].view(mask.shape)
+    at = mask.nonzero()
+    root = torch.arange(len(at))
+    which = F.pad(torch.full(mask.shape, -1), (1,) * 6, value=-1)
+    which[1:-1, 1:-1, 1:-1][mask] = root                        # the number of each voxel, -1 outside the mask
+    pairs = []
+    for step in range(14, 27):                                  # 13 of the 26 neighbours: every pair once
+        there = which[tuple((at + torch.tensor([step // 9, step // 3 % 3, step % 3])).T)]
+        pairs.append(torch.stack([root, there])[:, there >= 0])
+    a, b = torch.cat(pairs, 1)
+    while not torch.equal(root[a], root[b]):
+        low, high = torch.minimum(root[a], root[b]), torch.maximum(root[a], root[b])
+        root = root.scatter_reduce(0, high, low, "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]
+    out = torch.zeros(mask.shape, dtype=torch.long)
+    out[mask] = torch.unique(root, return_inverse=True)[1] + 1
+    return out
 
 
 def dilate(mask, times):

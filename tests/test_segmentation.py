@@ -1,4 +1,5 @@
 """Section 9: regions, losses, augmentation and metrics, by hand and against SciPy and MONAI."""
+import itertools
 import math
 
 import numpy as np
@@ -141,6 +142,25 @@ def test_components_touch_through_corners():
     assert found[0, 0, 0] == found[1, 1, 1] != found[3, 3, 3] and found.max() == 3
     assert len(found[5][mask[5]].unique()) == 1 and (found[~mask] == 0).all()
     assert bs.components(mask & False).max() == 0
+
+
+@pytest.mark.a4
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.2])
+def test_components_agree_with_a_flood(share):
+    """Voxel by voxel from one to the next, on noise: pieces that wind through all of it."""
+    mask = torch.rand(14, 12, 10) < share
+    left, pieces = {tuple(at) for at in mask.nonzero().tolist()}, 0
+    found = bs.components(mask)
+    while left:
+        pieces, edge, piece = pieces + 1, [left.pop()], set()
+        while edge:
+            at = edge.pop()
+            piece.add(found[at].item())
+            near = {tuple(a + d for a, d in zip(at, by)) for by in itertools.product((-1, 0, 1), repeat=3)} & left
+            left -= near
+            edge += near
+        assert len(piece) == 1 and piece != {0}
+    assert pieces == found.max()
 
 
 @pytest.mark.a4

@@ -13,9 +13,10 @@ This one file is the library. It reads top to bottom; each section uses only wha
      9 segmentation    regions, losses, augmentation; Dice, HD95 and lesion-wise Dice per case
     10 training        batches from (seed, step), Muon, EMA, checkpoints, log
     11 editing         new label maps from old ones: moved, bent, pasted, balanced
-    12 writing         synthetic cases as NIfTI with a sidecar; pictures
-    13 judging         figures that say whether a sample obeys its mask and looks like a scan
-    14 audit           whether synthetic cases are copies of training cases
+    12 on request      label maps from no patient, with volumes and a place that are asked for
+    13 writing         synthetic cases as NIfTI with a sidecar; pictures
+    14 judging         figures that say whether a sample obeys its mask and looks like a scan
+    15 audit           whether synthetic cases are copies of training cases
 
     python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10 s)
     python brainsyn.py DIR   checks a folder of cases: what is rejected, what is doubtful, what is put right
@@ -1276,7 +1277,7 @@ class Cache:
 
     rows      uint8 (N, C + 1, R, R): C modalities, then the class map; slices without brain left out
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see case_hashes),
-              first, count (its rows), position [count floats]
+              first, count (its rows), position [count floats], thickness (mm between slices)
     """
 
     def __init__(self, path):
@@ -1330,7 +1331,7 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     split = split or split_patients(cases)
     part_of = {case.case: part for part, members in split.items() for case in members}
     cases = [case for case in cases if case.case in part_of]
-    key = fingerprint(cases, resolution, fov, condition, sorted(part_of.items()))
+    key = fingerprint(cases, resolution, fov, condition, sorted(part_of.items()), "thickness")
     path = Path(folder) / f"{condition}-{resolution}-{key}.npy"
     try:
         return Cache(path)
@@ -1345,16 +1346,17 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
         got = prepare_case(case, resolution, fov, condition)
         keep = (got["classes"] > 0).mean((1, 2)) > 0.01
         block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-        return case, block, got["position"][keep], got["hashes"], got["cut"]
+        return case, block, got["position"][keep], got["hashes"], got["cut"], spacing_of(got["grid"].affine)[2]
 
     try:
         with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for at in range(0, len(cases), 8):          # a few at a time: memory stays small
-                for case, block, position, hashes, lost in pool.map(prepare, cases[at:at + 8]):
+                for case, block, position, hashes, lost, thickness in pool.map(prepare, cases[at:at + 8]):
                     handle.write(block.tobytes())
                     entries.append({"case": case.case, "patient": case.patient,
                                     "part": part_of[case.case], "hashes": hashes, "first": first,
-                                    "count": len(block), "position": position.round(5).tolist()})
+                                    "count": len(block), "position": position.round(5).tolist(),
+                                    "thickness": float(thickness)})
                     first += len(block)
                     cut += [case.case] * (lost > 0.002)
         if not first:
@@ -1535,6 +1537,27 @@ class Attention(nn.Module):
         return x + self.to_out(y)
 
 
+class AlongZ(nn.Module):
+    """What slices of one volume tell each other: (B * depth, C, H, W) -> the same, volume after volume, feet first.
+    x + a convolution over three neighbouring slices at every pixel, then attention over all of them; both start at
+    zero. Beyond the ends of a volume lie zeros."""
+
+    def __init__(self, channels, depth):
+        super().__init__()
+        self.depth, self.norm = depth, norm(channels)
+        self.mix = zero_init(nn.Conv2d(3 * channels, channels, 1))
+        self.attention = Attention(channels)
+
+    def forward(self, x):
+        _, c, height, width = x.shape
+        h = F.pad(F.silu(self.norm(x)).unflatten(0, (-1, self.depth)), (0, 0, 0, 0, 0, 0, 1, 1))
+        h = torch.cat([h[:, i:i + self.depth] for i in range(3)], 2)                # (B, D, 3C, H, W)
+        x = (x + self.mix(h.flatten(0, 1))).unflatten(0, (-1, self.depth))
+        columns = x.permute(0, 3, 4, 2, 1).reshape(-1, c, self.depth, 1)            # (B H W, C, D, 1)
+        columns = self.attention(columns).view(-1, height, width, c, self.depth)
+        return columns.permute(0, 4, 3, 1, 2).flatten(0, 1)
+
+
 class UNet(nn.Module):
     """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> an image like
     x_t (or with out_channels), from which precondition makes v_hat. Where a pixel lies, row and
@@ -1547,11 +1570,13 @@ class UNet(nn.Module):
     fine           channels of the one block at full resolution that comes last
     scalars        conditions that are one number each, about -1..1; NaN means not given, a state
                    of its own. They enter the time embedding through a layer that starts at zero.
+    depth          so many slices in a row of the batch are one volume and see each other, see AlongZ; 1: none do
     """
 
     def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
-                 fine=32, scalars=1, out_channels=None):
+                 fine=32, scalars=1, out_channels=None, depth=1):
         super().__init__()
+        self.depth = depth
         self.channels, self.classes, self.out_channels = channels, classes, out_channels or channels
         self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
         widths = [width * m for m in mults]
@@ -1568,6 +1593,8 @@ class UNet(nn.Module):
                 level["blocks"].append(ResBlock(c, w, emb))
                 c = w
                 kept.append(c)
+            if depth > 1:
+                level["along"] = AlongZ(c, depth)
             if i + 1 < len(widths):
                 level["shrink"] = nn.Conv2d(c, c, 3, stride=2, padding=1)
             self.down.append(level)
@@ -1577,6 +1604,8 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 level["blocks"].append(ResBlock(c + kept.pop(), w, emb))
                 c = w
+            if depth > 1:
+                level["along"] = AlongZ(c, depth)
             if i > 0:
                 level["grow"] = nn.ConvTranspose2d(c, widths[i - 1], 2, stride=2)
                 c = widths[i - 1]
@@ -1614,12 +1643,16 @@ class UNet(nn.Module):
             for block in level["blocks"]:
                 h = block(h, emb)
                 kept.append(h)
+            if "along" in level:
+                h = level["along"](h)
             if "shrink" in level:
                 h = level["shrink"](h)                                      # half the height, width
         h = self.middle2(self.attention(self.middle1(h, emb)), emb)
         for level in self.up:
             for block in level["blocks"]:
                 h = block(torch.cat([h, kept.pop()], 1), emb)
+            if "along" in level:
+                h = level["along"](h)
             if "grow" in level:
                 h = level["grow"](h)                                        # twice the height, width
         h = F.pixel_shuffle(self.unfold(F.silu(self.norm_coarse(h))), self.patch)     # (B, fine, H, W)
@@ -1641,8 +1674,9 @@ def expected(prior, onehot, position):
         at = ((torch.nan_to_num(position) + 1) / 2 * slabs - 0.5).clamp(0, slabs - 1)
         low = at.long()
         high, share = (low + 1).clamp(max=slabs - 1), (at - low).view(-1, 1, 1, 1)
-        there = onehot[:, 1:2] * (~torch.isnan(position)).view(-1, 1, 1, 1)
-        mean, std = [flat + there * (torch.lerp(atlas[low], atlas[high], share) - table[1].view(1, -1, 1, 1))
+        brain, its = (onehot[:, 1:2], 1) if onehot.shape[1] else (known, 0)     # without labels: everywhere
+        there = brain * (~torch.isnan(position)).view(-1, 1, 1, 1)
+        mean, std = [flat + there * (torch.lerp(atlas[low], atlas[high], share) - table[its].view(1, -1, 1, 1))
                      for flat, atlas, table in zip((mean, std), prior["atlas"], prior["classes"])]
     return mean, std
 
@@ -2146,7 +2180,7 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     """Classifier-free guidance [CFG]: v_null + scale (v_cond - v_null); one call at scale 1.
 
     denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition drops the label map
-    (all zeros, which no label map is) and keeps the scalars.
+    (all zeros, which no label map is) and every scalar but the first, the slice's position.
     rescale: share by which the result is brought back to the spread of v_cond per sample, without
     which large scales blow contrast up and turn air grey [ZSNR]:
     v (1 - rescale + rescale std(v_cond) / std(v)), std over all axes but B. Two calls, one after the other.
@@ -2154,7 +2188,8 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     v_cond = denoiser(x_t, t, onehot, scalars)
     if scale == 1.0:
         return v_cond
-    v = denoiser(x_t, t, torch.zeros_like(onehot), scalars)
+    position, wanted = scalars[:, :1], scalars[:, 1:]
+    v = denoiser(x_t, t, torch.zeros_like(onehot), torch.cat([position, torch.full_like(wanted, torch.nan)], 1))
     v = v + scale * (v_cond - v)
     spread = v_cond.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
     return v * (1 - rescale + rescale * spread)
@@ -3053,15 +3088,16 @@ def save_checkpoint(folder, state):
 
 
 # kind of checkpoint: who writes it. "segmenter" is best.pt, "seg" what a run continues from.
-SCRIPT = {"ddpm": "train_ddpm.py", "seg": "train_seg.py", "segmenter": "train_seg.py"}
+SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels", "seg": "train_seg.py", "segmenter": "train_seg.py"}
 # What each kind holds. PUBLISHED is the part that goes into an .npz: all that sampling or segmenting needs, and
 # what it owes to whom; a run also needs RESUMED to go on.
 PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prior", "condition", "classes",
                       "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"},
              "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov", "seen",
                            "dice"}}
+PUBLISHED["labels"] = PUBLISHED["ddpm"]
 RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
-HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "segmenter": PUBLISHED["segmenter"],
+HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["labels"] | RESUMED, "segmenter": PUBLISHED["segmenter"],
          "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
 
 
@@ -3359,7 +3395,108 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 
 
 # ================================================================================================
-# 12  WRITING
+# 12  LABELS ON REQUEST
+# Label maps that come from no patient. A head is learned as one volume of cubic voxels, a channel for
+# each class; asked for are its characteristics, each of which may be left open.
+# ================================================================================================
+
+# What can be asked for: mL of each label; mm from the middle of the brain to that of the tumour, to the patient's
+# right, front and top; sphericity of the whole tumour (1: a ball); number of its parts.
+ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions")
+
+
+def sphericity(mask):
+    """pi^(1/3) (6 V)^(2/3) / A of a bool mask (D, H, W), cubic voxels: 1 for a ball, less for all else; NaN where empty.
+    The surface A is the sum of gradient lengths of the mask smoothed by two 3x3x3 means: counting the faces of voxels
+    instead would make a ball half as large again."""
+    if not mask.any():
+        return float("nan")
+    smooth = F.pad(mask.float()[None, None], (4,) * 6)
+    for _ in range(2):
+        smooth = F.avg_pool3d(smooth, 3, 1, 1)
+    area = torch.stack(torch.gradient(smooth[0, 0])).norm(dim=0).sum()
+    return float(math.pi ** (1 / 3) * (6 * mask.sum()) ** (2 / 3) / area)
+
+
+def characteristics(classes, condition, step):
+    """What can be asked for, measured: classes int tensor (D, H, W), see to_cubes, voxels of `step` mm -> float32 in
+    the order of ASKED. Without a tumour place and sphericity are NaN. Parts under 50 mm3 are not counted [LESION]."""
+    labels, ml = tumour_labels(classes, condition), step ** 3 / 1000
+    ill, out = labels > 0, [float((labels == k).sum()) * ml for k in (1, 2, 3)]
+    middle = [torch.stack(torch.where(its)).float().mean(1) for its in (ill, classes > 0)]
+    up, back, left = ((middle[0] - middle[1]) * step).tolist()
+    sizes = torch.bincount(components(ill).flatten())[1:]
+    out += [-left, -back, up, sphericity(ill), float((sizes * ml * 1000 >= 50).sum())]
+    return torch.tensor(out)
+
+
+def scaled(wanted):
+    """Characteristics (..., len(ASKED)) -> about -1..1, as the network takes them; NaN stays NaN."""
+    volume, place, sphere, lesions = wanted.split((3, 3, 1, 1), -1)
+    return torch.cat([volume.clamp(min=0) ** (1 / 3) / 2.5 - 1, place / 60, 2 * sphere - 1,
+                      torch.log2(lesions + 1) - 1], -1)
+
+
+def to_cubes(classes, thickness, step, depth, n_classes):
+    """Slices (D, R, R) of a case, `thickness` mm apart -> uint8 (depth, R, R), `step` mm apart, by majority of what a
+    new slice covers, the case in the middle; air above and below."""
+    ratio = step / thickness
+    weights = area_weights(len(classes), depth, (len(classes) - depth * ratio) / 2, ratio)
+    share = np.stack([np.tensordot(weights, (classes == k).astype(np.float32), 1) for k in range(n_classes)])
+    share[0] += 1 - share.sum(0)
+    return share.argmax(0).astype(np.uint8)
+
+
+def label_volumes(cache, part, depth):
+    """The label maps of one part of a cache as volumes of cubic voxels: uint8 (N, depth, R, R)."""
+    step, classes = cache.meta["fov"] / cache.meta["resolution"], len(cache.meta["classes"])
+    return torch.from_numpy(np.stack([
+        to_cubes(cache.rows[its["first"]:its["first"] + its["count"], -1], its["thickness"], step, depth, classes)
+        for its in cache.cases if its["part"] == part]))
+
+
+def label_prior(volumes, n_classes, floor=0.2):
+    """What `expected` gives where there is no label map to go by: volumes (N, D, R, R) -> mean and spread of every
+    class's channel, -1 or 1, at every place, left and right alike. A spread is never under `floor`: a tumour may come
+    where none was seen."""
+    total = torch.zeros(volumes.shape[1], n_classes, *volumes.shape[2:])
+    for volume in volumes:
+        for its in (volume, volume.flip(-1)):
+            total += one_hot(its.long(), n_classes)
+    share = F.avg_pool3d((total / (2 * len(volumes))).movedim(1, 0)[None], 3, 1, 1, count_include_pad=False)[0]
+    mean = 2 * share.movedim(0, 1) - 1                                      # (D, K, R, R)
+    flat = mean.mean((0, 2, 3))
+    atlas, table = [torch.stack([m, (1 - m ** 2).clamp(min=floor ** 2).sqrt()]) for m in (mean, flat[None])]
+    return {"classes": table, "atlas": atlas}                               # (2, 1, K), (2, D, K, R, R)
+
+
+def slice_scalars(wanted, depth):
+    """Wanted characteristics (B, len(ASKED)), NaN where open -> the network's scalars (B * depth, 1 + len(ASKED)): slice
+    position in the volume, then the same request for every slice."""
+    position = (torch.arange(depth) + 0.5) / depth * 2 - 1
+    return torch.cat([position.repeat(len(wanted))[:, None], scaled(wanted).repeat_interleave(depth, 0)], 1)
+
+
+def sample_labels(denoiser, wanted, key, settings=SAMPLING):
+    """One label map: wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R), the most likely class of
+    every voxel. key: as in sample_volume; settings: see SAMPLING, of which coherence does not matter here."""
+    depth, size, visited = denoiser.net.depth, denoiser.prior["atlas"].shape[-1], timesteps(settings["steps"])
+    table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
+    shape, scalars = (depth, denoiser.net.channels, size, size), slice_scalars(wanted[None], depth)
+
+    def predict_v(x, t):
+        low, high = settings["interval"]
+        scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
+        return guided_v(denoiser, x, t.expand(len(x)), x[:, :0], scalars, scale, settings["rescale"])
+
+    def noise(step):
+        return torch.randn(shape, generator=generator(*key, step))
+
+    return sample(predict_v, noise("start"), visited, table, noise).argmax(1)
+
+
+# ================================================================================================
+# 13  WRITING
 # Synthetic cases as BraTS-2023 folders that say what they are, and pictures.
 # ================================================================================================
 
@@ -3420,6 +3557,20 @@ def overlay(image, labels, strength=0.55):
     labels = np.asarray(labels).astype(int)
     colour = colour_labels(np.where(labels > 0, labels + 1, 0), "tumour")
     return np.where(labels[..., None] > 0, (1 - strength) * grey + strength * colour, grey)
+
+
+def draw_planes(path, rows, titles, condition):
+    """Label volumes cut in three planes through the middle of their tumour: rows of volumes int (D, H, W), each becomes
+    a slice from below, from the front and from the right."""
+    lines = []
+    for volumes in rows:
+        line = []
+        for volume in volumes:
+            ill = torch.stack(torch.where(tumour_labels(volume, condition) > 0)).float()
+            z, y, x = ill.mean(1).round().int().tolist() if ill.shape[1] else [n // 2 for n in volume.shape]
+            line += [volume[z].long(), volume[:, y].flip(0).long(), volume[:, :, x].flip(0).long(), None]
+        lines.append(line[:-1])
+    draw_rows(path, lines, [t for title in titles for t in (title, "", "", "")][:-1], condition)
 
 
 def draw_lines(path, panels, xlabel="step", xscale="linear"):
@@ -3638,7 +3789,7 @@ def write_labels(path, labels, case, affine):
 
 
 # ================================================================================================
-# 13  JUDGING
+# 14  JUDGING
 # Does a sample obey its mask, is air black, is the picture as sharp and as contrasted as a scan?
 # Each figure is computed in the same way on real and on sampled slices.
 # ================================================================================================
@@ -3916,7 +4067,7 @@ def bootstrap_interval(differences, draws=10_000, seed=0):
 
 
 # ================================================================================================
-# 14  AUDIT
+# 15  AUDIT
 # Are synthetic cases copies of training cases? Compared with real cases the generator never saw (decoys), so that
 # what all heads share does not count. An audit can miss; whether it would have found copies is part of it.
 # ================================================================================================

@@ -17,18 +17,21 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import brainsyn as bs
 
-STEPS = 2000                                    # a run's length when neither bound is given
+STEPS, LABEL_STEPS = 2000, 800                  # a run's length when neither bound is given
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--generate", choices=("images", "labels"), default="images",
+                        help="four modalities from a label map, or label maps from volumes and places asked for")
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
     data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
@@ -48,7 +51,7 @@ def parse_arguments(argv=None):
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless --minutes is given)")
     optim.add_argument("--minutes", type=float, help="end after so many minutes in the loop")
-    optim.add_argument("--batch", type=int, default=16, help="slices a step")
+    optim.add_argument("--batch", type=int, help="slices a step, of labels whole volumes (default 16, labels 2)")
     optim.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     optim.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
                        help="of the layers inside; the first and last ones and all vectors learn by AdamW")
@@ -62,7 +65,7 @@ def parse_arguments(argv=None):
     optim.add_argument("--lesion-weight", type=float, default=0.0, help="extra loss weight inside tumour labels")
     optim.add_argument("--ema", type=float, default=0.999, help="decay a step of the averaged weights")
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default="runs/ddpm", help="output folder")
+    run.add_argument("--out", help="output folder (default runs/ddpm, of labels runs/labels)")
     run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
     run.add_argument("--device", default="auto", choices=bs.DEVICES,
                      help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
@@ -73,8 +76,10 @@ def parse_arguments(argv=None):
                      help="guidance scale of pictures and closing figures, 1 for none")
     run.add_argument("--sample-every", type=int, default=250, help="steps between sample pictures, 0 for none")
     args = parser.parse_args(argv)
+    labels = args.generate == "labels"
     if args.steps is None and args.minutes is None:
-        args.steps = STEPS
+        args.steps = LABEL_STEPS if labels else STEPS
+    args.out, args.batch = args.out or ("runs/labels" if labels else "runs/ddpm"), args.batch or (2 if labels else 16)
     bs.require_positive(args, "phantoms", "resolution", "fov", "width", "blocks", "patch", "steps", "minutes",
                         "batch", "lr", "shift")
     return args
@@ -87,65 +92,29 @@ def pick_rows(cache, rows, first_lesion, count):
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
 
 
-def close(args, cache, denoiser, settings, pace):
-    """What a run ends with: samples.png, curves.png, closing.json and the same figures on screen."""
-    out, names = Path(args.out), cache.meta["modalities"]
-    held_out = np.concatenate([cache.part("val"), cache.part("test")])
-    who = "held-out" if len(held_out) else "training"       # a split file may hold out nobody
-    rows = pick_rows(cache, held_out if len(held_out) else cache.part("train"),
-                     bs.CONDITIONS[args.condition].index(bs.LABELS[0]), 64)
-    real, classes, position = cache.batch(rows)
-    sampled = bs.sample_volume(denoiser, classes, position, 1.0, (args.seed, "closing"), settings)
-    figures = bs.judge_slices(real, sampled, classes, args.condition)
-    few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
-    bs.draw_rows(out / "samples.png", [[classes[i], *real[i], None, *sampled[i]] for i in few],
-                 ["labels", *(f"{who}\n{n}" for n in names), "", *(f"SYNTHETIC\n{n}" for n in names)],
-                 args.condition)
-    log, quarters = bs.read_log(out / "log.csv"), ("cleanest quarter of t", "second", "third", "noisiest quarter")
+def report(args, closing, *more):
+    """The end of a run: curves.png, closing.json and the same figures on screen."""
+    out, log = Path(args.out), bs.read_log(Path(args.out) / "log.csv")
+    quarters = ("cleanest quarter of t", "second", "third", "noisiest quarter")
     what = "squared error of v" + (" in units of the prior's" if args.loss == "unit" else "")
     bs.draw_lines(out / "curves.png", [(what, "log", {
         label: ([r["step"] for r in log], [r[name] for r in log]) for name, label in zip(bs.QUARTERS, quarters)})])
-    closing = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "slices": f"{len(rows)} {who}",
-               "sampler_calls": settings["steps"], **figures}
     bs.write_json(out / "closing.json", closing)
-    print(f"--- slices of {who} cases, sampled from their label maps")
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
+    for name in ("checkpoint.pt", "samples.png", *more, "curves.png", "log.csv", "closing.json"):
         print(f"wrote: {out / name}")
 
 
-def train(args, device):
-    """One training run, start to end, resumed where one was begun."""
-    cases, split = bs.find_data(args)
-    cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
-                                              args.condition, split))
-    names = bs.CONDITIONS[args.condition]
-    first_lesion, alpha_bar = names.index(bs.LABELS[0]), bs.cosine_alpha_bar(args.shift)
+def learn_images(args, cache):
+    """Images from label maps, as the loop sees them: network (arguments of UNet), prior, words for the log,
+    draw_batch, who (whose slices a step drew), draw (a picture of what has been learned), close (what a run ends with)."""
+    names, alpha_bar = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift)
+    first_lesion, modalities = names.index(bs.LABELS[0]), cache.meta["modalities"]
     train, val, test = [cache.part(part) for part in ("train", "val", "test")]
     ill = bs.has_label(cache, train, first_lesion)
     tumour, other = train[ill], train[~ill]
-    prior = bs.measure_prior(cache, train, args.condition)
-    picture = (len(cache.meta["modalities"]), *cache.rows.shape[2:])            # (C, R, R)
-
-    torch.manual_seed(args.seed)
-    network = {"channels": len(cache.meta["modalities"]), "classes": len(names), "width": args.width,
-               "mults": args.mults, "blocks": args.blocks, "patch": args.patch}
-    net = bs.place_network(bs.UNet(**network), device)
-    ema = bs.EMA(net, args.ema)
-    optimizer = bs.make_optimizer(net, args.lr, device, args.precision,
-                                  net.hidden() if args.optimizer == "muon" else ())
-    trained_on = cache.hashes("train")
-    source = "phantoms" if all(bs.phantom_seed(case.case) is not None for case in split["train"]) else "patients"
-    state = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)
-    if state:
-        prior = state["prior"]                  # not as measured again: that may differ by rounding
-    trained = bs.prepare_training(net, optimizer, device, args.compile)
-    pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
-    book, guard = bs.LogBook(args.out, pace.step), bs.Guard()
-    print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {len(train)} training slices ({len(tumour)} with "
-          f"tumour) of {args.resolution}x{args.resolution}, {len(val) + len(test)} held out", flush=True)
-
+    picture = (len(modalities), *cache.rows.shape[2:])                          # (C, R, R)
     settings = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}      # slices, not volumes
     shown = cache.batch(pick_rows(cache, val if len(val) else train, first_lesion, 4))
     mine = bs.share_of(args.batch)              # of every batch; all of it unless several processes share it
@@ -154,29 +123,132 @@ def train(args, device):
         return bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)[mine]
 
     def draw_batch(step):
-        rows = draw_rows(step)
-        t, eps, keep, given, mirror = [its[mine] for its in bs.training_noise(
+        t, eps, keep, given, mirror = [part[mine] for part in bs.training_noise(
             args.seed, step, (args.batch, *picture), args.drop)]
-        x0, classes, position = cache.batch(rows, mirror)                           # (B, C, H, W), (B, H, W), (B,)
+        x0, classes, position = cache.batch(draw_rows(step), mirror)                # (B, C, H, W), (B, H, W), (B,)
         onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
         weight = bs.lesion_weight(classes, first_lesion, args.lesion_weight)
         weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr)             # (B, 1, H, W)
         return (t, x0, eps, onehot, scalars, weight, *bs.signal_sigma(alpha_bar, t),
-                *bs.expected(prior, onehot, scalars[:, 0]))
+                *bs.expected(its.prior, onehot, scalars[:, 0]))
 
-    def draw(step):
-        denoiser = bs.Denoiser(ema.copy_of(net, step), prior, alpha_bar, device)
+    def draw(denoiser, step):
         pictures = bs.sample_volume(denoiser, shown[1], shown[2], 1.0, (args.seed, "shown"), settings)
         bs.draw_rows(Path(args.out) / f"sample_{step:06d}.png", [[c, *p] for c, p in zip(shown[1], pictures)],
-                     ["labels", *cache.meta["modalities"]], args.condition, f"SYNTHETIC, step {step}")
+                     ["labels", *modalities], args.condition, f"SYNTHETIC, step {step}")
+
+    def close(denoiser, pace):
+        held_out = np.concatenate([val, test])
+        who = "held-out" if len(held_out) else "training"       # a split file may hold out nobody
+        rows = pick_rows(cache, held_out if len(held_out) else train, first_lesion, 64)
+        real, classes, position = cache.batch(rows)
+        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (args.seed, "closing"), settings)
+        few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
+        bs.draw_rows(Path(args.out) / "samples.png", [[classes[i], *real[i], None, *sampled[i]] for i in few],
+                     ["labels", *(f"{who}\n{n}" for n in modalities), "", *(f"SYNTHETIC\n{n}" for n in modalities)],
+                     args.condition)
+        print(f"--- slices of {who} cases, sampled from their label maps")
+        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "slices": f"{len(rows)} {who}",
+                      "sampler_calls": settings["steps"],
+                      **bs.judge_slices(real, sampled, classes, args.condition)})
+
+    its = SimpleNamespace(
+        network={"channels": len(modalities), "classes": len(names)}, draw_batch=draw_batch, draw=draw, close=close,
+        prior=bs.measure_prior(cache, train, args.condition), who=lambda step: cache.names(draw_rows(step)),
+        words=f"{len(train)} training slices ({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
+              f"{len(val) + len(test)} held out")
+    return its
+
+
+def learn_labels(args, cache):
+    """Label maps from what is asked of them, as the loop sees them; see learn_images."""
+    names, alpha_bar, depth = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift), args.resolution * 3 // 4
+    step_mm, mine = args.fov / args.resolution, bs.share_of(args.batch)
+    train, held = [torch.cat([bs.label_volumes(cache, part, depth) for part in parts if len(cache.part(part))])
+                   for parts in (("train",), ("val", "test"))]
+    wanted = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in train])
+    settings = {**bs.SAMPLING, "guidance": args.guidance}
+    shape = (args.batch, depth, len(names), args.resolution, args.resolution)
+
+    def draw_cases(step):
+        return bs.endless(np.arange(len(train)), (args.seed, "volumes"), step * args.batch, args.batch)[mine]
+
+    def draw_batch(step):
+        t, eps, keep, _, mirror = [part[mine] for part in bs.training_noise(args.seed, step, shape, args.drop)]
+        open_ = torch.rand(2, args.batch, len(bs.ASKED), generator=bs.generator(args.seed, "open", step))[:, mine]
+        cases = draw_cases(step)
+        volumes, asked = train[cases], wanted[cases].clone()                        # (B, D, H, W), (B, 8)
+        volumes = torch.where(mirror.view(-1, 1, 1, 1), volumes.flip(-1), volumes)
+        asked[:, 3] *= torch.where(mirror, -1.0, 1.0)                               # x points the other way
+        asked[(open_[0] > open_[1, :, :1]) | (keep == 0).unsqueeze(1)] = torch.nan  # from none to all of a request
+        x0 = 2 * bs.one_hot(volumes.flatten(0, 1).long(), len(names)) - 1           # (B D, K, H, W)
+        scalars, t = bs.slice_scalars(asked, depth), t.repeat_interleave(depth)
+        weight = bs.min_snr_weight(alpha_bar, t, args.min_snr)
+        return (t, x0, eps.flatten(0, 1), x0[:, :0], scalars, weight, *bs.signal_sigma(alpha_bar, t),
+                *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
+
+    def draw(denoiser, step):
+        made = [bs.sample_labels(denoiser, held_wanted[i], (args.seed, "shown", i), settings) for i in range(2)]
+        bs.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[volume] for volume in made],
+                       [f"SYNTHETIC, step {step}"], args.condition)
+
+    def close(denoiser, pace):
+        made = [bs.sample_labels(denoiser, asked, (args.seed, "closing", i), settings)
+                for i, asked in enumerate(held_wanted)]
+        got = torch.stack([bs.characteristics(its, args.condition, step_mm) for its in made])
+        bs.draw_planes(Path(args.out) / "samples.png", list(zip(held, made))[:6], ["held-out", "SYNTHETIC"], args.condition)
+        figures = {}
+        for i, name in enumerate(bs.ASKED):
+            both = ~torch.isnan(held_wanted[:, i] + got[:, i])
+            a, b = held_wanted[both, i], got[both, i]
+            figures[f"{name}_error"] = (a - b).abs().mean().item()
+            figures[f"{name}_correlation"] = float(np.corrcoef(a, b)[0, 1])
+        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "volumes": len(made), **figures})
+
+    held_wanted = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in held])
+    its = SimpleNamespace(
+        network={"channels": len(names), "classes": 0, "scalars": 1 + len(bs.ASKED), "depth": depth}, draw_batch=draw_batch,
+        draw=draw, close=close, prior=bs.label_prior(train, len(names)),
+        who=lambda step: [cache.cases[i]["case"] for i in draw_cases(step)],
+        words=f"{len(train)} training volumes of {depth}x{args.resolution}x{args.resolution}, {len(held)} held out")
+    return its
+
+
+def train(args, device):
+    """One training run, start to end, resumed where one was begun."""
+    cases, split = bs.find_data(args)
+    cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
+                                              args.condition, split))
+    its = (learn_labels if args.generate == "labels" else learn_images)(args, cache)
+    kind, alpha_bar = "labels" if args.generate == "labels" else "ddpm", bs.cosine_alpha_bar(args.shift)
+
+    torch.manual_seed(args.seed)
+    network = {**its.network, "width": args.width, "mults": args.mults, "blocks": args.blocks, "patch": args.patch}
+    net = bs.place_network(bs.UNet(**network), device)
+    ema = bs.EMA(net, args.ema)
+    optimizer = bs.make_optimizer(net, args.lr, device, args.precision,
+                                  net.hidden() if args.optimizer == "muon" else ())
+    trained_on = cache.hashes("train")
+    source = "phantoms" if all(bs.phantom_seed(case.case) is not None for case in split["train"]) else "patients"
+    state = bs.resume(args, kind, trained_on, net, ema, optimizer)
+    if state:
+        its.prior = state["prior"]              # not as measured again: that may differ by rounding
+    trained = bs.prepare_training(net, optimizer, device, args.compile)
+    pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
+    book, guard = bs.LogBook(args.out, pace.step), bs.Guard()
+    print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {its.words}", flush=True)
+
+    def denoiser():
+        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device, batch=32 if net.depth == 1 else net.depth)
 
     def save():
         bs.save_checkpoint(args.out, {
-            "kind": "ddpm", "version": bs.__version__, "step": pace.step, "seconds": pace.seconds,
+            "kind": kind, "version": bs.__version__, "step": pace.step, "seconds": pace.seconds,
             "args": bs.kept_arguments(args),
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
-            "optimizer": optimizer.state_dict(), "prior": prior, "condition": args.condition, "classes": list(names),
+            "optimizer": optimizer.state_dict(), "prior": its.prior, "condition": args.condition,
+            "classes": list(bs.CONDITIONS[args.condition]),
             "modalities": list(cache.meta["modalities"]), "shift": args.shift,
             "resolution": args.resolution, "fov": args.fov, "trained_on": trained_on,
             "patients": len({entry["patient"] for entry in cache.cases if entry["part"] == "train"}), "data": source})
@@ -185,7 +257,7 @@ def train(args, device):
 
     while pace.progress() < 1 and not bs.agreed(len(stop)):
         # ------------------------------------------------------------------ one training step ---
-        levels, *batch = draw_batch(pace.step)
+        levels, *batch = its.draw_batch(pace.step)
         t, x0, eps, onehot, scalars, weight, signal, sigma, mean, std = bs.to_device(device, levels, *batch)
         x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
         for group in optimizer.param_groups:
@@ -205,10 +277,10 @@ def train(args, device):
         if finite and bs.first_process():
             ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
-        if guard.sound(finite, pace.step, lambda: cache.names(draw_rows(pace.step - 1))):
+        if guard.sound(finite, pace.step, lambda: its.who(pace.step - 1)):
             book.add(losses, levels)
         elif guard.go_back(pace.step):
-            pace.step = bs.resume(args, "ddpm", trained_on, net, ema, optimizer)["step"]
+            pace.step = bs.resume(args, kind, trained_on, net, ema, optimizer)["step"]
             trained, book = bs.prepare_training(net, optimizer, device, args.compile), bs.LogBook(args.out, pace.step)
             continue
         if not bs.first_process():
@@ -216,7 +288,7 @@ def train(args, device):
         if pace.due("log", 5) or pace.progress() >= 1:
             pace.say(book.line(pace.step, lr, args.batch, pace.seconds)[1])
         if args.sample_every and pace.step % args.sample_every == 0:
-            bs.attempt("the sample pictures", lambda: draw(pace.step))
+            bs.attempt("the sample pictures", lambda: its.draw(denoiser(), pace.step))
         if pace.step == 1:
             save()                              # finds a full or read-only disk at once
         elif pace.due("save", 60):
@@ -228,7 +300,7 @@ def train(args, device):
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
-    close(args, cache, bs.Denoiser(ema.copy_of(net, pace.step), prior, alpha_bar, device), settings, pace)
+    its.close(denoiser(), pace)
 
 
 def main(argv=None):

@@ -3165,13 +3165,14 @@ def read_published(path):
     return state
 
 
-def load_generator(path, device, batch=32):
+def load_generator(path, device, batch=32, kind="ddpm"):
     """The generator of a run's folder or of a file of weights -> (Denoiser with the averaged weights, checkpoint).
-    batch: slices a call of the network. BadInput where there is none."""
-    state = load_checkpoint(path)
+    batch: slices a call of the network; kind "labels": a generator of labels. BadInput where there is none."""
+    state = load_checkpoint(path, kind)
     net = UNet(**state["network"])
     net.load_state_dict(state["ema"])
     net = place_network(net.eval(), device)
+    batch = max(1, batch // net.depth) * net.depth
     return Denoiser(net, state["prior"], cosine_alpha_bar(state["shift"]), device, batch), state
 
 
@@ -3475,6 +3476,68 @@ def slice_scalars(wanted, depth):
     position in the volume, then the same request for every slice."""
     position = (torch.arange(depth) + 0.5) / depth * 2 - 1
     return torch.cat([position.repeat(len(wanted))[:, None], scaled(wanted).repeat_interleave(depth, 0)], 1)
+
+
+def parse_request(text):
+    """"et=12,ed=5..30,x=20" -> {"ET": (12.0, 12.0), "ED": (5.0, 30.0), "x": (20.0, 20.0)}. BadInput says what is wrong."""
+    known, out = {name.lower(): name for name in ASKED}, {}
+    for word in filter(None, text.split(",")):
+        name, _, value = word.partition("=")
+        low, dots, high = value.partition("..")
+        try:
+            low, high = float(low), float(high if dots else low)
+        except ValueError:
+            low = high = math.nan
+        if name.strip().lower() not in known or not low <= high or low < 0 and name.strip().lower() not in "xyz":
+            raise BadInput(f"--request {word}: cannot be asked for; write {', '.join(known)} with a number or a range, like "
+                           "et=12,ed=20..60")
+        out[known[name.strip().lower()]] = (low, high)
+    return out
+
+
+def requested(request, number, count, seed):
+    """What case `number` of `count` is asked to be: request from parse_request -> float32 (len(ASKED),), NaN where open.
+    Ranges are spread evenly over the cases, each in an order of its own."""
+    out = torch.full((len(ASKED),), torch.nan)
+    for name, (low, high) in request.items():
+        order = torch.randperm(count, generator=generator(seed, "request", name))
+        out[ASKED.index(name)] = low + (high - low) * (int(order[number]) + 0.5) / count
+    return out
+
+
+def prepare_labels(classes, condition, step, resolution, fov, wanted):
+    """A generated label map as prepare_case returns one, without images: classes int64 (D, R, R) of `condition`, voxels
+    of `step` mm -> cubic voxels of fov / resolution mm, classes of the condition `wanted`. BadInput where that asks for
+    tissue and there is none."""
+    if wanted != condition:
+        if wanted == "tissue":
+            raise BadInput("the image generator wants tissue and the label generator makes none; train it with "
+                           "--generate labels --condition tissue")
+        labels = tumour_labels(classes, condition)
+        classes = torch.where(labels > 0, labels + 1, (classes > 0).long())
+    ratio = fov / resolution / step
+    depth, n = round(len(classes) / ratio), len(CONDITIONS[wanted])
+    share = one_hot(classes, n).movedim(1, 0).numpy()                       # (K, D, R, R)
+    for axis, size in ((1, depth), (2, resolution), (3, resolution)):
+        have = share.shape[axis]
+        start = (have - size * ratio) / 2
+        weights = (area_weights(have, size, start, ratio) if ratio >= 1 else
+                   linear_weights(size, have, -start / ratio, 1 / ratio))
+        share = np.moveaxis(np.tensordot(weights, share, (1, axis)), 0, axis)
+    share[0] += 1 - share.sum(0)
+    classes = share.argmax(0).astype(np.uint8)
+    with_brain = np.where((classes > 0).any((1, 2)))[0]
+    if not len(with_brain):
+        raise BadInput("the label generator drew no brain; train it longer")
+    low, high = with_brain[0], with_brain[-1]
+    position = 2 * (np.arange(depth) - low) / max(high - low, 1) - 1
+    affine = np.diag([fov / resolution] * 3 + [1.0])
+    affine[:3, 3] = -np.array([resolution - 1, resolution - 1, depth - 1]) / 2 * fov / resolution
+    labels = from_slices(tumour_labels(classes, wanted)).astype(np.uint8)
+    brain = from_slices(classes > 0)
+    return {"images": None, "classes": classes, "position": position.astype(np.float32), "labels": labels, "brain": brain,
+            "hashes": case_hashes(labels, brain), "cut": 0.0,
+            "grid": Grid(brain.shape, affine, resolution, (0.0, 0.0), (1.0, 1.0))}
 
 
 def sample_labels(denoiser, wanted, key, settings=SAMPLING):

@@ -46,6 +46,10 @@ def parse_arguments(argv=None):
     data.add_argument("--count", type=int, default=4, help="how many cases to make")
     data.add_argument("--native", action="store_true", help="write on the label map's own grid, not the model's")
     data.add_argument("--scan", help="folder of scans without labels: segmented, then synthesised (the closed loop)")
+    data.add_argument("--request", metavar="NAME=VALUE,...", help="label maps are generated: mL of et, ed, ncr, place of "
+                      "the tumour x, y, z (mm from the middle of the brain to the right, front and top), sphericity, "
+                      "lesions; et=12 or et=5..30 (evenly spread over --count); what is not named is left open")
+    data.add_argument("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
     edit = parser.add_argument_group("edited label maps")
     edit.add_argument("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) rotate=15 "
                       "(degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")
@@ -95,6 +99,11 @@ def parse_arguments(argv=None):
         raise bs.BadInput("--range wants two volumes in mL, the smaller one first")
     if args.part and not args.labels or args.paste and args.balance or args.range and not args.balance:
         raise bs.BadInput("--part needs --labels, --range needs --balance, and --paste goes without --balance")
+    if args.request is not None:
+        if args.labels or args.scan or args.edit or args.paste or args.balance:
+            raise bs.BadInput("--request makes label maps of its own: it goes without --labels, --scan, --edit, --paste and "
+                              "--balance")
+        args.request = bs.parse_request(args.request)
     if args.edit != ["random"]:
         bs.parse_edit(args.edit)                # says now what is wrong with it
     return args
@@ -163,14 +172,30 @@ def plan(args, number, of_number, donors, volumes):
     elif edit:
         def relabel(labels, brain, affine):
             return bs.edit_labels(labels, affine, brain, edit, np.random.default_rng([*key, 3]))
-    return SimpleNamespace(case=case, donor=donor, relabel=relabel, applied=applied,
+    return SimpleNamespace(case=case, donor=donor, relabel=relabel, applied=applied, got=None, trained_on=(),
                            facts={"Edits": edit, "Pasted": bool(args.paste), "RequestedML": asked})
+
+
+def on_request(args, number, model, state):
+    """Synthetic case `number` from a label map that is generated as --request asks; see plan. model: (Denoiser,
+    checkpoint) of the label generator; state: the checkpoint of the image generator."""
+    denoiser, its = model
+    wanted = bs.requested(args.request, number, args.count, args.seed)
+    classes = bs.sample_labels(denoiser, wanted, (args.seed, number, "labels"), sampling(args))
+    got = bs.prepare_labels(classes, its["condition"], its["fov"] / its["resolution"], state["resolution"], state["fov"],
+                            state["condition"])
+    asked = {name: round(value, 2) for name, value in zip(bs.ASKED, wanted.tolist()) if value == value}
+    return SimpleNamespace(case=None, donor=None, relabel=None, applied={}, got=got, trained_on=its["trained_on"],
+                           facts={"Edits": {}, "Pasted": False, "Requested": asked,
+                                  "RequestedML": {name: ml for name, ml in asked.items() if name in bs.LABELS},
+                                  "LabelCheckpointSHA256": bs.file_hash(its["file"])})
 
 
 def make_case(args, number, its, denoiser, state, facts):
     """Sample one case as planned (see plan) and write it. Returns what was prepared, the images float
-    (D, C, R, R), the sidecar, and slice-to-slice roughness of (source scans, sample)."""
-    got = bs.prepare_case(its.case, state["resolution"], state["fov"], state["condition"], its.relabel)
+    (D, C, R, R), the sidecar, and slice-to-slice roughness of (source scans, sample); of labels that were generated
+    (its.got) there are no scans and the first is NaN."""
+    got = its.got or bs.prepare_case(its.case, state["resolution"], state["fov"], state["condition"], its.relabel)
     grid, classes = got["grid"], torch.from_numpy(got["classes"]).long()                # (D, R, R)
     thickness = float(bs.spacing_of(grid.affine)[2])
     brain = torch.where((classes > 0).any(2).any(1))[0]
@@ -186,15 +211,16 @@ def make_case(args, number, its, denoiser, state, facts):
         written, outline, affine = images, got["classes"], grid.model_affine()
     counts, labels = bs.image_counts(written, outline), bs.from_slices(labels).astype(np.uint8)
     of_donor = got["hashes"] if its.donor is its.case else bs.hashes_of(its.donor)
+    trained_on = sorted({*state["trained_on"], *its.trained_on})
     facts = {"LabelMapSHA256": of_donor[0], "BrainSHA256": got["hashes"][1], **facts, "EditsApplied": its.applied,
-             "UsedInTraining": bool({*got["hashes"], *of_donor} & set(state["trained_on"])),
+             "UsedInTraining": bool({*got["hashes"], *of_donor} & set(trained_on)),
              "VolumesML": {name: round(bs.volume_ml(labels, affine, name), 3) for name in (*bs.LABELS, "TC", "WT")},
-             "GeneratorTrainedOn": [digest[:16] for digest in state["trained_on"]],
+             "GeneratorTrainedOn": [digest[:16] for digest in trained_on],
              "GeneratorPatients": state["patients"], "GeneratorData": state["data"],
              "GeneratorVersion": state["version"]}
     bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
-    source = bs.to_images(got["images"])
-    return got, images, facts, (bs.roughness(source, classes), bs.roughness(images, classes))
+    before = float("nan") if its.got else bs.roughness(bs.to_images(got["images"]), classes)
+    return got, images, facts, (before, bs.roughness(images, classes))
 
 
 def sampling(args):
@@ -254,14 +280,16 @@ def generator_of(args, device):
               "CheckpointSHA256": bs.file_hash(state["file"]), "Seed": args.seed,
               **{k.capitalize(): v for k, v in sampling(args).items()},
               "Condition": state["condition"], "Grid": "native" if args.native else "model",
-              "LabelMaps": "segmented" if args.scan else "cases" if args.labels else "phantoms"}
+              "LabelMaps": ("segmented" if args.scan else "cases" if args.labels else "phantoms"
+                            if args.request is None else "generated")}
     return denoiser, state, common
 
 
 def make_set(args, device):
     """Make the cases that are missing, then draw the contact sheet of all."""
     denoiser, state, common = generator_of(args, device)
-    rough, made, asked = [], 0, []
+    model = None if args.request is None else bs.load_generator(args.label_checkpoint, device, kind="labels")
+    rough, made, asked = [], 0, {}
     bs.write_description(args.out)              # first: a set that is cut short is marked as well
     with tempfile.TemporaryDirectory() as scratch:
         of_number, everyone = label_sources(args, scratch, state["args"]["scanner"])
@@ -271,7 +299,7 @@ def make_set(args, device):
         if args.paste and not donors or args.balance and not volumes:
             raise bs.BadInput("no label map shows what --paste or --balance asks for; use other cases")
         for number in range(args.count):
-            its = plan(args, number, of_number, donors, volumes)
+            its = on_request(args, number, model, state) if model else plan(args, number, of_number, donors, volumes)
             facts = json.loads(json.dumps({"Case": f"BraTS-SYN-{number:05d}-000", **common, **its.facts}))
             if args.labels and (Path(args.out) / facts["Case"]).exists():
                 # another --labels must not pass for this one
@@ -282,18 +310,23 @@ def make_set(args, device):
             started = time.time()
             _, _, facts, pair = make_case(args, number, its, denoiser, state, facts)
             rough.append(pair)
-            asked += [(ml, facts["VolumesML"][name]) for name, ml in facts["RequestedML"].items()]
+            for name, ml in facts["RequestedML"].items():
+                asked.setdefault(name, []).append((ml, facts["VolumesML"][name]))
             made += 1
-            print(f"{facts['Case']}: {time.time() - started:.0f} s, slice-to-slice roughness "
-                  f"{pair[1]:.3f}, of the scans its labels come from {pair[0]:.3f}", flush=True)
+            print(f"{facts['Case']}: {time.time() - started:.0f} s, " + ("".join(
+                f"{name} {facts['VolumesML'][name]:.1f} mL for {ml:.1f}, " for name, ml in facts["RequestedML"].items()))
+                + f"slice-to-slice roughness {pair[1]:.3f}"
+                + ("" if model else f", of the scans its labels come from {pair[0]:.3f}"), flush=True)
     finish_set(args.out)
     print(f"made {made} cases, {args.count - made} were there already")
     if rough:
         real, synthetic = np.mean(rough, 0)
-        print(f"slice-to-slice roughness: {synthetic:.3f}\nslice-to-slice roughness of the source volumes: {real:.3f}")
-    if asked:
-        wanted, got = np.array(asked).T
-        print(f"{args.balance}: asked {wanted.min():.1f} to {wanted.max():.1f} mL, mean error "
+        print(f"slice-to-slice roughness: {synthetic:.3f}")
+        if not model:
+            print(f"slice-to-slice roughness of the source volumes: {real:.3f}")
+    for name, pairs in asked.items():
+        wanted, got = np.array(pairs).T
+        print(f"{name}: asked {wanted.min():.1f} to {wanted.max():.1f} mL, mean error "
               f"{np.abs(wanted - got).mean():.2f} mL, correlation {bs.rank_correlation(wanted, got):.3f}")
     for name in ("", "contact_sheet.png", "dataset.json", "DATASHEET.md"):
         print(f"wrote: {Path(args.out) / name}")
@@ -320,7 +353,7 @@ def close_loop(args, device):
         bs.write_labels(path, predicted, case, got["grid"].affine)
         volumes = {name: bs.volume_ml(predicted, got["grid"].affine, name) for name in bs.LABELS}
         print(f"{case.case}: " + ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items()) + f" -> {path}")
-        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted, applied={})
+        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted, applied={}, got=None, trained_on=())
         got, images, *_ = make_case(args, number, its, denoiser, state, facts)
         labels = bs.tumour_labels(got["classes"], state["condition"])
         at = fullest(labels > 0, got["classes"] > 0)

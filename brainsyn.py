@@ -3408,14 +3408,11 @@ ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions")
 
 def sphericity(mask):
     """pi^(1/3) (6 V)^(2/3) / A of a bool mask (D, H, W), cubic voxels: 1 for a ball, less for all else; NaN where empty.
-    The surface A is the sum of gradient lengths of the mask smoothed by two 3x3x3 means: counting the faces of voxels
-    instead would make a ball half as large again."""
+    The surface A is the sum of the mask's gradient lengths, which is some 7% too much for a ball (its sphericity comes
+    out as 0.92 to 0.96 at any size); counting the faces of voxels would be half as much again."""
     if not mask.any():
         return float("nan")
-    smooth = F.pad(mask.float()[None, None], (4,) * 6)
-    for _ in range(2):
-        smooth = F.avg_pool3d(smooth, 3, 1, 1)
-    area = torch.stack(torch.gradient(smooth[0, 0])).norm(dim=0).sum()
+    area = torch.stack(torch.gradient(F.pad(mask.float(), (1,) * 6))).norm(dim=0).sum()
     return float(math.pi ** (1 / 3) * (6 * mask.sum()) ** (2 / 3) / area)
 
 

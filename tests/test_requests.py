@@ -1,0 +1,215 @@
+"""Section 12: what is asked of a label map is measured right, may be left open, and whole volumes hang together."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import brainsyn as bs
+
+STEP = 3.0                                      # mm a voxel
+
+
+def ball(radius, centre, shape=(48, 64, 64)):
+    """bool (D, H, W): a ball in voxels."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"), -1)
+    return (grid - torch.tensor(centre)).norm(dim=-1) < radius
+
+
+def head(*lesions):
+    """Classes of the condition "tumour": a ball of a brain and lesions in it, (radius, centre, label) each."""
+    classes = ball(21, (24.0, 32.0, 32.0)).long()
+    for radius, centre, label in lesions:
+        classes[ball(radius, centre)] = label + 1
+    return classes
+
+
+def measured(classes):
+    """{name: value} of characteristics."""
+    return dict(zip(bs.ASKED, bs.characteristics(classes, "tumour", STEP).tolist()))
+
+
+def test_volumes_are_ml_of_each_label():
+    """A ball of ET in a ball of ED, in a voxel of 0.027 mL."""
+    classes = head((8, (24.0, 32.0, 32.0), 2), (5, (24.0, 32.0, 32.0), 3))
+    got = measured(classes)
+    assert got["NCR"] == 0
+    assert got["ET"] == pytest.approx(4 / 3 * math.pi * 15 ** 3 / 1000, rel=0.08)
+    assert got["ED"] + got["ET"] == pytest.approx(4 / 3 * math.pi * 24 ** 3 / 1000, rel=0.08)
+
+
+def test_place_is_mm_to_the_right_the_front_and_the_top():
+    """Columns run from the patient's right, rows from the front, slices from the feet."""
+    got = measured(head((4, (28.0, 26.0, 22.0), 3)))
+    assert [got[k] for k in "xyz"] == pytest.approx([30, 18, 12], abs=0.3)
+
+
+@pytest.mark.parametrize("radius", [4, 6, 9, 12])
+def test_a_ball_has_sphericity_one(radius):
+    """Nearly, at any size; on the grid or between its points."""
+    for centre in ((24.0, 32.0, 32.0), (24.3, 31.6, 32.5)):
+        assert 0.91 < bs.sphericity(ball(radius, centre)) < 1
+
+
+def test_what_is_no_ball_has_less_sphericity():
+    """A cube 0.806, a rod less, two balls (1/2)^(1/3); nothing has none."""
+    cube = torch.zeros(48, 64, 64, dtype=torch.bool)
+    cube[12:36, 20:44, 20:44] = True
+    rod = torch.zeros_like(cube)
+    rod[4:44, 30:36, 30:36] = True
+    two = ball(8, (24.0, 20.0, 32.0)) | ball(8, (24.0, 44.0, 32.0))
+    assert bs.sphericity(cube) == pytest.approx(0.806, abs=0.03)
+    assert bs.sphericity(rod) < 0.7
+    assert bs.sphericity(two) == pytest.approx(0.5 ** (1 / 3), abs=0.06)
+    assert math.isnan(bs.sphericity(torch.zeros(4, 4, 4, dtype=torch.bool)))
+
+
+def test_lesions_are_parts_that_are_large_enough():
+    """Two parts and a speck of one voxel, 27 mm3."""
+    classes = head((4, (24.0, 22.0, 32.0), 2), (3, (24.0, 44.0, 32.0), 3))
+    classes[24, 32, 32] = 2
+    assert measured(classes)["lesions"] == 2
+
+
+def test_without_tumour_there_is_no_place():
+    """Volumes and lesions 0; place and shape are not defined."""
+    got = measured(head())
+    assert [got[k] for k in ("NCR", "ED", "ET", "lesions")] == [0, 0, 0, 0]
+    assert all(math.isnan(got[k]) for k in ("x", "y", "z", "sphericity"))
+
+
+def test_mirrored_labels_have_mirrored_x():
+    """What training does to a request when it mirrors its volume."""
+    classes = head((5, (20.0, 24.0, 26.0), 1))
+    was, now = [bs.characteristics(its, "tumour", STEP) for its in (classes, classes.flip(-1))]
+    was[bs.ASKED.index("x")] *= -1
+    assert torch.allclose(was, now, atol=1e-3)
+
+
+def test_scaled_requests_keep_what_is_open():
+    """NaN stays NaN, the rest lies about -1..1."""
+    wanted = torch.tensor([0, 120, float("nan"), -45, 30, 0, 0.7, 3])
+    got = bs.scaled(wanted)
+    assert torch.equal(torch.isnan(got), torch.isnan(wanted)) and torch.nan_to_num(got).abs().max() < 1.2
+
+
+def test_slices_become_cubes_of_the_same_volume():
+    """Any thickness; the case in the middle; air above and below."""
+    classes = np.zeros((56, 16, 16), np.uint8)
+    classes[3:53, 4:12, 4:12], classes[20:40, 6:9, 6:9] = 1, 3
+    for thickness in (1.0, 2.4, 5.0):
+        cubes = bs.to_cubes(classes, thickness, 3.0, 120, 5)
+        for k in (1, 3):
+            assert (cubes == k).sum() * 3 == pytest.approx((classes == k).sum() * thickness, rel=0.06)
+        depth = np.where(cubes.any((1, 2)))[0]
+        assert abs(depth[0] + depth[-1] - 119) <= 1
+
+
+@pytest.mark.parametrize("text, words", [("et=big", "et=big"), ("core=3", "core=3"), ("et=5..3", "et=5..3"),
+                                         ("ed=-4", "ed=-4"), ("et", "et"), ("et=nan", "et=nan")])
+def test_requests_that_cannot_be_are_named(text, words):
+    """One sentence, with what can be asked for."""
+    with pytest.raises(bs.BadInput, match=f"--request {words}: cannot be asked for.*sphericity"):
+        bs.parse_request(text)
+
+
+def test_requests_are_read():
+    """Numbers, ranges, any order, any case; nothing asks for nothing."""
+    assert bs.parse_request("ET=12,ed=5..30,x=-20") == {"ET": (12, 12), "ED": (5, 30), "x": (-20, -20)}
+    assert bs.parse_request("") == {}
+
+
+def test_ranges_are_flat_and_their_orders_differ():
+    """Every value of a range comes once; ET and ED are not tied to each other; the seed decides the order."""
+    request = bs.parse_request("et=0..40,ed=0..40,ncr=3")
+    got = torch.stack([bs.requested(request, i, 20, 0) for i in range(20)])
+    assert torch.allclose(got[:, 2].sort().values, torch.arange(20) * 2.0 + 1)
+    assert (got[:, 0] == 3).all() and torch.isnan(got[:, 3:]).all()
+    assert abs(np.corrcoef(got[:, 1], got[:, 2])[0, 1]) < 0.8
+    assert not torch.equal(got[:, 2], torch.stack([bs.requested(request, i, 20, 1) for i in range(20)])[:, 2])
+
+
+def test_the_prior_of_labels_is_a_share_of_classes():
+    """Means, as shares, sum to 1; left and right alike; no spread under the floor."""
+    volumes = torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]).to(torch.uint8)
+    prior = bs.label_prior(volumes, 5)
+    mean, std = prior["atlas"]
+    assert torch.allclose(((mean + 1) / 2).sum(1), torch.ones(48, 64, 64), atol=1e-5)
+    assert torch.equal(mean, mean.flip(-1)) and std.min() >= 0.2 and std.max() <= 1
+    onehot, scalars = torch.zeros(48, 0, 64, 64), bs.slice_scalars(torch.full((1, len(bs.ASKED)), torch.nan), 48)
+    got = bs.expected(prior, onehot, scalars[:, 0])
+    assert torch.allclose(got[0], mean, atol=1e-5) and torch.allclose(got[1], std, atol=1e-5)
+
+
+def small_net(depth=6):
+    """A network of volumes whose parts that start at zero have learned something."""
+    net = bs.UNet(channels=5, classes=0, width=16, mults=(1, 2), patch=2, scalars=1 + len(bs.ASKED), depth=depth)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.abs().max() == 0 else None
+    return net.eval()
+
+
+def test_slices_see_their_volume_and_no_other():
+    """A change of one slice changes the others of its volume, and none of the volume beside it."""
+    net, wanted = small_net(), torch.zeros(2, len(bs.ASKED))
+    x, t = torch.randn(12, 5, 16, 16), torch.full((12,), 500)
+    other = x.clone()
+    other[2] += 1
+    with torch.no_grad():
+        a, b = [net(its, t, its[:, :0], bs.slice_scalars(wanted, 6)) for its in (x, other)]
+    far = (a - b).abs().amax((1, 2, 3))
+    assert (far[:6] > 1e-6).all() and (far[6:] == 0).all()
+
+
+def test_slices_along_z_start_alone():
+    """The layer between slices is the identity until it has learned."""
+    x = torch.randn(12, 32, 4, 4)
+    assert torch.allclose(bs.AlongZ(32, 6)(x), x)
+
+
+def test_open_entries_are_a_state_of_their_own():
+    """Left open is not 0, and what an open entry would have been does not matter."""
+    net, x, t = small_net(), torch.randn(6, 5, 16, 16), torch.full((6,), 500)
+    wanted = torch.full((1, len(bs.ASKED)), torch.nan)
+    zero = wanted.clone()
+    zero[0, 2] = 0
+    with torch.no_grad():
+        a, b = [net(x, t, x[:, :0], bs.slice_scalars(its, 6)) for its in (wanted, zero)]
+    assert (a - b).abs().max() > 1e-4 and not torch.isnan(a).any()
+
+
+def test_guidance_leaves_the_request_open():
+    """The null condition drops every scalar but the slice's position."""
+    seen = []
+
+    def denoiser(x_t, t, onehot, scalars):
+        seen.append(scalars)
+        return x_t
+
+    scalars = bs.slice_scalars(torch.ones(1, len(bs.ASKED)), 6)
+    bs.guided_v(denoiser, torch.randn(6, 5, 8, 8), torch.full((6,), 500), torch.zeros(6, 0, 8, 8), scalars, 2.0)
+    assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, 0], scalars[:, 0])
+    assert torch.isnan(seen[1][:, 1:]).all()
+
+
+@pytest.mark.parametrize("resolution, fov", [(64, 192.0), (32, 192.0), (96, 192.0), (64, 240.0)])
+def test_labels_are_brought_to_the_grid_of_images(resolution, fov):
+    """Volumes stay; coarser, finer, wider."""
+    classes = head((9, (24.0, 28.0, 36.0), 2), (6, (24.0, 28.0, 36.0), 3))
+    got = bs.prepare_labels(classes, "tumour", STEP, resolution, fov, "tumour")
+    ml = abs(np.linalg.det(got["grid"].affine[:3, :3])) / 1000
+    for k in (2, 3):
+        assert (got["labels"] == k).sum() * ml == pytest.approx((classes == k + 1).sum().item() * 0.027, rel=0.15)
+    assert got["classes"].shape[1:] == (resolution, resolution)
+    at = np.where((got["classes"] > 0).any((1, 2)))[0]
+    assert got["position"][at[0]] == -1 and got["position"][at[-1]] == 1
+
+
+def test_tissue_is_not_made_from_tumour_labels():
+    """An image generator that wants tissue cannot have it from labels without; the other way round works."""
+    classes = head((5, (24.0, 28.0, 36.0), 3))
+    with pytest.raises(bs.BadInput, match="--condition tissue"):
+        bs.prepare_labels(classes, "tumour", STEP, 64, 192.0, "tissue")
+    tissue = torch.where(classes > 1, classes + 2, classes * 3)
+    got = bs.prepare_labels(tissue, "tissue", STEP, 64, 192.0, "tumour")["classes"]
+    assert np.array_equal(got, classes)

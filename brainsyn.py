@@ -3425,12 +3425,13 @@ def characteristics(classes, condition, step):
     """What can be asked for, measured: classes int tensor (D, H, W), see to_cubes, voxels of `step` mm -> float32 in
     the order of ASKED. Without a tumour place and sphericity are NaN. Parts under 50 mm3 are not counted [LESION]."""
     labels, ml = tumour_labels(classes, condition), step ** 3 / 1000
-    ill, out = labels > 0, [float((labels == k).sum()) * ml for k in (1, 2, 3)]
-    middle = [torch.stack(torch.where(its)).float().mean(1) for its in (ill, classes > 0)]
-    up, back, left = ((middle[0] - middle[1]) * step).tolist()
+    volumes, at = [float((labels == k).sum()) * ml for k in (1, 2, 3)], torch.stack(torch.where(labels > 0))
+    if not at.shape[1]:
+        return torch.tensor([*volumes, *[torch.nan] * 4, 0.0])
+    up, back, left = ((at.float().mean(1) - torch.stack(torch.where(classes > 0)).float().mean(1)) * step).tolist()
+    ill = labels[tuple(slice(int(low), int(high) + 1) for low, high in zip(at.amin(1), at.amax(1)))] > 0    # its box
     sizes = torch.bincount(components(ill).flatten())[1:]
-    out += [-left, -back, up, sphericity(ill), float((sizes * ml * 1000 >= 50).sum())]
-    return torch.tensor(out)
+    return torch.tensor([*volumes, -left, -back, up, sphericity(ill), float((sizes * ml * 1000 >= 50).sum())])
 
 
 def scaled(wanted):

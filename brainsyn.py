@@ -2730,7 +2730,7 @@ def find_data(args):
 
 
 # Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
-PATHS = ("data", "split", "out", "synthetic", "weights")
+PATHS = ("data", "label_maps", "split", "out", "synthetic", "weights")
 # What may differ when a run is resumed.
 FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance", "sample_every", "skip_bad"}
 
@@ -3089,7 +3089,8 @@ def save_checkpoint(folder, state):
 
 
 # kind of checkpoint: who writes it. "segmenter" is best.pt, "seg" what a run continues from.
-SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels", "seg": "train_seg.py", "segmenter": "train_seg.py"}
+SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels", "seg": "train_seg.py",
+          "segmenter": "train_seg.py"}
 # What each kind holds. PUBLISHED is the part that goes into an .npz: all that sampling or segmenting needs, and
 # what it owes to whom; a run also needs RESUMED to go on.
 PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prior", "condition", "classes",
@@ -3098,7 +3099,8 @@ PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prio
                            "dice"}}
 PUBLISHED["labels"] = PUBLISHED["ddpm"]
 RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
-HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["labels"] | RESUMED, "segmenter": PUBLISHED["segmenter"],
+HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["labels"] | RESUMED,
+         "segmenter": PUBLISHED["segmenter"],
          "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
 
 
@@ -3405,14 +3407,14 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 # What can be asked for: mL of each label; mm from the middle of the brain to that of the tumour, to the patient's
 # right, front and top; sphericity of the whole tumour (1: a ball); number of its parts.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions")
-
+SLAB = 4                                # slices that the network takes as one picture of so many times the channels
 
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
-BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain: the same within 4 mm in all 33 cases looked at
+BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
 
 
 def sphericity(mask):
-    """pi^(1/3) (6 V)^(2/3) / A of a bool mask (D, H, W), cubic voxels: 1 for a ball, less for all else; NaN where empty.
+    """pi^(1/3) (6 V)^(2/3) / A of a bool mask (D, H, W), cubic voxels: 1 for a ball, less for all else; NaN if empty.
     The surface A is the sum of the mask's gradient lengths, which is some 7% too much for a ball (its sphericity comes
     out as 0.92 to 0.96 at any size); counting the faces of voxels would be half as much again."""
     if not mask.any():
@@ -3451,65 +3453,98 @@ def to_cubes(classes, thickness, step, depth, n_classes):
     return share.argmax(0).astype(np.uint8)
 
 
-def label_volumes(cache, part, depth):
-    """The label maps of one part of a cache as volumes of cubic voxels: uint8 (N, depth, R, R)."""
-    step, classes = cache.meta["fov"] / cache.meta["resolution"], len(cache.meta["classes"])
-    return torch.from_numpy(np.stack([
-        to_cubes(cache.rows[its["first"]:its["first"] + its["count"], -1], its["thickness"], step, depth, classes)
-        for its in cache.cases if its["part"] == part]))
+def label_volumes(cache, parts, depth):
+    """The label maps of these parts of a cache as volumes of cubic voxels: uint8 (N, depth, R, R)."""
+    size, classes = cache.meta["resolution"], len(cache.meta["classes"])
+    volumes = [to_cubes(cache.rows[its["first"]:its["first"] + its["count"], -1], its["thickness"],
+                        cache.meta["fov"] / size, depth, classes) for its in cache.cases if its["part"] in parts]
+    return torch.from_numpy(np.stack(volumes) if volumes else np.zeros((0, depth, size, size), np.uint8))
 
 
 def read_label_maps(path, outlines, step, seed=0):
-    """Label maps alone: an .npz with seg (N, X, Y, Z) of labels 0, 1, 2 and 3 or 4, the whole frame of 240 x 240 x 155 mm in
-    which BraTS releases its cases, voxels in the order of its files up to 2021 (x to the left, y to the back), and ids
-    (N,). They have no brain: each gets the outline of one of `outlines`, uint8 (M, D, R, R) cubes of `step` mm, by lot.
-    -> (uint8 (N, D, R, R), ids, share of tumour voxels that lay outside the outline and were taken away)."""
+    """Label maps alone: an .npz with seg (N, X, Y, Z) of labels 0, 1, 2 and 3 or 4, the whole frame of 240 x 240 x
+    155 mm in which BraTS releases its cases, voxels in the order of its files up to 2021 (x to the left, y to the
+    back), and ids (N,). They have no brain: each gets the outline of one of `outlines`, uint8 (M, D, R, R) cubes of
+    `step` mm, by lot. -> (uint8 (N, D, R, R), ids, their hashes as case_hashes has them, share of tumour voxels that
+    lay outside the outline and were taken away). BadInput where the file holds something else."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             maps, ids = archive["seg"], [str(its) for its in archive["ids"]]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); expected an .npz with seg (N, X, Y, Z) and ids (N,)") from error
+        raise BadInput(f"{path}: cannot be read ({error}); expected an .npz with seg (N, X, Y, Z) and ids (N,)") \
+            from error
     if maps.ndim != 4 or len(maps) != len(ids) or not np.isin(maps, (0, 1, 2, 3, 4)).all():
-        raise BadInput(f"{path}: seg is {maps.dtype} {maps.shape} beside {len(ids)} ids; expected (N, X, Y, Z) with labels 0, "
-                       "1, 2 and 3 or 4")
-    shape, total, lost, out = outlines.shape[1:], 0, 0, []
+        raise BadInput(f"{path}: seg is {maps.dtype} {maps.shape} beside {len(ids)} ids; expected (N, X, Y, Z) with "
+                       "labels 0, 1, 2 and 3 or 4")
+    shape, total, lost, out, hashes = outlines.shape[1:], 0, 0, [], []
     spacing = np.array(BRATS_FRAME) / maps.shape[1:]
     weights = [area_weights(n, size, (middle - size * step / 2) / mm, step / mm) for n, size, middle, mm in
                zip(maps.shape[1:], shape[::-1], BRATS_MIDDLE, spacing)]
     order = torch.randint(len(outlines), (len(maps),), generator=generator(seed, "outlines"))
     for labels, brain in zip(maps, outlines[order] > 0):
+        labels = np.where(labels == 4, 3, labels).astype(np.uint8)
+        hashes.append(case_hashes(labels[::-1, ::-1], brain.numpy())[0])         # canonical: to the right, to the front
         at = np.argwhere(labels) if labels.any() else np.zeros((1, 3), int)
         box = tuple(slice(low, high + 1) for low, high in zip(at.min(0), at.max(0)))         # the rest is empty
-        share = np.stack([(labels[box] == k) | (k == 3) & (labels[box] == 4) for k in (1, 2, 3)]).astype(np.float32)
+        share = np.stack([labels[box] == k for k in (1, 2, 3)]).astype(np.float32)
         for its, part in zip(weights, box):     # x, y, z in turn, each put behind the others
             share = np.tensordot(share, its[:, part], (1, 1))
         share = share.transpose(0, 3, 2, 1)     # (3, D, R, R)
         labels = torch.from_numpy(np.concatenate([1 - share.sum(0, keepdims=True), share]).argmax(0))   # (D, R, R)
         total, lost = total + int((labels > 0).sum()), lost + int(((labels > 0) & ~brain).sum())
         out.append(torch.where(brain, torch.where(labels > 0, labels + 1, 1), 0).to(torch.uint8))
-    return torch.stack(out), ids, lost / max(total, 1)
+    return torch.stack(out), ids, hashes, lost / max(total, 1)
 
 
-def same_tumour(volumes, others, alike=0.9):
-    """Which of these label maps show a tumour of `others`: uint8 (N, D, R, R) and (M, D, R, R) of the condition "tumour" ->
-    bool (N,). Tumours are laid upon each other by their middles, and by up to a voxel more each way: their Dice is above
-    `alike` then."""
+def nearest_tumour(volumes, others, condition):
+    """Of every label map the tumour of `others` that is most like its own: int (N, D, R, R), (M, D, R, R) -> Dice (N,),
+    NaN without a tumour or others, and which (N,). Laid upon each other by their middles, as they are and mirrored; the
+    best five also by up to a voxel more each way."""
     def laid(volume):
-        ill = volume > 1
-        if not ill.any():
-            return None
-        middle = torch.stack(torch.where(ill)).float().mean(1)
-        return ill.roll([int(round(n / 2 - m)) for n, m in zip(ill.shape, middle.tolist())], (0, 1, 2))
+        ill = tumour_labels(volume, condition) > 0
+        middle = [int(round(at.float().mean().item())) if len(at) else 0 for at in torch.where(ill)]
+        return ill.roll([n // 2 - m for n, m in zip(ill.shape, middle)], (0, 1, 2))
 
-    known, found = [its for its in map(laid, others) if its is not None], []
-    for one in map(laid, volumes):
-        best = 0.0
-        for other in known if one is not None else ():
-            if min(one.sum(), other.sum()) < 0.8 * max(one.sum(), other.sum()) or dice(one, other) < 0.6:
-                continue
-            best = max([best] + [dice(one.roll(by, (0, 1, 2)), other) for by in itertools.product((-1, 0, 1), repeat=3)])
-        found.append(best > alike)
-    return torch.tensor(found, dtype=torch.bool)
+    best, which = torch.full((len(volumes),), torch.nan), torch.zeros(len(volumes), dtype=torch.long)
+    if not len(others):
+        return best, which
+    known = torch.stack([its for other in others for its in (laid(other), laid(other.flip(-1)))])
+    flat, sizes = known.flatten(1).to(torch.uint8), known.sum((1, 2, 3))
+    for i, one in enumerate(map(laid, volumes)):
+        if not one.any():
+            continue
+        shared = flat[:, one.flatten()].sum(1)
+        for j in (2 * shared / (sizes + one.sum())).topk(min(5, len(known))).indices.tolist():
+            near = max(dice(one.roll(by, (0, 1, 2)), known[j]) for by in itertools.product((-1, 0, 1), repeat=3))
+            if not near <= best[i]:
+                best[i], which[i] = near, j // 2
+    return best, which
+
+
+# How heads are moved in training: degrees; scale, shift and bend (elastic) as shares of the volume.
+MOVES = {"rotate": 10, "scale": 0.12, "shift": 0.04, "bend": 0.03}
+
+
+def move_volumes(volumes, key, share=None):
+    """Relatives of label volumes: uint8 (B, D, H, W) -> the same, each mirrored or not, turned, stretched, shifted and
+    bent by chance, tumour and head as one (nearest neighbour). A few dozen heads become as many as there are steps.
+    key, share: as in augment."""
+    (batch, *size), g = volumes.shape, generator(*key)
+    whole, mine = share or (batch, slice(None))
+    uniform = lambda *shape: (torch.rand(whole, *shape, generator=g) * 2 - 1)[mine]
+    angles = uniform(3) * math.radians(MOVES["rotate"])
+    skew = torch.zeros(batch, 3, 3)
+    for i, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
+        skew[:, a, b], skew[:, b, a] = -angles[:, i], angles[:, i]
+    stretch = torch.exp(uniform(3) * MOVES["scale"])
+    stretch[:, 0] *= uniform().sign()                                       # left for right
+    voxels = torch.tensor(size[::-1], dtype=torch.float32)                  # affine_grid counts x, y, z in half volumes
+    turn = torch.matrix_exp(skew) * stretch[:, None] * voxels / voxels[:, None]
+    where = F.affine_grid(torch.cat([turn, 2 * MOVES["shift"] * uniform(3)[:, :, None]], 2), (batch, 1, *size),
+                          align_corners=False)
+    bend = torch.randn(whole, 3, 4, 5, 5, generator=g)[mine] * 2 * MOVES["bend"]
+    where = where + F.interpolate(bend, size, mode="trilinear", align_corners=True).movedim(1, -1)
+    return F.grid_sample(volumes[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].to(torch.uint8)
 
 
 def label_prior(volumes, n_classes, floor=0.2):
@@ -3522,20 +3557,32 @@ def label_prior(volumes, n_classes, floor=0.2):
             total += one_hot(its.long(), n_classes)
     share = F.avg_pool3d((total / (2 * len(volumes))).movedim(1, 0)[None], 3, 1, 1, count_include_pad=False)[0]
     mean = 2 * share.movedim(0, 1) - 1                                      # (D, K, R, R)
-    flat = mean.mean((0, 2, 3))
-    atlas, table = [torch.stack([m, (1 - m ** 2).clamp(min=floor ** 2).sqrt()]) for m in (mean, flat[None])]
-    return {"classes": table, "atlas": atlas}                               # (2, 1, K), (2, D, K, R, R)
+    flat = mean.mean((0, 2, 3)).repeat(SLAB)
+    atlas, table = [torch.stack([m, (1 - m ** 2).clamp(min=floor ** 2).sqrt()])
+                    for m in (to_slabs(mean[None]), flat[None])]
+    return {"classes": table, "atlas": atlas}       # (2, 1, SLAB K), (2, D / SLAB, SLAB K, R, R)
 
 
-def slice_scalars(wanted, depth):
-    """Wanted characteristics (B, len(ASKED)), NaN where open -> the network's scalars (B * depth, 1 + len(ASKED)): slice
-    position in the volume, then the same request for every slice."""
+def to_slabs(x):
+    """Volumes of channels (B, D, K, H, W) -> SLAB slices as one picture, (B * D / SLAB, SLAB * K, H, W)."""
+    return x.unflatten(1, (-1, SLAB)).flatten(2, 3).flatten(0, 1)
+
+
+def from_slabs(x, depth):
+    """The way back: depth is that of a volume, D."""
+    return x.unflatten(0, (-1, depth // SLAB)).unflatten(2, (SLAB, -1)).flatten(1, 2)
+
+
+def slab_scalars(wanted, depth):
+    """Wanted characteristics (B, len(ASKED)), NaN where open -> the network's scalars (B * depth, 1 + len(ASKED)).
+    depth is in slabs: position in the volume, then the same request for every slab."""
     position = (torch.arange(depth) + 0.5) / depth * 2 - 1
     return torch.cat([position.repeat(len(wanted))[:, None], scaled(wanted).repeat_interleave(depth, 0)], 1)
 
 
 def parse_request(text):
-    """"et=12,ed=5..30,x=20" -> {"ET": (12.0, 12.0), "ED": (5.0, 30.0), "x": (20.0, 20.0)}. BadInput says what is wrong."""
+    """"et=12,ed=5..30,x=20" -> {"ET": (12.0, 12.0), "ED": (5.0, 30.0), "x": (20.0, 20.0)}. BadInput names what is
+    wrong."""
     known, out = {name.lower(): name for name in ASKED}, {}
     for word in filter(None, text.split(",")):
         name, _, value = word.partition("=")
@@ -3545,15 +3592,15 @@ def parse_request(text):
         except ValueError:
             low = high = math.nan
         if name.strip().lower() not in known or not low <= high or low < 0 and name.strip().lower() not in "xyz":
-            raise BadInput(f"--request {word}: cannot be asked for; write {', '.join(known)} with a number or a range, like "
-                           "et=12,ed=20..60")
+            raise BadInput(f"--request {word}: cannot be asked for; write {', '.join(known)} with a number or a range, "
+                           "like et=12,ed=20..60")
         out[known[name.strip().lower()]] = (low, high)
     return out
 
 
 def requested(request, number, count, seed):
-    """What case `number` of `count` is asked to be: request from parse_request -> float32 (len(ASKED),), NaN where open.
-    Ranges are spread evenly over the cases, each in an order of its own."""
+    """What case `number` of `count` is asked to be: request from parse_request -> float32 (len(ASKED),), NaN where
+    open. Ranges are spread evenly over the cases, each in an order of its own."""
     out = torch.full((len(ASKED),), torch.nan)
     for name, (low, high) in request.items():
         order = torch.randperm(count, generator=generator(seed, "request", name))
@@ -3591,17 +3638,17 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
     affine[:3, 3] = -np.array([resolution - 1, resolution - 1, depth - 1]) / 2 * fov / resolution
     labels = from_slices(tumour_labels(classes, wanted)).astype(np.uint8)
     brain = from_slices(classes > 0)
-    return {"images": None, "classes": classes, "position": position.astype(np.float32), "labels": labels, "brain": brain,
-            "hashes": case_hashes(labels, brain), "cut": 0.0,
+    return {"images": None, "classes": classes, "position": position.astype(np.float32), "labels": labels,
+            "brain": brain, "hashes": case_hashes(labels, brain), "cut": 0.0,
             "grid": Grid(brain.shape, affine, resolution, (0.0, 0.0), (1.0, 1.0))}
 
 
 def sample_labels(denoiser, wanted, key, settings=SAMPLING):
     """One label map: wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R), the most likely class of
     every voxel. key: as in sample_volume; settings: see SAMPLING, of which coherence does not matter here."""
-    depth, size, visited = denoiser.net.depth, denoiser.prior["atlas"].shape[-1], timesteps(settings["steps"])
+    shape, visited = denoiser.prior["atlas"].shape[1:], timesteps(settings["steps"])        # (slabs, SLAB K, R, R)
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    shape, scalars = (depth, denoiser.net.channels, size, size), slice_scalars(wanted[None], depth)
+    scalars = slab_scalars(wanted[None], shape[0])
 
     def predict_v(x, t):
         low, high = settings["interval"]
@@ -3611,7 +3658,7 @@ def sample_labels(denoiser, wanted, key, settings=SAMPLING):
     def noise(step):
         return torch.randn(shape, generator=generator(*key, step))
 
-    return sample(predict_v, noise("start"), visited, table, noise).argmax(1)
+    return from_slabs(sample(predict_v, noise("start"), visited, table, noise), SLAB * shape[0])[0].argmax(1)
 
 
 # ================================================================================================
@@ -3996,6 +4043,41 @@ def judge_slices(real, sampled, classes, condition):
     figures["fine_power_ratio"] = (fine_power(sampled, classes) / fine_power(real, classes)).mean().item()
     figures["grey_white_ratio"] = figures["sampled_grey_white"] / figures["real_grey_white"]
     return figures
+
+
+def label_figures(classes, condition):
+    """How a label map hangs together, classes int (D, H, W) -> {name: value}, NaN where there is no tumour (no ET):
+
+    pieces      connected pieces of the tumour, however small
+    slice_dice  Dice of the tumour in neighbouring slices, mean over those where either shows some
+    outside     share of the tumour that hangs on no brain: off the largest piece of the head
+    apart       share of ET in pieces of tumour that are ET alone
+    """
+    labels = tumour_labels(classes, condition)
+    ill, et = labels > 0, labels == 3
+    if not ill.any():
+        return dict.fromkeys(("pieces", "slice_dice", "outside", "apart"), math.nan)
+    head, parts = components(classes > 0), components(ill)
+    main = torch.bincount(head[head > 0]).argmax()
+    other = torch.bincount(parts[ill & ~et], minlength=int(parts.max()) + 1)            # NCR and ED, by piece
+    return {"pieces": int(parts.max()),
+            "slice_dice": float(np.mean([dice(a, b) for a, b in zip(ill, ill[1:]) if (a | b).any()])),
+            "outside": float((head[ill] != main).float().mean()),
+            "apart": float((other[parts[et]] == 0).float().mean()) if et.any() else math.nan}
+
+
+def judge_labels(made, real, condition, step):
+    """Figures of generated label volumes beside real ones, int (N, D, R, R) and (M, D, R, R), voxels of `step` mm:
+    means of label_figures of both, and the Frechet distance of their characteristics as the network takes them, over
+    those that have a tumour. NaN where fewer than two have."""
+    figures, spread = {}, []
+    for who, volumes in (("real", real), ("made", made)):
+        each = [label_figures(its.long(), condition) for its in volumes]
+        figures |= {f"{who}_{name}": float(np.nanmean([its[name] for its in each] + [math.nan])) for name in each[0]}
+        its = scaled(torch.stack([characteristics(its.long(), condition, step) for its in volumes]))
+        spread.append(its[~torch.isnan(its).any(1)])
+    enough = min(map(len, spread)) > 1
+    return figures | {"shape_distance": frechet_distance(*spread) if enough else math.nan}
 
 
 def frechet_distance(a, b):

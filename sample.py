@@ -46,9 +46,9 @@ def parse_arguments(argv=None):
     data.add_argument("--count", type=int, default=4, help="how many cases to make")
     data.add_argument("--native", action="store_true", help="write on the label map's own grid, not the model's")
     data.add_argument("--scan", help="folder of scans without labels: segmented, then synthesised (the closed loop)")
-    data.add_argument("--request", metavar="NAME=VALUE,...", help="label maps are generated: mL of et, ed, ncr, place of "
-                      "the tumour x, y, z (mm from the middle of the brain to the right, front and top), sphericity, "
-                      "lesions; et=12 or et=5..30 (evenly spread over --count); what is not named is left open")
+    data.add_argument("--request", metavar="NAME=VALUE,...", help="label maps are generated: mL of et, ed, ncr, place "
+                      "of the tumour x, y, z (mm from the middle of the brain to the right, front and top), "
+                      "sphericity, lesions; et=12 or et=5..30 (evenly spread over --count); the rest is left open")
     data.add_argument("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
     edit = parser.add_argument_group("edited label maps")
     edit.add_argument("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) rotate=15 "
@@ -101,8 +101,8 @@ def parse_arguments(argv=None):
         raise bs.BadInput("--part needs --labels, --range needs --balance, and --paste goes without --balance")
     if args.request is not None:
         if args.labels or args.scan or args.edit or args.paste or args.balance:
-            raise bs.BadInput("--request makes label maps of its own: it goes without --labels, --scan, --edit, --paste and "
-                              "--balance")
+            raise bs.BadInput("--request makes label maps of its own: it goes without --labels, --scan, --edit, "
+                              "--paste and --balance")
         args.request = bs.parse_request(args.request)
     if args.edit != ["random"]:
         bs.parse_edit(args.edit)                # says now what is wrong with it
@@ -182,8 +182,8 @@ def on_request(args, number, model, state):
     denoiser, its = model
     wanted = bs.requested(args.request, number, args.count, args.seed)
     classes = bs.sample_labels(denoiser, wanted, (args.seed, number, "labels"), sampling(args))
-    got = bs.prepare_labels(classes, its["condition"], its["fov"] / its["resolution"], state["resolution"], state["fov"],
-                            state["condition"])
+    got = bs.prepare_labels(classes, its["condition"], its["fov"] / its["resolution"], state["resolution"],
+                            state["fov"], state["condition"])
     asked = {name: round(value, 2) for name, value in zip(bs.ASKED, wanted.tolist()) if value == value}
     return SimpleNamespace(case=None, donor=None, relabel=None, applied={}, got=got, trained_on=its["trained_on"],
                            facts={"Edits": {}, "Pasted": False, "Requested": asked,
@@ -314,7 +314,8 @@ def make_set(args, device):
                 asked.setdefault(name, []).append((ml, facts["VolumesML"][name]))
             made += 1
             print(f"{facts['Case']}: {time.time() - started:.0f} s, " + ("".join(
-                f"{name} {facts['VolumesML'][name]:.1f} mL for {ml:.1f}, " for name, ml in facts["RequestedML"].items()))
+                f"{name} {facts['VolumesML'][name]:.1f} mL for {ml:.1f}, "
+                for name, ml in facts["RequestedML"].items()))
                 + f"slice-to-slice roughness {pair[1]:.3f}"
                 + ("" if model else f", of the scans its labels come from {pair[0]:.3f}"), flush=True)
     finish_set(args.out)

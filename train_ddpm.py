@@ -25,15 +25,19 @@ import torch
 import brainsyn as bs
 
 STEPS, LABEL_STEPS = 2000, 800                  # a run's length when neither bound is given
+SHIFT, LABEL_SHIFT = 2.0, 0.2                   # the noise schedule's
+
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--generate", choices=("images", "labels"), default="images",
-                        help="four modalities from a label map, or label maps from volumes and places asked for")
+                        help="four modalities from a label map, or label maps from volumes and a place asked for")
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
+    data.add_argument("--label-maps", metavar="FILE.npz", help="for --generate labels: tumours of these label maps, in "
+                      "outlines of the training cases, see read_label_maps")
     data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
     data.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre the phantoms come from")
     data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
@@ -56,8 +60,8 @@ def parse_arguments(argv=None):
     optim.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
                        help="of the layers inside; the first and last ones and all vectors learn by AdamW")
     optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
-    optim.add_argument("--shift", type=float, default=2.0,
-                       help="noise schedule: factor on sqrt(snr); 128/resolution suits larger pictures")
+    optim.add_argument("--shift", type=float, help="noise schedule: factor on sqrt(snr); 128/resolution suits larger "
+                       f"pictures (default {SHIFT}, of labels {LABEL_SHIFT}: volumes bear far more noise)")
     optim.add_argument("--loss", choices=("unit", "v"), default="unit",
                        help="squared error of v in units of the prior's own error, alike at all noise levels; or plain")
     optim.add_argument("--min-snr", type=float, default=0.0,
@@ -79,7 +83,10 @@ def parse_arguments(argv=None):
     labels = args.generate == "labels"
     if args.steps is None and args.minutes is None:
         args.steps = LABEL_STEPS if labels else STEPS
+    args.shift = args.shift or (LABEL_SHIFT if labels else SHIFT)
     args.out, args.batch = args.out or ("runs/labels" if labels else "runs/ddpm"), args.batch or (2 if labels else 16)
+    if args.label_maps and (not labels or args.condition != "tumour"):
+        raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such maps show no tissue")
     bs.require_positive(args, "phantoms", "resolution", "fov", "width", "blocks", "patch", "steps", "minutes",
                         "batch", "lr", "shift")
     return args
@@ -108,7 +115,8 @@ def report(args, closing, *more):
 
 def learn_images(args, cache):
     """Images from label maps, as the loop sees them: network (arguments of UNet), prior, words for the log,
-    draw_batch, who (whose slices a step drew), draw (a picture of what has been learned), close (what a run ends with)."""
+    draw_batch, who (whose slices a step drew), draw (a picture of what has been learned), close (what a run ends
+    with), patients (how many), trained_on (hashes of their label maps and outlines)."""
     names, alpha_bar = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift)
     first_lesion, modalities = names.index(bs.LABELS[0]), cache.meta["modalities"]
     train, val, test = [cache.part(part) for part in ("train", "val", "test")]
@@ -156,18 +164,34 @@ def learn_images(args, cache):
     its = SimpleNamespace(
         network={"channels": len(modalities), "classes": len(names)}, draw_batch=draw_batch, draw=draw, close=close,
         prior=bs.measure_prior(cache, train, args.condition), who=lambda step: cache.names(draw_rows(step)),
+        patients=len({its["patient"] for its in cache.cases if its["part"] == "train"}),
+        trained_on=cache.hashes("train"),
         words=f"{len(train)} training slices ({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
               f"{len(val) + len(test)} held out")
     return its
 
 
+def label_maps(args, outlines, held, step_mm, hashes):
+    """The maps of --label-maps in outlines (M, D, R, R) of training cases, without those that show a tumour of the
+    cases held out (N, D, R, R) -> (volumes, names, hashes of the maps and of the outlines' cases)."""
+    volumes, names, its, lost = bs.read_label_maps(args.label_maps, outlines, step_mm, args.seed)
+    near, _ = bs.nearest_tumour(volumes, held, args.condition)
+    keep = ~(near > 0.9)
+    print(f"label maps: {len(names)} in outlines of {len(outlines)} training cases, {lost:.1%} of the tumours cut off; "
+          f"{int((~keep).sum())} show the tumour of a validation or test case (Dice above 0.9): left out", flush=True)
+    kept = [i for i in range(len(names)) if keep[i]]
+    return volumes[keep], [names[i] for i in kept], sorted({*hashes, *(its[i] for i in kept)})
+
+
 def learn_labels(args, cache):
     """Label maps from what is asked of them, as the loop sees them; see learn_images."""
-    names, alpha_bar, depth = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift), args.resolution * 3 // 4
-    step_mm, mine = args.fov / args.resolution, bs.share_of(args.batch)
-    train, held = [torch.cat([bs.label_volumes(cache, part, depth) for part in parts if len(cache.part(part))])
-                   for parts in (("train",), ("val", "test"))]
-    wanted = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in train])
+    names, alpha_bar = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift)
+    depth, step_mm = round(args.resolution * 0.75 / bs.SLAB) * bs.SLAB, args.fov / args.resolution
+    slabs, mine = depth // bs.SLAB, bs.share_of(args.batch)
+    train, held = [bs.label_volumes(cache, parts, depth) for parts in (("train",), ("val", "test"))]
+    cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes("train")
+    if args.label_maps:
+        train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
     settings = {**bs.SAMPLING, "guidance": args.guidance}
     shape = (args.batch, depth, len(names), args.resolution, args.resolution)
 
@@ -175,42 +199,46 @@ def learn_labels(args, cache):
         return bs.endless(np.arange(len(train)), (args.seed, "volumes"), step * args.batch, args.batch)[mine]
 
     def draw_batch(step):
-        t, eps, keep, _, mirror = [part[mine] for part in bs.training_noise(args.seed, step, shape, args.drop)]
+        t, eps, keep, *_ = [part[mine] for part in bs.training_noise(args.seed, step, shape, args.drop)]
         open_ = torch.rand(2, args.batch, len(bs.ASKED), generator=bs.generator(args.seed, "open", step))[:, mine]
-        cases = draw_cases(step)
-        volumes, asked = train[cases], wanted[cases].clone()                        # (B, D, H, W), (B, 8)
-        volumes = torch.where(mirror.view(-1, 1, 1, 1), volumes.flip(-1), volumes)
-        asked[:, 3] *= torch.where(mirror, -1.0, 1.0)                               # x points the other way
+        volumes = bs.move_volumes(train[draw_cases(step)], (args.seed, "moves", step), (args.batch, mine))
+        asked = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in volumes])   # (B, 8)
         asked[(open_[0] > open_[1, :, :1]) | (keep == 0).unsqueeze(1)] = torch.nan  # from none to all of a request
         x0 = 2 * bs.one_hot(volumes.flatten(0, 1).long(), len(names)) - 1           # (B D, K, H, W)
-        scalars, t = bs.slice_scalars(asked, depth), t.repeat_interleave(depth)
+        x0, eps = [bs.to_slabs(part.view(-1, *shape[1:])) for part in (x0, eps)]    # (B D / SLAB, SLAB K, H, W)
+        scalars, t = bs.slab_scalars(asked, slabs), t.repeat_interleave(slabs)
         weight = bs.min_snr_weight(alpha_bar, t, args.min_snr)
-        return (t, x0, eps.flatten(0, 1), x0[:, :0], scalars, weight, *bs.signal_sigma(alpha_bar, t),
+        return (t, x0, eps, x0[:, :0], scalars, weight, *bs.signal_sigma(alpha_bar, t),
                 *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
 
     def draw(denoiser, step):
-        made = [bs.sample_labels(denoiser, held_wanted[i], (args.seed, "shown", i), settings) for i in range(2)]
+        made = [bs.sample_labels(denoiser, asked, (args.seed, "shown", i), settings)
+                for i, asked in enumerate(shown_wanted[:2])]
         bs.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[volume] for volume in made],
                        [f"SYNTHETIC, step {step}"], args.condition)
 
     def close(denoiser, pace):
-        made = [bs.sample_labels(denoiser, asked, (args.seed, "closing", i), settings)
-                for i, asked in enumerate(held_wanted)]
+        made = torch.stack([bs.sample_labels(denoiser, asked, (args.seed, "closing", i), settings)
+                            for i, asked in enumerate(shown_wanted)])
         got = torch.stack([bs.characteristics(its, args.condition, step_mm) for its in made])
-        bs.draw_planes(Path(args.out) / "samples.png", list(zip(held, made))[:6], ["held-out", "SYNTHETIC"], args.condition)
-        figures = {}
-        for i, name in enumerate(bs.ASKED):
-            both = ~torch.isnan(held_wanted[:, i] + got[:, i])
-            a, b = held_wanted[both, i], got[both, i]
-            figures[f"{name}_error"] = (a - b).abs().mean().item()
-            figures[f"{name}_correlation"] = float(np.corrcoef(a, b)[0, 1])
-        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "volumes": len(made), **figures})
+        bs.draw_planes(Path(args.out) / "samples.png", list(zip(shown, made))[:6], [who, "SYNTHETIC"], args.condition)
+        figures = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "volumes": f"{len(made)} {who}",
+                   "sampler_calls": settings["steps"]}
+        for name, a, b in zip(bs.ASKED, shown_wanted.T, got.T):
+            both = ~torch.isnan(a + b)
+            figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
+                        f"{name}_rank_correlation": bs.rank_correlation(a[both], b[both])}
+        near, _ = bs.nearest_tumour(made, train, args.condition)
+        print(f"--- label maps as asked for by what {who} cases have")
+        report(args, {**figures, **bs.judge_labels(made, shown, args.condition, step_mm),
+                      "nearest_training_tumour_dice": near.nanmean().item(), "copies": int((near > 0.9).sum())})
 
-    held_wanted = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in held])
+    shown, who = (held, "held-out") if len(held) else (train[:12], "training")
+    shown_wanted = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in shown])
     its = SimpleNamespace(
-        network={"channels": len(names), "classes": 0, "scalars": 1 + len(bs.ASKED), "depth": depth}, draw_batch=draw_batch,
-        draw=draw, close=close, prior=bs.label_prior(train, len(names)),
-        who=lambda step: [cache.cases[i]["case"] for i in draw_cases(step)],
+        network={"channels": bs.SLAB * len(names), "classes": 0, "scalars": 1 + len(bs.ASKED), "depth": slabs},
+        prior=bs.label_prior(train, len(names)), draw_batch=draw_batch, draw=draw, close=close,
+        who=lambda step: [cases[i] for i in draw_cases(step)], patients=len(cases), trained_on=hashes,
         words=f"{len(train)} training volumes of {depth}x{args.resolution}x{args.resolution}, {len(held)} held out")
     return its
 
@@ -229,9 +257,8 @@ def train(args, device):
     ema = bs.EMA(net, args.ema)
     optimizer = bs.make_optimizer(net, args.lr, device, args.precision,
                                   net.hidden() if args.optimizer == "muon" else ())
-    trained_on = cache.hashes("train")
-    source = "phantoms" if all(bs.phantom_seed(case.case) is not None for case in split["train"]) else "patients"
-    state = bs.resume(args, kind, trained_on, net, ema, optimizer)
+    phantoms = not args.label_maps and all(bs.phantom_seed(case.case) is not None for case in split["train"])
+    state = bs.resume(args, kind, its.trained_on, net, ema, optimizer)
     if state:
         its.prior = state["prior"]              # not as measured again: that may differ by rounding
     trained = bs.prepare_training(net, optimizer, device, args.compile)
@@ -240,7 +267,8 @@ def train(args, device):
     print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {its.words}", flush=True)
 
     def denoiser():
-        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device, batch=32 if net.depth == 1 else net.depth)
+        volumes = max(1, 32 // net.depth)
+        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device, volumes * net.depth)
 
     def save():
         bs.save_checkpoint(args.out, {
@@ -250,8 +278,8 @@ def train(args, device):
             "optimizer": optimizer.state_dict(), "prior": its.prior, "condition": args.condition,
             "classes": list(bs.CONDITIONS[args.condition]),
             "modalities": list(cache.meta["modalities"]), "shift": args.shift,
-            "resolution": args.resolution, "fov": args.fov, "trained_on": trained_on,
-            "patients": len({entry["patient"] for entry in cache.cases if entry["part"] == "train"}), "data": source})
+            "resolution": args.resolution, "fov": args.fov, "trained_on": its.trained_on, "patients": its.patients,
+            "data": "phantoms" if phantoms else "patients"})
 
     stop = bs.catch_signals()
 
@@ -280,7 +308,7 @@ def train(args, device):
         if guard.sound(finite, pace.step, lambda: its.who(pace.step - 1)):
             book.add(losses, levels)
         elif guard.go_back(pace.step):
-            pace.step = bs.resume(args, kind, trained_on, net, ema, optimizer)["step"]
+            pace.step = bs.resume(args, kind, its.trained_on, net, ema, optimizer)["step"]
             trained, book = bs.prepare_training(net, optimizer, device, args.compile), bs.LogBook(args.out, pace.step)
             continue
         if not bs.first_process():

@@ -129,14 +129,106 @@ def test_ranges_are_flat_and_their_orders_differ():
     assert not torch.equal(got[:, 2], torch.stack([bs.requested(request, i, 20, 1) for i in range(20)])[:, 2])
 
 
+def test_slabs_are_the_way_there_and_back():
+    """Slices in order, a volume at a time."""
+    x = torch.randn(2, 12, 5, 3, 3)
+    slabs = bs.to_slabs(x)
+    assert slabs.shape == (2 * 12 // bs.SLAB, 5 * bs.SLAB, 3, 3) and torch.equal(bs.from_slabs(slabs, 12), x)
+    assert torch.equal(slabs[0, :5], x[0, 0]) and torch.equal(slabs[1, :5], x[0, bs.SLAB])
+
+
+def test_moved_volumes_are_relatives():
+    """Half of them mirrored, volumes within what stretching allows, classes as before; the key decides."""
+    volumes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3))] * 24).to(torch.uint8)
+    moved = bs.move_volumes(volumes, (0, "moves"))
+    got = torch.stack([bs.characteristics(its.long(), "tumour", STEP) for its in moved])
+    was = bs.characteristics(volumes[0].long(), "tumour", STEP)
+    assert 4 <= (got[:, 3] < 0).sum() <= 20                     # to the left
+    assert (torch.log(got[:, 1:3] / was[1:3]).abs() < 0.6).all() and got[:, 2].std() > 0.05 * was[2]
+    assert (got[:, 3].abs() - was[3].abs()).abs().max() < 18 and set(moved.unique().tolist()) == {0, 1, 3, 4}
+    assert torch.equal(moved, bs.move_volumes(volumes, (0, "moves")))
+    assert torch.equal(moved[4:6], bs.move_volumes(volumes[4:6], (0, "moves"), (24, slice(4, 6))))
+    assert not torch.equal(moved, bs.move_volumes(volumes, (1, "moves")))
+
+
+def test_the_nearest_tumour_is_found_wherever_it_lies():
+    """Moved, mirrored; another shape is not the same; nothing has no nearest."""
+    two = (5, (22.0, 24.0, 40.0), 3), (4, (26.0, 30.0, 44.0), 2)
+    others = torch.stack([head((9, (24.0, 32.0, 32.0), 2)), head(*two)])
+    moved = head(*[(r, (z + 3, y + 5, x - 7), k) for r, (z, y, x), k in two])
+    near, which = bs.nearest_tumour(torch.stack([moved, others[1].flip(-1), head((6, (24.0, 32.0, 32.0), 3)), head()]),
+                                    others, "tumour")
+    assert near[:2] == pytest.approx([1, 1]) and which[:2].tolist() == [1, 1]
+    assert 0.3 < near[2] < 0.9 and math.isnan(near[3])
+    assert torch.isnan(bs.nearest_tumour(others, others[:0], "tumour")[0]).all()
+
+
+def test_what_does_not_hang_together_is_counted():
+    """Pieces, slices that do not fit, tumour in the air, ET alone."""
+    whole = bs.label_figures(head((8, (24.0, 32.0, 32.0), 2), (4, (24.0, 32.0, 32.0), 3)), "tumour")
+    assert whole["pieces"] == 1 and whole["outside"] == whole["apart"] == 0 and whole["slice_dice"] > 0.75
+    classes = head((8, (24.0, 32.0, 32.0), 2), (2, (24.0, 18.0, 32.0), 3))
+    classes[4, 4, 4] = 4
+    got = bs.label_figures(classes, "tumour")
+    ill = (classes > 1).sum().item()
+    assert got["pieces"] == 3 and got["outside"] == pytest.approx(1 / ill) and got["apart"] == 1
+    torn = classes.clone()
+    torn[::2] = torn[::2].roll(12, 1)
+    assert bs.label_figures(torn, "tumour")["slice_dice"] < 0.6
+    assert all(math.isnan(value) for value in bs.label_figures(head(), "tumour").values())
+
+
+def test_shapes_like_the_real_are_nearer():
+    """Frechet distance of characteristics: the same set 0, larger tumours more."""
+    g = torch.Generator().manual_seed(0)
+    def some(size):
+        return torch.stack([head((size + float(torch.rand(1, generator=g)), (22.0, 28.0 + i % 5, 30.0 + i), 2),
+                                 (3, (22.0, 28.0 + i % 5, 30.0 + i), 3)) for i in range(8)])
+    real, alike, larger = some(5), some(5), some(9)
+    distance = [bs.judge_labels(made, real, "tumour", STEP)["shape_distance"] for made in (real, alike, larger)]
+    assert abs(distance[0]) < 1e-5 < distance[1] < distance[2]
+
+
+def label_maps(path, **changes):
+    """An .npz of two maps of 24 x 24 x 31 voxels in the frame of BraTS; the tumour of one is right, front and high."""
+    seg = np.zeros((2, 24, 24, 31), np.uint8)
+    seg[0, 8:11, 9:12, 18:23], seg[0, 9:11, 10:12, 19:22], seg[1, 13:16, 13:16, 10:16] = 2, 4, 1
+    np.savez(path, **{"seg": seg, "ids": np.array(["one", "two"]), **changes})
+    return path
+
+
+def test_label_maps_alone_get_an_outline(tmp_path):
+    """Each tumour at its place in one of the outlines, what lies outside cut off; volumes kept; hashes of their own."""
+    outlines = torch.stack([head(), head()]).to(torch.uint8)
+    volumes, ids, hashes, lost = bs.read_label_maps(label_maps(tmp_path / "maps.npz"), outlines, STEP)
+    assert ids == ["one", "two"] and len(set(hashes)) == 2 and lost < 0.05
+    assert torch.equal(volumes > 0, outlines > 0)
+    got = [bs.characteristics(its.long(), "tumour", STEP) for its in volumes]
+    assert (got[0][3:6] > 10).all() and (got[1][3:6] < 10).all()            # right, front and top
+    assert got[0][2] == pytest.approx(12 * 0.5, rel=0.3) and got[1][0] == pytest.approx(54 * 0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("changes", [{"seg": np.zeros((2, 4, 4), np.uint8)},
+                                     {"seg": np.full((2, 4, 4, 4), 7, np.uint8)}, {"ids": np.array(["one"])}, {"ids": np.array(["a", None], object)}])
+def test_label_maps_that_are_none_are_refused(tmp_path, changes):
+    """Shape, labels, names; what cannot be read without running code."""
+    outlines = torch.stack([head(), head()]).to(torch.uint8)
+    with pytest.raises(bs.BadInput, match="maps.npz.*expected"):
+        bs.read_label_maps(label_maps(tmp_path / "maps.npz", **changes), outlines, STEP)
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(bs.BadInput, match="text.npz"):
+        bs.read_label_maps(tmp_path / "text.npz", outlines, STEP)
+
+
 def test_the_prior_of_labels_is_a_share_of_classes():
     """Means, as shares, sum to 1; left and right alike; no spread under the floor."""
     volumes = torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]).to(torch.uint8)
     prior = bs.label_prior(volumes, 5)
     mean, std = prior["atlas"]
-    assert torch.allclose(((mean + 1) / 2).sum(1), torch.ones(48, 64, 64), atol=1e-5)
+    shares = (bs.from_slabs(mean, 48)[0] + 1) / 2
+    assert torch.allclose(shares.sum(1), torch.ones(48, 64, 64), atol=1e-5)
     assert torch.equal(mean, mean.flip(-1)) and std.min() >= 0.2 and std.max() <= 1
-    onehot, scalars = torch.zeros(48, 0, 64, 64), bs.slice_scalars(torch.full((1, len(bs.ASKED)), torch.nan), 48)
+    onehot, scalars = torch.zeros(12, 0, 64, 64), bs.slab_scalars(torch.full((1, len(bs.ASKED)), torch.nan), 12)
     got = bs.expected(prior, onehot, scalars[:, 0])
     assert torch.allclose(got[0], mean, atol=1e-5) and torch.allclose(got[1], std, atol=1e-5)
 
@@ -156,7 +248,7 @@ def test_slices_see_their_volume_and_no_other():
     other = x.clone()
     other[2] += 1
     with torch.no_grad():
-        a, b = [net(its, t, its[:, :0], bs.slice_scalars(wanted, 6)) for its in (x, other)]
+        a, b = [net(its, t, its[:, :0], bs.slab_scalars(wanted, 6)) for its in (x, other)]
     far = (a - b).abs().amax((1, 2, 3))
     assert (far[:6] > 1e-6).all() and (far[6:] == 0).all()
 
@@ -174,7 +266,7 @@ def test_open_entries_are_a_state_of_their_own():
     zero = wanted.clone()
     zero[0, 2] = 0
     with torch.no_grad():
-        a, b = [net(x, t, x[:, :0], bs.slice_scalars(its, 6)) for its in (wanted, zero)]
+        a, b = [net(x, t, x[:, :0], bs.slab_scalars(its, 6)) for its in (wanted, zero)]
     assert (a - b).abs().max() > 1e-4 and not torch.isnan(a).any()
 
 
@@ -186,7 +278,7 @@ def test_guidance_leaves_the_request_open():
         seen.append(scalars)
         return x_t
 
-    scalars = bs.slice_scalars(torch.ones(1, len(bs.ASKED)), 6)
+    scalars = bs.slab_scalars(torch.ones(1, len(bs.ASKED)), 6)
     bs.guided_v(denoiser, torch.randn(6, 5, 8, 8), torch.full((6,), 500), torch.zeros(6, 0, 8, 8), scalars, 2.0)
     assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, 0], scalars[:, 0])
     assert torch.isnan(seen[1][:, 1:]).all()

@@ -187,7 +187,8 @@ def on_request(args, number, model, state):
     asked = {name: round(value, 2) for name, value in zip(bs.ASKED, wanted.tolist()) if value == value}
     return SimpleNamespace(case=None, donor=None, relabel=None, applied={}, got=got, trained_on=its["trained_on"],
                            facts={"Edits": {}, "Pasted": False, "Requested": asked,
-                                  "RequestedML": {name: ml for name, ml in asked.items() if name in bs.LABELS},
+                                  "RequestedML": {name: ml for name, ml in asked.items() if name in
+                                                  (*bs.LABELS, *["ventricles"] * (state["condition"] == "ventricles"))},
                                   "LabelCheckpointSHA256": bs.file_hash(its["file"])})
 
 
@@ -212,9 +213,12 @@ def make_case(args, number, its, denoiser, state, facts):
     counts, labels = bs.image_counts(written, outline), bs.from_slices(labels).astype(np.uint8)
     of_donor = got["hashes"] if its.donor is its.case else bs.hashes_of(its.donor)
     trained_on = sorted({*state["trained_on"], *its.trained_on})
+    voxel = (state["fov"] / state["resolution"]) ** 2 * thickness / 1000                # mL, of the model's grid
+    fluid = {"ventricles": round(int((classes == 2).sum()) * voxel, 3)} if state["condition"] == "ventricles" else {}
     facts = {"LabelMapSHA256": of_donor[0], "BrainSHA256": got["hashes"][1], **facts, "EditsApplied": its.applied,
              "UsedInTraining": bool({*got["hashes"], *of_donor} & set(trained_on)),
-             "VolumesML": {name: round(bs.volume_ml(labels, affine, name), 3) for name in (*bs.LABELS, "TC", "WT")},
+             "VolumesML": fluid | {name: round(bs.volume_ml(labels, affine, name), 3)
+                                   for name in (*bs.LABELS, "TC", "WT")},
              "GeneratorTrainedOn": [digest[:16] for digest in trained_on],
              "GeneratorPatients": state["patients"], "GeneratorData": state["data"],
              "GeneratorVersion": state["version"]}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -29,15 +30,18 @@ import brainsyn as bs
 STEPS = 1200                                    # a run's length when neither bound is given
 STUDY_STEPS = 200                               # of every segmenter of a study, whatever it is trained on
 FEW = 8                                         # patients an interval needs before it may speak
-# What the study compares: which cases a batch is made of, and how they are augmented.
 PATIENTS = ["2", "10", "all"]                   # of the default study
-ARMS = {"real": ("real", "standard"), "real + strong augmentation": ("real", "strong"),
-        "synthetic": ("synthetic", "standard"), "real + synthetic": ("both", "standard"),
-        "real + balanced": ("balanced", "standard")}
+# What the study compares: which synthetic set (see make_sets), real cases beside it or not, how all are augmented.
+ARMS = {"real": (None, True, "standard"), "real + strong augmentation": (None, True, "strong"),
+        "synthetic": ("synthetic", False, "standard"), "real + synthetic": ("synthetic", True, "standard"),
+        "real + balanced": ("balanced", True, "standard"), "generated": ("generated", False, "standard"),
+        "real + generated": ("generated", True, "standard"), "real + generated, flat": ("flat", True, "standard")}
 # Which differences it reports: the second one is what the first must beat.
 AGAINST = [("real + strong augmentation", "real"), ("synthetic", "real"), ("real + synthetic", "real"),
-           ("real + synthetic", "real + strong augmentation"), ("real + balanced", "real + synthetic")]
-BALANCED_ML = (2, 40)                           # ET volumes of the balanced sets
+           ("real + synthetic", "real + strong augmentation"), ("real + balanced", "real + synthetic"),
+           ("real + generated", "real"), ("real + generated", "real + synthetic"),
+           ("real + generated, flat", "real + generated")]
+BALANCED_ML = (2, 40)                           # ET volumes of the balanced and flat sets
 
 
 def parse_arguments(argv=None):
@@ -82,6 +86,8 @@ def parse_arguments(argv=None):
     study.add_argument("--patients", nargs="+", help=f"how many real training patients (default {' '.join(PATIENTS)})")
     study.add_argument("--test-scanner", choices=sorted(bs.SCANNERS), help="test on the same phantoms in this scanner")
     study.add_argument("--generator-steps", type=int, default=400, help="training steps of each generator")
+    study.add_argument("--label-steps", type=int, default=0, help="training steps of a generator of labels; more than "
+                       "0 adds sets of generated labels, as they come and with ET volumes spread evenly")
     study.add_argument("--made", type=int, default=24, help="synthetic cases a set")
     study.add_argument("--calls", type=int, default=10, help="network calls a slice when they are sampled")
     args = parser.parse_args(argv)
@@ -314,10 +320,10 @@ def hashes_of_all(cases):
 
 
 def make_sets(args, folder, cases, out):
-    """Train a generator on these real cases alone, sample two sets from their edited label maps, one as the
-    maps are spread and one with ET volumes spread evenly -> {"synthetic": folder, "balanced": folder}, the
-    second only where a map has ET. What is there already is kept. The commands are printed: anyone can type
-    them."""
+    """Train a generator on these real cases alone and sample sets with it -> {name: folder}: "synthetic" from their
+    edited label maps, "balanced" from the same with ET volumes spread evenly, where a map has ET; with --label-steps
+    "generated" from label maps of a generator of labels that has seen these cases alone, and "flat" from such with
+    ET volumes spread evenly. What is there already is kept. The commands are printed: anyone can type them."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "split.json").write_text(json.dumps({"train": sorted(case.case for case in cases)}))
     common = ["--split", out / "split.json", "--device", args.device, "--seed", args.seed,
@@ -325,15 +331,23 @@ def make_sets(args, folder, cases, out):
     commands = [] if (out / "ddpm/closing.json").exists() else [
         ["train_ddpm.py", "--data", folder, *common, "--resolution", args.resolution, "--fov", args.fov,
          "--steps", args.generator_steps, "--sample-every", 0, "--out", out / "ddpm"]]
-    sets = {"synthetic": []}
+    edited = ["--labels", folder, "--part", "train", *common, "--edit", "random"]
+    sets = {"synthetic": edited}
     if any((bs.read_labels(case)[0] == 3).any() for case in cases):
-        sets["balanced"] = ["--balance", "ET", "--range", *BALANCED_ML]
-    for name, more in sets.items():
-        commands.append(["sample.py", "--checkpoint", out / "ddpm", "--labels", folder, "--part", "train", *common,
-                         "--edit", "random", *more, "--count", args.made, "--steps", args.calls, "--out", out / name])
+        sets["balanced"] = [*edited, "--balance", "ET", "--range", *BALANCED_ML]
+    if args.label_steps:
+        if not (out / "labels/closing.json").exists():
+            commands.append(["train_ddpm.py", "--generate", "labels", "--data", folder, *common, "--resolution",
+                             args.resolution, "--fov", args.fov, "--steps", args.label_steps, "--sample-every", 0,
+                             "--out", out / "labels"])
+        asked = ["--label-checkpoint", out / "labels", "--device", args.device, "--seed", args.seed, "--request"]
+        sets |= {"generated": [*asked, ""], "flat": [*asked, "et={}..{}".format(*BALANCED_ML)]}
+    for name, its in sets.items():
+        commands.append(["sample.py", "--checkpoint", out / "ddpm", *its, "--count", args.made, "--steps", args.calls,
+                         "--out", out / name])
     for command in commands:
         command = [str(word) for word in command]
-        print("python " + " ".join(command), flush=True)
+        print("python " + shlex.join(command), flush=True)
         done = subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
@@ -449,12 +463,12 @@ def study(args, split, device):
             make_sets(args, folder, cases, out / f"patients_{size:03d}").items()}
         mine = [np.arange(c["first"], c["first"] + c["count"]) for c in real.cases if c["patient"] in order[:size]]
         mine = source(real, np.concatenate(mine))
-        for arm, (data, kind) in ARMS.items():
-            if data == "balanced" and "balanced" not in caches:         # one given set, or no ET to scale
+        for arm, (name, with_real, kind) in ARMS.items():
+            if name and name not in caches:     # one given set, no ET to scale, no generator of labels
                 continue
-            made = caches["balanced" if data == "balanced" else "synthetic"]
-            made = source(made, made.part("train"), args.synthetic_share)
-            sources = {"real": [mine], "synthetic": [made]}.get(data, [made, mine])
+            sources = [mine] if with_real else []
+            if name:
+                sources.insert(0, source(caches[name], caches[name].part("train"), args.synthetic_share))
             for seed in range(args.seeds):
                 path = out / f"patients_{size:03d}" / f"{arm.replace(' ', '_')}-{seed}.json"
                 if not path.exists():

@@ -71,6 +71,28 @@ def test_lesions_are_parts_that_are_large_enough():
     assert measured(classes)["lesions"] == 2
 
 
+def test_ventricles_are_measured_where_they_are_a_class():
+    """In mL, under the condition that has them; else they are open. They are no tumour."""
+    classes = head((4, (24.0, 32.0, 20.0), 3))
+    with_fluid = torch.where(classes > 1, classes + 1, classes)
+    with_fluid[ball(6, (24.0, 32.0, 34.0))] = 2
+    got, before = bs.characteristics(with_fluid, "ventricles", STEP), bs.characteristics(classes, "tumour", STEP)
+    assert got[-1] == pytest.approx(4 / 3 * math.pi * 18 ** 3 / 1000, rel=0.08) and math.isnan(before[-1])
+    assert torch.allclose(got[:-1], before[:-1], atol=1e-4)
+
+
+def test_ventricles_of_phantoms_are_found():
+    """Their volume follows the exact one from head to head, and most of their voxels are the same."""
+    exact, found = [], []
+    for seed in range(4):
+        images, labels, share = bs.phantom(seed)
+        truth, brain = (share["ventricles"] > 0.5) & (labels == 0), (images > 0).any(0)
+        got = bs.deep_fluid(bs.tissue_clusters(images, brain & (labels == 0)), brain, bs.PHANTOM_SPACING)
+        exact, found = [*exact, truth.sum()], [*found, got.sum()]
+        assert bs.dice(torch.from_numpy(got), torch.from_numpy(truth)) > 0.7
+    assert np.corrcoef(exact, found)[0, 1] > 0.9 and 0.9 < np.mean(np.array(found) / exact) < 1.3
+
+
 def test_without_tumour_there_is_no_place():
     """Volumes and lesions 0; place and shape are not defined."""
     got = measured(head())
@@ -83,12 +105,12 @@ def test_mirrored_labels_have_mirrored_x():
     classes = head((5, (20.0, 24.0, 26.0), 1))
     was, now = [bs.characteristics(its, "tumour", STEP) for its in (classes, classes.flip(-1))]
     was[bs.ASKED.index("x")] *= -1
-    assert torch.allclose(was, now, atol=1e-3)
+    assert torch.allclose(was, now, atol=1e-3, equal_nan=True)
 
 
 def test_scaled_requests_keep_what_is_open():
     """NaN stays NaN, the rest lies about -1..1."""
-    wanted = torch.tensor([0, 120, float("nan"), -45, 30, 0, 0.7, 3])
+    wanted = torch.tensor([0, 120, float("nan"), -45, 30, 0, 0.7, 3, 40])
     got = bs.scaled(wanted)
     assert torch.equal(torch.isnan(got), torch.isnan(wanted)) and torch.nan_to_num(got).abs().max() < 1.2
 
@@ -209,7 +231,8 @@ def test_label_maps_alone_get_an_outline(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"seg": np.zeros((2, 4, 4), np.uint8)},
-                                     {"seg": np.full((2, 4, 4, 4), 7, np.uint8)}, {"ids": np.array(["one"])}, {"ids": np.array(["a", None], object)}])
+                                     {"seg": np.full((2, 4, 4, 4), 7, np.uint8)}, {"ids": np.array(["one"])},
+                                     {"ids": np.array(["a", None], object)}])
 def test_label_maps_that_are_none_are_refused(tmp_path, changes):
     """Shape, labels, names; what cannot be read without running code."""
     outlines = torch.stack([head(), head()]).to(torch.uint8)

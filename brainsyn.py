@@ -425,7 +425,8 @@ def phantom(seed, scanner="A"):
 
     Returns images float32 (4, X, Y, Z) >= 0 in arbitrary units, 0 outside the brain (as after
     skull stripping); labels uint8 (X, Y, Z) in 0..3; and the shares of tissue (a dict of
-    (X, Y, Z) in 0..1; "ventricles" are a part of "CSF"). Axes are canonical (RAS+: x to the right, y to the front, z up).
+    (X, Y, Z) in 0..1; "ventricles" are a part of "CSF"). Axes are canonical (RAS+: x to the right, y to the front,
+    z up).
     """
     rng = np.random.default_rng(seed)
     axes = [((np.arange(n) - (n - 1) / 2) * s).astype(np.float32)
@@ -1556,27 +1557,6 @@ class Attention(nn.Module):
         return x + self.to_out(y)
 
 
-class AlongZ(nn.Module):
-    """What slices of one volume tell each other: (B * depth, C, H, W) -> the same, volume after volume, feet first.
-    x + a convolution over three neighbouring slices at every pixel, then attention over all of them; both start at
-    zero. Beyond the ends of a volume lie zeros."""
-
-    def __init__(self, channels, depth):
-        super().__init__()
-        self.depth, self.norm = depth, norm(channels)
-        self.mix = zero_init(nn.Conv2d(3 * channels, channels, 1))
-        self.attention = Attention(channels)
-
-    def forward(self, x):
-        _, c, height, width = x.shape
-        h = F.pad(F.silu(self.norm(x)).unflatten(0, (-1, self.depth)), (0, 0, 0, 0, 0, 0, 1, 1))
-        h = torch.cat([h[:, i:i + self.depth] for i in range(3)], 2)                # (B, D, 3C, H, W)
-        x = (x + self.mix(h.flatten(0, 1))).unflatten(0, (-1, self.depth))
-        columns = x.permute(0, 3, 4, 2, 1).reshape(-1, c, self.depth, 1)            # (B H W, C, D, 1)
-        columns = self.attention(columns).view(-1, height, width, c, self.depth)
-        return columns.permute(0, 4, 3, 1, 2).flatten(0, 1)
-
-
 class UNet(nn.Module):
     """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> an image like
     x_t (or with out_channels), from which precondition makes v_hat. Where a pixel lies, row and
@@ -1589,13 +1569,11 @@ class UNet(nn.Module):
     fine           channels of the one block at full resolution that comes last
     scalars        conditions that are one number each, about -1..1; NaN means not given, a state
                    of its own. They enter the time embedding through a layer that starts at zero.
-    depth          so many slices in a row of the batch are one volume and see each other, see AlongZ; 1: none do
     """
 
     def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
-                 fine=32, scalars=1, out_channels=None, depth=1):
+                 fine=32, scalars=1, out_channels=None):
         super().__init__()
-        self.depth = depth
         self.channels, self.classes, self.out_channels = channels, classes, out_channels or channels
         self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
         widths = [width * m for m in mults]
@@ -1612,8 +1590,6 @@ class UNet(nn.Module):
                 level["blocks"].append(ResBlock(c, w, emb))
                 c = w
                 kept.append(c)
-            if depth > 1:
-                level["along"] = AlongZ(c, depth)
             if i + 1 < len(widths):
                 level["shrink"] = nn.Conv2d(c, c, 3, stride=2, padding=1)
             self.down.append(level)
@@ -1623,8 +1599,6 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 level["blocks"].append(ResBlock(c + kept.pop(), w, emb))
                 c = w
-            if depth > 1:
-                level["along"] = AlongZ(c, depth)
             if i > 0:
                 level["grow"] = nn.ConvTranspose2d(c, widths[i - 1], 2, stride=2)
                 c = widths[i - 1]
@@ -1662,16 +1636,12 @@ class UNet(nn.Module):
             for block in level["blocks"]:
                 h = block(h, emb)
                 kept.append(h)
-            if "along" in level:
-                h = level["along"](h)
             if "shrink" in level:
                 h = level["shrink"](h)                                      # half the height, width
         h = self.middle2(self.attention(self.middle1(h, emb)), emb)
         for level in self.up:
             for block in level["blocks"]:
                 h = block(torch.cat([h, kept.pop()], 1), emb)
-            if "along" in level:
-                h = level["along"](h)
             if "grow" in level:
                 h = level["grow"](h)                                        # twice the height, width
         h = F.pixel_shuffle(self.unfold(F.silu(self.norm_coarse(h))), self.patch)     # (B, fine, H, W)
@@ -1684,8 +1654,12 @@ def expected(prior, onehot, position):
 
     prior: from measure_prior; onehot (B, K, H, W), the last row of its tables is used where that is
     all zeros; position (B,), between whose two nearest slabs the atlas is interpolated. Where the
-    position is NaN, and outside healthy brain, the tables alone speak.
+    position is NaN, and outside healthy brain, the tables alone speak. A prior of "shares" takes onehot at its word:
+    it holds, for every channel of the picture, the share of the class there (see slab_shares).
     """
+    if "shares" in prior:
+        mean = 2 * onehot - 1
+        return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
     known = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)         # (B, K + 1, H, W)
     mean, std = [torch.einsum("bkhw,kc->bchw", known, table) for table in prior["classes"]]
     if "atlas" in prior:
@@ -3193,7 +3167,6 @@ def load_generator(path, device, batch=32, kind="ddpm"):
     net = UNet(**state["network"])
     net.load_state_dict(state["ema"])
     net = place_network(net.eval(), device)
-    batch = max(1, batch // net.depth) * net.depth
     return Denoiser(net, state["prior"], cosine_alpha_bar(state["shift"]), device, batch), state
 
 
@@ -3418,16 +3391,17 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 
 # ================================================================================================
 # 12  LABELS ON REQUEST
-# Label maps that come from no patient. A head is learned as one volume of cubic voxels, a channel for
-# each class; asked for are its characteristics, each of which may be left open.
+# Label maps that come from no patient, as volumes of cubic voxels in two steps. First a coarse network draws a whole
+# head at once, blocks of BLOCK voxels a side, in each the share of every class; what is asked for are characteristics
+# of the head, each of which may be left open. Then a fine network draws the voxels, BLOCK slices at a time, from what
+# the blocks say. Both are the U-Net and the noise process of images: a picture whose channels are classes and slices.
 # ================================================================================================
 
 # What can be asked for: mL of each label; mm from the middle of the brain to that of the tumour, to the patient's
 # right, front and top; sphericity of the whole tumour (1: a ball); number of its parts; mL of ventricles, under the
 # condition that has them.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
-SLAB = 4                                # slices that the network takes as one picture of so many times the channels
-
+BLOCK = 4                               # voxels a side of a block, slices of a slab
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
 BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
 
@@ -3568,37 +3542,45 @@ def move_volumes(volumes, key, share=None):
     return F.grid_sample(volumes[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].to(torch.uint8)
 
 
-def label_prior(volumes, n_classes, floor=0.2):
-    """What `expected` gives where there is no label map to go by: volumes (N, D, R, R) -> mean and spread of every
-    class's channel, -1 or 1, at every place, left and right alike. A spread is never under `floor`: a tumour may come
-    where none was seen."""
-    total = torch.zeros(volumes.shape[1], n_classes, *volumes.shape[2:])
-    for volume in volumes:
-        for its in (volume, volume.flip(-1)):
-            total += one_hot(its.long(), n_classes)
-    share = F.avg_pool3d((total / (2 * len(volumes))).movedim(1, 0)[None], 3, 1, 1, count_include_pad=False)[0]
-    mean = 2 * share.movedim(0, 1) - 1                                      # (D, K, R, R)
-    flat = mean.mean((0, 2, 3)).repeat(SLAB)
-    atlas, table = [torch.stack([m, (1 - m ** 2).clamp(min=floor ** 2).sqrt()])
-                    for m in (to_slabs(mean[None]), flat[None])]
-    return {"classes": table, "atlas": atlas}       # (2, 1, SLAB K), (2, D / SLAB, SLAB K, R, R)
+def to_slabs(x, size):
+    """Volumes of channels (B, D, K, H, W) -> `size` slices as one picture, (B * D / size, size * K, H, W)."""
+    return x.unflatten(1, (-1, size)).flatten(2, 3).flatten(0, 1)
 
 
-def to_slabs(x):
-    """Volumes of channels (B, D, K, H, W) -> SLAB slices as one picture, (B * D / SLAB, SLAB * K, H, W)."""
-    return x.unflatten(1, (-1, SLAB)).flatten(2, 3).flatten(0, 1)
-
-
-def from_slabs(x, depth):
+def from_slabs(x, size, depth):
     """The way back: depth is that of a volume, D."""
-    return x.unflatten(0, (-1, depth // SLAB)).unflatten(2, (SLAB, -1)).flatten(1, 2)
+    return x.unflatten(0, (-1, depth // size)).unflatten(2, (size, -1)).flatten(1, 2)
 
 
-def slab_scalars(wanted, depth):
-    """Wanted characteristics (B, len(ASKED)), NaN where open -> the network's scalars (B * depth, 1 + len(ASKED)).
-    depth is in slabs: position in the volume, then the same request for every slab."""
-    position = (torch.arange(depth) + 0.5) / depth * 2 - 1
-    return torch.cat([position.repeat(len(wanted))[:, None], scaled(wanted).repeat_interleave(depth, 0)], 1)
+def block_shares(volumes, n_classes):
+    """Share of every class in each block: int (B, D, R, R) -> float (B, D / BLOCK, K, R / BLOCK, R / BLOCK) in 0..1."""
+    onehot = torch.stack([one_hot(volume.long(), n_classes).movedim(1, 0) for volume in volumes])   # (B, K, D, R, R)
+    return F.avg_pool3d(onehot, BLOCK).movedim(1, 2)
+
+
+def slab_shares(shares, which):
+    """What the blocks of a head say of the voxels of one slab: shares (N, D', K, r, r), which int (N,) in 0..D' - 1 ->
+    (N, BLOCK * K, R, R) in 0..1, linear between the middles of blocks."""
+    rows = torch.arange(len(shares))
+    near = torch.stack([shares[rows, (which + by).clamp(0, shares.shape[1] - 1)] for by in (-1, 0, 1)], 2)
+    near = F.interpolate(near, scale_factor=BLOCK, mode="trilinear", align_corners=False)   # (N, K, 3 BLOCK, R, R)
+    return near[:, :, BLOCK:2 * BLOCK].movedim(1, 2).flatten(1, 2)
+
+
+def label_prior(shares, floor=0.1):
+    """What `expected` gives the coarse network to go by: shares (N, D', K, r, r) -> mean and spread of 2 share - 1 for
+    every class of every block, left and right alike. A spread is never under `floor`: a tumour may come where none
+    was seen."""
+    x = to_slabs(2 * shares - 1, shares.shape[1])                                           # (N, D' K, r, r)
+    x = torch.cat([x, x.flip(-1)])
+    atlas = torch.stack([x.mean(0), x.std(0).clamp(min=floor)])[:, None]
+    return {"classes": atlas.mean((3, 4)), "atlas": atlas}                                  # (2, 1, C), (2, 1, C, r, r)
+
+
+def head_scalars(wanted):
+    """Wanted characteristics (B, len(ASKED)), NaN where open -> scalars of the coarse network (B, 1 + len(ASKED)): 0
+    for the slice position, which a head has not, then the request."""
+    return torch.cat([torch.zeros(len(wanted), 1), scaled(wanted)], 1)
 
 
 def parse_request(text):
@@ -3664,22 +3646,62 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
             "grid": Grid(brain.shape, affine, resolution, (0.0, 0.0), (1.0, 1.0))}
 
 
-def sample_labels(denoiser, wanted, key, settings=SAMPLING):
-    """One label map: wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R), the most likely class of
-    every voxel. key: as in sample_volume; settings: see SAMPLING, of which coherence does not matter here."""
-    shape, visited = denoiser.prior["atlas"].shape[1:], timesteps(settings["steps"])        # (slabs, SLAB K, R, R)
+@dataclass
+class LabelGenerator:
+    """Both networks of a run of train_ddpm.py --generate labels, and the checkpoint of the second."""
+    coarse: Denoiser
+    fine: Denoiser
+    state: dict
+
+
+def load_label_generator(folder, device):
+    """The LabelGenerator of a run's folder, which holds "coarse" and "fine". BadInput where a part is missing or the
+    two were trained on different cases."""
+    (coarse, one), (fine, other) = [load_generator(Path(folder) / part, device, kind="labels")
+                                    for part in ("coarse", "fine")]
+    if one["trained_on"] != other["trained_on"]:
+        raise BadInput(f"{folder}: its coarse and its fine network were trained on different cases; train it anew")
+    return LabelGenerator(coarse, fine, other)
+
+
+def sample_shares(denoiser, wanted, key, settings=SAMPLING):
+    """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum."""
+    shape, visited = denoiser.prior["atlas"].shape[1:], timesteps(settings["steps"])        # (1, D' K, r, r)
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    scalars = slab_scalars(wanted[None], shape[0])
+    scalars = head_scalars(wanted[None])
 
     def predict_v(x, t):
         low, high = settings["interval"]
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        return guided_v(denoiser, x, t.expand(len(x)), x[:, :0], scalars, scale, settings["rescale"])
+        return guided_v(denoiser, x, t.expand(1), x[:, :0], scalars, scale, settings["rescale"])
 
     def noise(step):
-        return torch.randn(shape, generator=generator(*key, step))
+        return torch.randn(shape, generator=generator(*key, "blocks", step))
 
-    return from_slabs(sample(predict_v, noise("start"), visited, table, noise), SLAB * shape[0])[0].argmax(1)
+    x = sample(predict_v, noise("start"), visited, table, noise)
+    depth = shape[-1] * 3 // 4
+    shares = ((from_slabs(x, depth, depth)[0] + 1) / 2).clamp(0, 1)
+    return shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def sample_labels(model, wanted, key, settings=SAMPLING):
+    """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R), the
+    likeliest class of every voxel. key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse
+    network and coherence does not matter."""
+    shares = sample_shares(model.coarse, wanted, key, settings)
+    slabs, visited = len(shares), timesteps(settings["steps"])
+    onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
+    table = sampler_table(model.fine.alpha_bar[visited], settings["sampler"], settings["eta"])
+    position = ((torch.arange(slabs) + 0.5) / slabs * 2 - 1)[:, None]
+
+    def predict_v(x, t):
+        return model.fine(x, t.expand(slabs), onehot, position)
+
+    def noise(step):
+        return torch.randn(onehot.shape, generator=generator(*key, "voxels", step))
+
+    x = sample(predict_v, noise("start"), visited, table, noise)
+    return from_slabs(x, BLOCK, BLOCK * slabs)[0].argmax(1)
 
 
 # ================================================================================================

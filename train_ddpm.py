@@ -24,8 +24,10 @@ import torch
 
 import brainsyn as bs
 
-STEPS, LABEL_STEPS = 2000, 800                  # a run's length when neither bound is given
-SHIFT, LABEL_SHIFT = 2.0, 0.2                   # the noise schedule's
+STEPS, LABEL_STEPS = 2000, 4000                 # a run's length when neither bound is given
+# The two networks of --generate labels: their share of the run's length, and the shift of their noise schedule.
+PARTS = {"coarse": (0.65, 0.5), "fine": (0.35, 1.0)}
+RELATIVES = 512                                 # moved heads that are made before training
 
 
 def parse_arguments(argv=None):
@@ -55,13 +57,13 @@ def parse_arguments(argv=None):
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless --minutes is given)")
     optim.add_argument("--minutes", type=float, help="end after so many minutes in the loop")
-    optim.add_argument("--batch", type=int, help="slices a step, of labels whole volumes (default 16, labels 2)")
+    optim.add_argument("--batch", type=int, default=16, help="slices a step; of labels heads, then slabs")
     optim.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     optim.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
                        help="of the layers inside; the first and last ones and all vectors learn by AdamW")
     optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
     optim.add_argument("--shift", type=float, help="noise schedule: factor on sqrt(snr); 128/resolution suits larger "
-                       f"pictures (default {SHIFT}, of labels {LABEL_SHIFT}: volumes bear far more noise)")
+                       "pictures (default 2, of labels 0.5 coarse and 1 fine)")
     optim.add_argument("--loss", choices=("unit", "v"), default="unit",
                        help="squared error of v in units of the prior's own error, alike at all noise levels; or plain")
     optim.add_argument("--min-snr", type=float, default=0.0,
@@ -83,8 +85,9 @@ def parse_arguments(argv=None):
     labels = args.generate == "labels"
     if args.steps is None and args.minutes is None:
         args.steps = LABEL_STEPS if labels else STEPS
-    args.shift = args.shift or (LABEL_SHIFT if labels else SHIFT)
-    args.out, args.batch = args.out or ("runs/labels" if labels else "runs/ddpm"), args.batch or (2 if labels else 16)
+    args.shift, args.out = args.shift or (None if labels else 2.0), args.out or f"runs/{'labels' if labels else 'ddpm'}"
+    if labels and args.resolution % (4 * bs.BLOCK):
+        raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {4 * bs.BLOCK}")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such maps show no tissue")
     bs.require_positive(args, "phantoms", "resolution", "fov", "width", "blocks", "patch", "steps", "minutes",
@@ -116,7 +119,7 @@ def report(args, closing, *more):
 def learn_images(args, cache):
     """Images from label maps, as the loop sees them: network (arguments of UNet), prior, words for the log,
     draw_batch, who (whose slices a step drew), draw (a picture of what has been learned), close (what a run ends
-    with), patients (how many), trained_on (hashes of their label maps and outlines)."""
+    with)."""
     names, alpha_bar = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift)
     first_lesion, modalities = names.index(bs.LABELS[0]), cache.meta["modalities"]
     train, val, test = [cache.part(part) for part in ("train", "val", "test")]
@@ -164,8 +167,6 @@ def learn_images(args, cache):
     its = SimpleNamespace(
         network={"channels": len(modalities), "classes": len(names)}, draw_batch=draw_batch, draw=draw, close=close,
         prior=bs.measure_prior(cache, train, args.condition), who=lambda step: cache.names(draw_rows(step)),
-        patients=len({its["patient"] for its in cache.cases if its["part"] == "train"}),
-        trained_on=cache.hashes("train"),
         words=f"{len(train)} training slices ({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
               f"{len(val) + len(test)} held out")
     return its
@@ -183,82 +184,166 @@ def label_maps(args, outlines, held, step_mm, hashes):
     return volumes[keep], [names[i] for i in kept], sorted({*hashes, *(its[i] for i in kept)})
 
 
-def learn_labels(args, cache):
-    """Label maps from what is asked of them, as the loop sees them; see learn_images."""
-    names, alpha_bar = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift)
-    depth, step_mm = round(args.resolution * 0.75 / bs.SLAB) * bs.SLAB, args.fov / args.resolution
-    slabs, mine = depth // bs.SLAB, bs.share_of(args.batch)
+def heads_to_learn(args, cache):
+    """What both networks of labels learn from: relatives of the training volumes, made once, what they could be asked
+    for, their blocks; and who they are."""
+    names, depth, step_mm = bs.CONDITIONS[args.condition], args.resolution * 3 // 4, args.fov / args.resolution
     train, held = [bs.label_volumes(cache, parts, depth) for parts in (("train",), ("val", "test"))]
     cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes("train")
     if args.label_maps:
         train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
-    settings = {**bs.SAMPLING, "guidance": args.guidance}
-    shape = (args.batch, depth, len(names), args.resolution, args.resolution)
+    times = max(1, RELATIVES // len(train))
+    heads = torch.cat([bs.move_volumes(train, (args.seed, "moves", i)) if i else train for i in range(times)])
+    shown, who = (held, "held-out") if len(held) else (train[:12], "training")
+    measure = lambda volumes: torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in volumes])
+    return SimpleNamespace(names=names, step_mm=step_mm, train=train, cases=cases, hashes=hashes, heads=heads,
+                           asked=measure(heads), shares=bs.block_shares(heads, len(names)), shown=shown, who=who,
+                           measure=measure)
 
-    def draw_cases(step):
-        return bs.endless(np.arange(len(train)), (args.seed, "volumes"), step * args.batch, args.batch)[mine]
+
+def learn_heads(args, data):
+    """The coarse network: blocks of a whole head from what is asked of it, as the loop sees them; see learn_images."""
+    slabs, alpha_bar, mine = data.shares.shape[1], bs.cosine_alpha_bar(args.shift), bs.share_of(args.batch)
+    x_all = bs.to_slabs(2 * data.shares - 1, slabs)                                 # (N, D' K, r, r)
+    shown_asked = data.measure(data.shown)
+
+    def draw_heads(step):
+        return bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * args.batch, args.batch)[mine]
 
     def draw_batch(step):
-        t, eps, keep, *_ = [part[mine] for part in bs.training_noise(args.seed, step, shape, args.drop)]
+        t, eps, keep, _, mirror = [part[mine] for part in bs.training_noise(
+            args.seed, step, (args.batch, *x_all.shape[1:]), args.drop)]
         open_ = torch.rand(2, args.batch, len(bs.ASKED), generator=bs.generator(args.seed, "open", step))[:, mine]
-        volumes = bs.move_volumes(train[draw_cases(step)], (args.seed, "moves", step), (args.batch, mine))
-        asked = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in volumes])   # (B, 8)
+        heads = draw_heads(step)
+        x0 = torch.where(mirror.view(-1, 1, 1, 1), x_all[heads].flip(-1), x_all[heads])
+        asked = data.asked[heads].clone()                                           # (B, len(ASKED))
+        asked[:, 3] *= torch.where(mirror, -1.0, 1.0)                               # x points the other way
         asked[(open_[0] > open_[1, :, :1]) | (keep == 0).unsqueeze(1)] = torch.nan  # from none to all of a request
-        x0 = 2 * bs.one_hot(volumes.flatten(0, 1).long(), len(names)) - 1           # (B D, K, H, W)
-        x0, eps = [bs.to_slabs(part.view(-1, *shape[1:])) for part in (x0, eps)]    # (B D / SLAB, SLAB K, H, W)
-        scalars, t = bs.slab_scalars(asked, slabs), t.repeat_interleave(slabs)
-        weight = bs.min_snr_weight(alpha_bar, t, args.min_snr)
-        return (t, x0, eps, x0[:, :0], scalars, weight, *bs.signal_sigma(alpha_bar, t),
-                *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
+        scalars = bs.head_scalars(asked)
+        return (t, x0, eps, x0[:, :0], scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
+                *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
+
+    def sample(denoiser, count):
+        settings = {**bs.SAMPLING, "guidance": args.guidance}
+        return torch.stack([bs.sample_shares(denoiser, asked, (args.seed, "shown", i), settings)
+                            for i, asked in enumerate(shown_asked[:count])])
 
     def draw(denoiser, step):
-        made = [bs.sample_labels(denoiser, asked, (args.seed, "shown", i), settings)
-                for i, asked in enumerate(shown_wanted[:2])]
-        bs.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[volume] for volume in made],
+        bs.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[its.argmax(1)] for its in sample(denoiser, 3)],
+                       [f"SYNTHETIC blocks, step {step}"], args.condition)
+
+    def close(denoiser, pace):
+        made, real = sample(denoiser, len(data.shown)), bs.block_shares(data.shown, len(data.names))
+        bs.draw_planes(Path(args.out) / "samples.png", [[a.argmax(1), b.argmax(1)] for a, b in zip(real, made)][:6],
+                       [f"{data.who}, blocks", "SYNTHETIC blocks"], args.condition)
+        figures, ml = {}, (bs.BLOCK * data.step_mm) ** 3 / 1000
+        for name in bs.LABELS:
+            a, b = [its[:, :, data.names.index(name)].sum((1, 2, 3)) * ml for its in (real, made)]
+            figures |= {f"{name}_error": (a - b).abs().mean().item(),
+                        f"{name}_rank_correlation": bs.rank_correlation(a.tolist(), b.tolist())}
+        print(f"--- blocks as asked for by what {data.who} cases have")
+        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "heads": f"{len(made)} {data.who}",
+                      "sampler_calls": bs.SAMPLING["steps"], **figures})
+
+    its = SimpleNamespace(
+        network={"channels": x_all.shape[1], "classes": 0, "scalars": 1 + len(bs.ASKED), "patch": 1, "fine": 64},
+        prior=bs.label_prior(data.shares), draw_batch=draw_batch, draw=draw, close=close,
+        who=lambda step: [data.cases[i % len(data.cases)] for i in draw_heads(step)],
+        words=f"blocks of {len(data.train)} training heads and of {len(data.heads) - len(data.train)} relatives")
+    return its
+
+
+def learn_voxels(args, data):
+    """The fine network: voxels of a slab from what the blocks say, as the loop sees them; see learn_images."""
+    count, slabs, k = *data.shares.shape[:2], len(data.names)
+    alpha_bar, mine, out = bs.cosine_alpha_bar(args.shift), bs.share_of(args.batch), Path(args.out)
+    rows = np.where((data.shares[:, :, 0].mean((2, 3)) < 0.99).flatten())[0]        # head * D' + slab, those with brain
+    ill = (data.shares[:, :, data.names.index(bs.LABELS[0]):].sum((2, 3, 4)) > 0).flatten().numpy()[rows]
+
+    def draw_slabs(step):
+        return bs.batch_rows(rows[ill], rows[~ill], args.tumour_share, args.seed, step, args.batch)[mine]
+
+    def draw_batch(step):
+        size = data.heads.shape[-1]
+        t, eps, _, _, mirror = [part[mine] for part in bs.training_noise(
+            args.seed, step, (args.batch, bs.BLOCK * k, size, size), 0.0)]
+        heads, which = [torch.from_numpy(its) for its in np.divmod(draw_slabs(step), slabs)]
+        voxels = data.heads.unflatten(1, (slabs, bs.BLOCK))[heads, which].long()    # (B, BLOCK, R, R)
+        x0 = 2 * bs.one_hot(voxels.flatten(0, 1), k).unflatten(0, (-1, bs.BLOCK)).flatten(1, 2) - 1
+        onehot = bs.slab_shares(data.shares[heads], which)                          # (B, BLOCK K, R, R)
+        x0, onehot = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part) for part in (x0, onehot)]
+        scalars = ((which + 0.5) / slabs * 2 - 1).unsqueeze(1)
+        return (t, x0, eps, onehot, scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
+                *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, onehot, scalars[:, 0]))
+
+    def sample(denoiser, count):
+        coarse, _ = bs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
+        model, settings = bs.LabelGenerator(coarse, denoiser, {}), {**bs.SAMPLING, "guidance": args.guidance}
+        return torch.stack([bs.sample_labels(model, asked, (args.seed, "shown", i), settings)
+                            for i, asked in enumerate(data.measure(data.shown[:count]))])
+
+    def draw(denoiser, step):
+        bs.draw_planes(out / f"sample_{step:06d}.png", [[volume] for volume in sample(denoiser, 3)],
                        [f"SYNTHETIC, step {step}"], args.condition)
 
     def close(denoiser, pace):
-        made = torch.stack([bs.sample_labels(denoiser, asked, (args.seed, "closing", i), settings)
-                            for i, asked in enumerate(shown_wanted)])
-        got = torch.stack([bs.characteristics(its, args.condition, step_mm) for its in made])
-        bs.draw_planes(Path(args.out) / "samples.png", list(zip(shown, made))[:6], [who, "SYNTHETIC"], args.condition)
-        figures = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "volumes": f"{len(made)} {who}",
-                   "sampler_calls": settings["steps"]}
-        for name, a, b in zip(bs.ASKED, shown_wanted.T, got.T):
+        made, asked = sample(denoiser, len(data.shown)), data.measure(data.shown)
+        bs.draw_planes(out / "samples.png", list(zip(data.shown, made))[:6], [data.who, "SYNTHETIC"], args.condition)
+        figures = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "volumes": f"{len(made)} {data.who}",
+                   "sampler_calls": bs.SAMPLING["steps"]}
+        for name, a, b in zip(bs.ASKED, asked.T, data.measure(made).T):
             both = ~torch.isnan(a + b)
-            figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
-                        f"{name}_rank_correlation": bs.rank_correlation(a[both], b[both])}
-        near, _ = bs.nearest_tumour(made, train, args.condition)
-        print(f"--- label maps as asked for by what {who} cases have")
-        report(args, {**figures, **bs.judge_labels(made, shown, args.condition, step_mm),
+            if both.any():
+                figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
+                            f"{name}_rank_correlation": bs.rank_correlation(a[both].tolist(), b[both].tolist())}
+        near, _ = bs.nearest_tumour(made, data.train, args.condition)
+        print(f"--- label maps as asked for by what {data.who} cases have")
+        report(args, {**figures, **bs.judge_labels(made, data.shown, args.condition, data.step_mm),
                       "nearest_training_tumour_dice": near.nanmean().item(), "copies": int((near > 0.9).sum())})
 
-    shown, who = (held, "held-out") if len(held) else (train[:12], "training")
-    shown_wanted = torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in shown])
     its = SimpleNamespace(
-        network={"channels": bs.SLAB * len(names), "classes": 0, "scalars": 1 + len(bs.ASKED), "depth": slabs},
-        prior=bs.label_prior(train, len(names)), draw_batch=draw_batch, draw=draw, close=close,
-        who=lambda step: [cases[i] for i in draw_cases(step)], patients=len(cases), trained_on=hashes,
-        words=f"{len(train)} training volumes of {depth}x{args.resolution}x{args.resolution}, {len(held)} held out")
+        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k}, prior={"shares": torch.tensor(0.1)},
+        draw_batch=draw_batch, draw=draw, close=close,
+        who=lambda step: [data.cases[i % len(data.cases)] for i in draw_slabs(step) // slabs],
+        words=f"{len(rows)} slabs of {count} heads")
     return its
 
 
 def train(args, device):
-    """One training run, start to end, resumed where one was begun."""
+    """All that --generate asks for: one network for images, two for labels."""
     cases, split = bs.find_data(args)
     cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
                                               args.condition, split))
-    its = (learn_labels if args.generate == "labels" else learn_images)(args, cache)
-    kind, alpha_bar = "labels" if args.generate == "labels" else "ddpm", bs.cosine_alpha_bar(args.shift)
+    phantoms = not args.label_maps and all(bs.phantom_seed(case.case) is not None for case in split["train"])
+    facts = {"condition": args.condition, "classes": list(bs.CONDITIONS[args.condition]),
+             "modalities": list(cache.meta["modalities"]), "resolution": args.resolution, "fov": args.fov,
+             "data": "phantoms" if phantoms else "patients"}
+    if args.generate == "images":
+        patients = {its["patient"] for its in cache.cases if its["part"] == "train"}
+        facts |= {"trained_on": cache.hashes("train"), "patients": len(patients)}
+        return learn(args, device, "ddpm", learn_images(args, cache), facts)
+    data = heads_to_learn(args, cache)
+    facts |= {"trained_on": data.hashes, "patients": len(data.cases)}
+    for part, (share, shift) in PARTS.items():
+        print(f"--- {part} network")
+        its = argparse.Namespace(**{**vars(args), "out": str(Path(args.out) / part), "shift": args.shift or shift,
+                                    "steps": args.steps and max(1, round(args.steps * share)),
+                                    "minutes": args.minutes and args.minutes * share})
+        Path(its.out).mkdir(parents=True, exist_ok=True)
+        learn(its, device, "labels", (learn_heads if part == "coarse" else learn_voxels)(its, data), facts)
 
+
+def learn(args, device, kind, its, facts):
+    """One training run, start to end, resumed where one was begun. its: what learn_images and its like return;
+    facts: what a checkpoint says of the data."""
+    alpha_bar = bs.cosine_alpha_bar(args.shift)
     torch.manual_seed(args.seed)
-    network = {**its.network, "width": args.width, "mults": args.mults, "blocks": args.blocks, "patch": args.patch}
+    network = {"width": args.width, "mults": args.mults, "blocks": args.blocks, "patch": args.patch, **its.network}
     net = bs.place_network(bs.UNet(**network), device)
     ema = bs.EMA(net, args.ema)
     optimizer = bs.make_optimizer(net, args.lr, device, args.precision,
                                   net.hidden() if args.optimizer == "muon" else ())
-    phantoms = not args.label_maps and all(bs.phantom_seed(case.case) is not None for case in split["train"])
-    state = bs.resume(args, kind, its.trained_on, net, ema, optimizer)
+    state = bs.resume(args, kind, facts["trained_on"], net, ema, optimizer)
     if state:
         its.prior = state["prior"]              # not as measured again: that may differ by rounding
     trained = bs.prepare_training(net, optimizer, device, args.compile)
@@ -267,19 +352,14 @@ def train(args, device):
     print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {its.words}", flush=True)
 
     def denoiser():
-        volumes = max(1, 32 // net.depth)
-        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device, volumes * net.depth)
+        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device)
 
     def save():
         bs.save_checkpoint(args.out, {
             "kind": kind, "version": bs.__version__, "step": pace.step, "seconds": pace.seconds,
             "args": bs.kept_arguments(args),
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
-            "optimizer": optimizer.state_dict(), "prior": its.prior, "condition": args.condition,
-            "classes": list(bs.CONDITIONS[args.condition]),
-            "modalities": list(cache.meta["modalities"]), "shift": args.shift,
-            "resolution": args.resolution, "fov": args.fov, "trained_on": its.trained_on, "patients": its.patients,
-            "data": "phantoms" if phantoms else "patients"})
+            "optimizer": optimizer.state_dict(), "prior": its.prior, "shift": args.shift, **facts})
 
     stop = bs.catch_signals()
 
@@ -308,7 +388,7 @@ def train(args, device):
         if guard.sound(finite, pace.step, lambda: its.who(pace.step - 1)):
             book.add(losses, levels)
         elif guard.go_back(pace.step):
-            pace.step = bs.resume(args, kind, its.trained_on, net, ema, optimizer)["step"]
+            pace.step = bs.resume(args, kind, facts["trained_on"], net, ema, optimizer)["step"]
             trained, book = bs.prepare_training(net, optimizer, device, args.compile), bs.LogBook(args.out, pace.step)
             continue
         if not bs.first_process():
@@ -334,7 +414,7 @@ def train(args, device):
 def main(argv=None):
     """The command line: device, lock, training."""
     args = parse_arguments(argv)
-    device = bs.pick_device(args.device, several=True)
+    device = bs.pick_device(args.device, several=args.generate == "images")
     print(bs.describe(device, args.precision), flush=True)
     bs.require_divisible(args.batch, device)
     with bs.sole_writer(args.out):

@@ -3402,6 +3402,8 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 # condition that has them.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
 BLOCK = 4                               # voxels a side of a block, slices of a slab
+LEAST_SHARE = 0.01                      # what a generated block has less of it has not: the sampler's own noise
+CANDIDATES = 8                          # heads in blocks that are drawn for every one that is kept
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
 BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
 
@@ -3567,14 +3569,29 @@ def slab_shares(shares, which):
     return near[:, :, BLOCK:2 * BLOCK].movedim(1, 2).flatten(1, 2)
 
 
+def head_pictures(shares):
+    """Shares (N, D', K, r, r) in 0..1 -> what the coarse network draws, 2 sqrt(share) - 1, (N, D' K, r, r): under the
+    root a little of a class weighs more than the sampler's noise, and noise where there is nothing weighs little."""
+    return to_slabs(2 * shares.sqrt() - 1, shares.shape[1])
+
+
 def label_prior(shares, floor=0.1):
-    """What `expected` gives the coarse network to go by: shares (N, D', K, r, r) -> mean and spread of 2 share - 1 for
-    every class of every block, left and right alike. A spread is never under `floor`: a tumour may come where none
-    was seen."""
-    x = to_slabs(2 * shares - 1, shares.shape[1])                                           # (N, D' K, r, r)
+    """What `expected` gives the coarse network to go by: shares (N, D', K, r, r) -> mean and spread of head_pictures
+    for every class of every block, left and right alike. A spread is never under `floor`: a tumour may come where
+    none was seen."""
+    x = head_pictures(shares)
     x = torch.cat([x, x.flip(-1)])
     atlas = torch.stack([x.mean(0), x.std(0).clamp(min=floor)])[:, None]
     return {"classes": atlas.mean((3, 4)), "atlas": atlas}                                  # (2, 1, C), (2, 1, C, r, r)
+
+
+def open_entries(chance):
+    """Which entries of a request training leaves open: chance (B, 2 + len(ASKED)), uniform in 0..1 -> bool
+    (B, len(ASKED)). In one half of all requests any, from none to all; in the other all but a volume or two, since that
+    is what people ask for."""
+    few, share, each = chance[:, :1] < 0.5, chance[:, 1:2], chance[:, 2:]
+    volume = torch.tensor([name in (*LABELS, "ventricles") for name in ASKED])
+    return torch.where(few, ~volume | (each > 0.5), each > share)
 
 
 def head_scalars(wanted):
@@ -3648,10 +3665,14 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
 
 @dataclass
 class LabelGenerator:
-    """Both networks of a run of train_ddpm.py --generate labels, and the checkpoint of the second."""
+    """Both networks of a run of train_ddpm.py --generate labels, what they draw (a condition, voxels of `step` mm), the
+    hashes of what they were trained on, and a digest of their files."""
     coarse: Denoiser
     fine: Denoiser
-    state: dict
+    condition: str
+    step: float
+    trained_on: list = ()
+    digest: str = ""
 
 
 def load_label_generator(folder, device):
@@ -3661,34 +3682,57 @@ def load_label_generator(folder, device):
                                     for part in ("coarse", "fine")]
     if one["trained_on"] != other["trained_on"]:
         raise BadInput(f"{folder}: its coarse and its fine network were trained on different cases; train it anew")
-    return LabelGenerator(coarse, fine, other)
+    both = "".join(file_hash(its["file"]) for its in (one, other))
+    return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"], other["trained_on"],
+                          hashlib.sha256(both.encode()).hexdigest())
 
 
-def sample_shares(denoiser, wanted, key, settings=SAMPLING):
-    """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum."""
-    shape, visited = denoiser.prior["atlas"].shape[1:], timesteps(settings["steps"])        # (1, D' K, r, r)
+def measure_shares(shares, condition, step):
+    """What characteristics would say of heads in blocks: shares (N, D', K, r, r), voxels of `step` mm ->
+    (N, len(ASKED)), NaN for sphericity and lesions, which blocks do not show, and where there is nothing to measure."""
+    names, ml = CONDITIONS[condition], (BLOCK * step) ** 3 / 1000
+    volumes = shares.sum((1, 3, 4)) * ml                                                    # (N, K)
+    axes = torch.meshgrid(*[torch.arange(float(n)) for n in (shares.shape[1], *shares.shape[3:])], indexing="ij")
+
+    def middle(part):                           # slice, row and column of its centre, in blocks
+        return [(part * axis).sum((1, 2, 3)) / part.sum((1, 2, 3)) for axis in axes]
+
+    ill, head = shares[:, :, names.index(LABELS[0]):].sum(2), 1 - shares[:, :, 0]
+    up, back, left = [(a - b) * BLOCK * step for a, b in zip(middle(ill), middle(head))]
+    unknown = torch.full_like(up, torch.nan)
+    fluid = volumes[:, names.index("ventricles")] if "ventricles" in names else unknown
+    return torch.stack([*volumes[:, -3:].T, -left, -back, up, unknown, unknown, fluid], 1)
+
+
+def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
+    """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
+    `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
+    shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
+    visited = timesteps(settings["steps"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    scalars = head_scalars(wanted[None])
+    scalars = head_scalars(wanted.expand(candidates, -1))
 
     def predict_v(x, t):
         low, high = settings["interval"]
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        return guided_v(denoiser, x, t.expand(1), x[:, :0], scalars, scale, settings["rescale"])
+        return guided_v(denoiser, x, t.expand(candidates), x[:, :0], scalars, scale, settings["rescale"])
 
     def noise(step):
         return torch.randn(shape, generator=generator(*key, "blocks", step))
 
-    x = sample(predict_v, noise("start"), visited, table, noise)
-    depth = shape[-1] * 3 // 4
-    shares = ((from_slabs(x, depth, depth)[0] + 1) / 2).clamp(0, 1)
-    return shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
+    x, depth = sample(predict_v, noise("start"), visited, table, noise), shape[-1] * 3 // 4
+    shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(min=0) ** 2
+    shares = torch.where(shares < LEAST_SHARE, 0.0, shares.clamp(max=1))
+    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-6)
+    off = (scaled(measure_shares(shares, condition, step)) - scaled(wanted)) ** 2
+    return shares[torch.nan_to_num(off).sum(1).argmin()]
 
 
-def sample_labels(model, wanted, key, settings=SAMPLING):
+def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R), the
-    likeliest class of every voxel. key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse
-    network and coherence does not matter."""
-    shares = sample_shares(model.coarse, wanted, key, settings)
+    likeliest class of every voxel. key: as in sample_volume; settings: see SAMPLING, of which guidance is for the
+    coarse network and coherence does not matter; candidates: see sample_shares."""
+    shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates)
     slabs, visited = len(shares), timesteps(settings["steps"])
     onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
     table = sampler_table(model.fine.alpha_bar[visited], settings["sampler"], settings["eta"])

@@ -50,6 +50,7 @@ def parse_arguments(argv=None):
                       "of the tumour x, y, z (mm from the middle of the brain to the right, front and top), "
                       "sphericity, lesions; et=12 or et=5..30 (evenly spread over --count); the rest is left open")
     data.add_argument("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
+    data.add_argument("--label-guidance", type=float, default=1.0, help="guidance scale of --request, 1 for none")
     edit = parser.add_argument_group("edited label maps")
     edit.add_argument("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) rotate=15 "
                       "(degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")
@@ -177,26 +178,30 @@ def plan(args, number, of_number, donors, volumes):
 
 
 def on_request(args, number, model, state):
-    """Synthetic case `number` from a label map that is generated as --request asks; see plan. model: (Denoiser,
-    checkpoint) of the label generator; state: the checkpoint of the image generator."""
-    denoiser, its = model
+    """Synthetic case `number` from a label map that is generated as --request asks; see plan. model: a LabelGenerator;
+    state: the checkpoint of the image generator."""
+    settings = {**bs.SAMPLING, "guidance": args.label_guidance}
     wanted = bs.requested(args.request, number, args.count, args.seed)
-    classes = bs.sample_labels(denoiser, wanted, (args.seed, number, "labels"), sampling(args))
-    got = bs.prepare_labels(classes, its["condition"], its["fov"] / its["resolution"], state["resolution"],
-                            state["fov"], state["condition"])
+
+    def got():
+        classes = bs.sample_labels(model, wanted, (args.seed, number, "labels"), settings)
+        return bs.prepare_labels(classes, model.condition, model.step, state["resolution"], state["fov"],
+                                 state["condition"])
+
+    volumes = (*bs.LABELS, *["ventricles"] * (state["condition"] == "ventricles"))
     asked = {name: round(value, 2) for name, value in zip(bs.ASKED, wanted.tolist()) if value == value}
-    return SimpleNamespace(case=None, donor=None, relabel=None, applied={}, got=got, trained_on=its["trained_on"],
+    return SimpleNamespace(case=None, donor=None, relabel=None, applied={}, got=got, trained_on=model.trained_on,
                            facts={"Edits": {}, "Pasted": False, "Requested": asked,
-                                  "RequestedML": {name: ml for name, ml in asked.items() if name in
-                                                  (*bs.LABELS, *["ventricles"] * (state["condition"] == "ventricles"))},
-                                  "LabelCheckpointSHA256": bs.file_hash(its["file"])})
+                                  "RequestedML": {name: ml for name, ml in asked.items() if name in volumes},
+                                  "LabelGuidance": args.label_guidance, "LabelCheckpointSHA256": model.digest})
 
 
 def make_case(args, number, its, denoiser, state, facts):
     """Sample one case as planned (see plan) and write it. Returns what was prepared, the images float
     (D, C, R, R), the sidecar, and slice-to-slice roughness of (source scans, sample); of labels that were generated
     (its.got) there are no scans and the first is NaN."""
-    got = its.got or bs.prepare_case(its.case, state["resolution"], state["fov"], state["condition"], its.relabel)
+    got = its.got() if its.got else bs.prepare_case(its.case, state["resolution"], state["fov"], state["condition"],
+                                                    its.relabel)
     grid, classes = got["grid"], torch.from_numpy(got["classes"]).long()                # (D, R, R)
     thickness = float(bs.spacing_of(grid.affine)[2])
     brain = torch.where((classes > 0).any(2).any(1))[0]
@@ -292,7 +297,7 @@ def generator_of(args, device):
 def make_set(args, device):
     """Make the cases that are missing, then draw the contact sheet of all."""
     denoiser, state, common = generator_of(args, device)
-    model = None if args.request is None else bs.load_generator(args.label_checkpoint, device, kind="labels")
+    model = None if args.request is None else bs.load_label_generator(args.label_checkpoint, device)
     rough, made, asked = [], 0, {}
     bs.write_description(args.out)              # first: a set that is cut short is marked as well
     with tempfile.TemporaryDirectory() as scratch:

@@ -26,7 +26,7 @@ import brainsyn as bs
 
 STEPS, LABEL_STEPS = 2000, 4000                 # a run's length when neither bound is given
 # The two networks of --generate labels: their share of the run's length, and the shift of their noise schedule.
-PARTS = {"coarse": (0.65, 0.5), "fine": (0.35, 1.0)}
+PARTS = {"coarse": (0.65, 0.5), "fine": (0.35, 0.4)}
 RELATIVES = 512                                 # moved heads that are made before training
 
 
@@ -63,7 +63,7 @@ def parse_arguments(argv=None):
                        help="of the layers inside; the first and last ones and all vectors learn by AdamW")
     optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
     optim.add_argument("--shift", type=float, help="noise schedule: factor on sqrt(snr); 128/resolution suits larger "
-                       "pictures (default 2, of labels 0.5 coarse and 1 fine)")
+                       "pictures (default 2, of labels 0.5 coarse and 0.4 fine)")
     optim.add_argument("--loss", choices=("unit", "v"), default="unit",
                        help="squared error of v in units of the prior's own error, alike at all noise levels; or plain")
     optim.add_argument("--min-snr", type=float, default=0.0,
@@ -203,8 +203,8 @@ def heads_to_learn(args, cache):
 
 def learn_heads(args, data):
     """The coarse network: blocks of a whole head from what is asked of it, as the loop sees them; see learn_images."""
-    slabs, alpha_bar, mine = data.shares.shape[1], bs.cosine_alpha_bar(args.shift), bs.share_of(args.batch)
-    x_all = bs.to_slabs(2 * data.shares - 1, slabs)                                 # (N, D' K, r, r)
+    alpha_bar, mine = bs.cosine_alpha_bar(args.shift), bs.share_of(args.batch)
+    x_all = bs.head_pictures(data.shares)                                           # (N, D' K, r, r)
     shown_asked = data.measure(data.shown)
 
     def draw_heads(step):
@@ -213,20 +213,20 @@ def learn_heads(args, data):
     def draw_batch(step):
         t, eps, keep, _, mirror = [part[mine] for part in bs.training_noise(
             args.seed, step, (args.batch, *x_all.shape[1:]), args.drop)]
-        open_ = torch.rand(2, args.batch, len(bs.ASKED), generator=bs.generator(args.seed, "open", step))[:, mine]
+        open_ = torch.rand(args.batch, 2 + len(bs.ASKED), generator=bs.generator(args.seed, "open", step))[mine]
         heads = draw_heads(step)
         x0 = torch.where(mirror.view(-1, 1, 1, 1), x_all[heads].flip(-1), x_all[heads])
         asked = data.asked[heads].clone()                                           # (B, len(ASKED))
         asked[:, 3] *= torch.where(mirror, -1.0, 1.0)                               # x points the other way
-        asked[(open_[0] > open_[1, :, :1]) | (keep == 0).unsqueeze(1)] = torch.nan  # from none to all of a request
+        asked[bs.open_entries(open_) | (keep == 0).unsqueeze(1)] = torch.nan
         scalars = bs.head_scalars(asked)
         return (t, x0, eps, x0[:, :0], scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
                 *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
 
     def sample(denoiser, count):
         settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([bs.sample_shares(denoiser, asked, (args.seed, "shown", i), settings)
-                            for i, asked in enumerate(shown_asked[:count])])
+        return torch.stack([bs.sample_shares(denoiser, args.condition, data.step_mm, asked, (args.seed, "shown", i),
+                                             settings) for i, asked in enumerate(shown_asked[:count])])
 
     def draw(denoiser, step):
         bs.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[its.argmax(1)] for its in sample(denoiser, 3)],
@@ -278,7 +278,8 @@ def learn_voxels(args, data):
 
     def sample(denoiser, count):
         coarse, _ = bs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
-        model, settings = bs.LabelGenerator(coarse, denoiser, {}), {**bs.SAMPLING, "guidance": args.guidance}
+        model = bs.LabelGenerator(coarse, denoiser, args.condition, data.step_mm)
+        settings = {**bs.SAMPLING, "guidance": args.guidance}
         return torch.stack([bs.sample_labels(model, asked, (args.seed, "shown", i), settings)
                             for i, asked in enumerate(data.measure(data.shown[:count]))])
 
@@ -302,7 +303,7 @@ def learn_voxels(args, data):
                       "nearest_training_tumour_dice": near.nanmean().item(), "copies": int((near > 0.9).sum())})
 
     its = SimpleNamespace(
-        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k}, prior={"shares": torch.tensor(0.1)},
+        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "fine": 64}, prior={"shares": torch.tensor(0.1)},
         draw_batch=draw_batch, draw=draw, close=close,
         who=lambda step: [data.cases[i % len(data.cases)] for i in draw_slabs(step) // slabs],
         words=f"{len(rows)} slabs of {count} heads")

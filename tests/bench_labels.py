@@ -1,10 +1,11 @@
 """Label generators: how slices hang together, and whether what comes is what was asked for.
 
-    python tests/bench_labels.py ways --minutes 4       three ways for slabs to know of each other, equal time each
+    python tests/bench_labels.py ways --minutes 6       four ways to draw a whole head, trained for equal time
     python tests/bench_labels.py asked runs/labels      requests against volumes, guidance 1 to 3, and a plot
 
-ways      alone: every slab by itself; neighbour: drawn from the feet up, each told the slab below it; along z: all at
-          once, seeing each other, which is what train_ddpm.py --generate labels does
+ways      blocks: a coarse head, then its voxels, as train_ddpm.py --generate labels does. The others draw the voxels of
+          slabs of four slices at once, from the request: alone, every slab by itself; neighbour, from the feet up, each
+          told the slab below it; along z, all slabs at once, seeing each other by convolution and attention
 asked     volumes of one label at a time, the rest left open, spread evenly over RANGES
 """
 from __future__ import annotations
@@ -14,80 +15,141 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
 import train_ddpm
 
+WAYS = ("blocks", "alone", "neighbour", "along z")
 RANGES = {"NCR": (2, 30), "ED": (15, 90), "ET": (2, 40)}       # mL
 SHOWN = {"pieces": "pieces", "slice_dice": "slice to slice Dice", "outside": "outside the brain", "apart": "ET apart"}
 
 
-def alone(its):
-    """Slabs that know nothing of each other."""
-    its.network["depth"] = 1
-    return its
+class AlongZ(nn.Module):
+    """A block of the U-Net, then what slabs of one head tell each other: a convolution over three neighbouring slabs at
+    every pixel and attention over all of them, both zero at first. (B * depth, C, H, W) -> the same."""
+
+    def __init__(self, block, channels, depth):
+        super().__init__()
+        self.block, self.depth, self.norm = block, depth, bs.norm(channels)
+        self.mix = bs.zero_init(nn.Conv2d(3 * channels, channels, 1))
+        self.attention = bs.Attention(channels)
+
+    def forward(self, x, emb):
+        x = self.block(x, emb)
+        _, c, height, width = x.shape
+        h = F.pad(F.silu(self.norm(x)).unflatten(0, (-1, self.depth)), (0, 0, 0, 0, 0, 0, 1, 1))
+        h = torch.cat([h[:, i:i + self.depth] for i in range(3)], 2)                # (B, D', 3C, H, W)
+        x = (x + self.mix(h.flatten(0, 1))).unflatten(0, (-1, self.depth))
+        columns = x.permute(0, 3, 4, 2, 1).reshape(-1, c, self.depth, 1)            # (B H W, C, D', 1)
+        return self.attention(columns).view(-1, height, width, c, self.depth).permute(0, 4, 3, 1, 2).flatten(0, 1)
 
 
-def neighbour(its):
-    """Slabs that are told the one below: its labels come as a label map would; of the lowest, none."""
-    slabs, draw_batch = its.network["depth"], its.draw_batch
-    its.network |= {"depth": 1, "classes": its.network["channels"]}
+class VolumeUNet(bs.UNet):
+    """The U-Net, its last block of every level followed by AlongZ where depth is above 1."""
 
-    def draw(step):
-        t, x0, eps, _, *rest = draw_batch(step)
+    def __init__(self, depth=1, **settings):
+        super().__init__(**settings)
+        widths = [settings["width"] * m for m in settings["mults"]]
+        for level, channels in zip([*self.down, *self.up], [*widths, *widths[::-1]]):
+            if depth > 1:
+                level["blocks"][-1] = AlongZ(level["blocks"][-1], channels, depth)
+
+
+def learn_slabs(args, data, way):
+    """Voxels straight from the request; see train_ddpm.learn_images."""
+    slabs, k, heads = data.shares.shape[1], len(data.names), max(1, args.batch // 8)
+    size, alpha_bar = data.heads.shape[-1], bs.cosine_alpha_bar(args.shift)
+    share = torch.stack([bs.one_hot(its.long(), k).mean(0) for its in data.heads]).mean(0)      # (K, R, R)
+    x = 2 * share.repeat(bs.BLOCK, 1, 1) - 1                                        # the mean slice, for every slab
+    prior = {"classes": torch.stack([x.mean((1, 2)), torch.ones(len(x))])[:, None],
+             "atlas": torch.stack([x, (1 - x ** 2).clamp(min=0.04).sqrt()])[:, None]}
+
+    def scalars_of(asked):
+        position = (torch.arange(slabs) + 0.5) / slabs * 2 - 1
+        return torch.cat([position.repeat(len(asked))[:, None], bs.scaled(asked).repeat_interleave(slabs, 0)], 1)
+
+    def draw_batch(step):
+        t, eps, keep, *_ = bs.training_noise(args.seed, step, (heads, slabs, bs.BLOCK * k, size, size), args.drop)
+        which = bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * heads, heads)
+        asked = data.asked[which].clone()
+        asked[keep == 0] = torch.nan
+        x0 = bs.to_slabs(torch.stack([2 * bs.one_hot(its.long(), k) - 1 for its in data.heads[which]]), bs.BLOCK)
         below = ((x0 + 1) / 2).unflatten(0, (-1, slabs)).roll(1, 1)
         below[:, 0] = 0
-        return t, x0, eps, below.flatten(0, 1), *rest
+        onehot = below.flatten(0, 1) if way == "neighbour" else x0[:, :0]
+        t, scalars = t.repeat_interleave(slabs), scalars_of(asked)
+        return (t, x0, eps.flatten(0, 1), onehot, scalars, torch.ones(len(t), 1, 1, 1), *bs.signal_sigma(alpha_bar, t),
+                *bs.expected(prior, x0[:, :0], scalars[:, 0] * 0))
 
-    its.draw_batch = draw
-    return its
+    def volume(denoiser, asked, number):
+        at = bs.timesteps(bs.SAMPLING["steps"])
+        table = bs.sampler_table(denoiser.alpha_bar[at], bs.SAMPLING["sampler"], bs.SAMPLING["eta"])
+        scalars, shape, made = scalars_of(asked[None]), (bs.BLOCK * k, size, size), []
+        parts = [slice(i, i + 1) for i in range(slabs)] if way == "neighbour" else [slice(0, slabs)]
+        below = torch.zeros(1, *shape)
+        for part in parts:
+            its, noise = scalars[part], lambda step: torch.randn(
+                len(scalars[part]), *shape, generator=bs.generator(0, number, part.start, step))
+
+            def predict_v(x, t):
+                t = t.expand(len(x))
+                signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
+                with torch.no_grad(), bs.fast_math(denoiser.device):
+                    out = denoiser.net(x, t, below if way == "neighbour" else x[:, :0], its)
+                return bs.precondition(out, x, signal, sigma, *bs.expected(prior, x[:, :0], its[:, 0] * 0))
+
+            made.append(bs.sample(predict_v, noise("start"), at, table, noise))
+            drawn = made[-1].unflatten(1, (bs.BLOCK, k)).argmax(2).flatten(0, 1)
+            below = bs.to_slabs(bs.one_hot(drawn, k)[None], bs.BLOCK)[-1:]
+        return torch.cat(made).unflatten(1, (bs.BLOCK, k)).flatten(0, 1).argmax(1)
+
+    def close(denoiser, pace):
+        asked = data.measure(data.shown)
+        made = torch.stack([volume(denoiser, its, i) for i, its in enumerate(asked)])
+        bs.draw_planes(Path(args.out) / "samples.png", list(zip(data.shown, made))[:4], [data.who, way], args.condition)
+        error = (data.measure(made) - asked).abs()
+        bs.write_json(Path(args.out) / "closing.json", {
+            "steps": pace.step, "ED_error": error[:, 1].mean().item(), "ET_error": error[:, 2].mean().item(),
+            **bs.judge_labels(made, data.shown, args.condition, data.step_mm)})
+
+    return SimpleNamespace(
+        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k * (way == "neighbour"),
+                 "scalars": 1 + len(bs.ASKED), "depth": slabs if way == "along z" else 1},
+        prior=prior, draw_batch=draw_batch, close=close, who=lambda step: [], words=way)
 
 
-def sample_upwards(denoiser, wanted, key, settings):
-    """sample_labels for `neighbour`, slab by slab."""
-    slabs, *shape = denoiser.prior["atlas"].shape[1:]
-    visited, scalars = bs.timesteps(settings["steps"]), bs.slab_scalars(wanted[None], slabs)
-    table = bs.sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    made, below = [], torch.zeros(1, *shape)
-    for i in range(slabs):
-        def predict_v(x, t):
-            t = t.expand(1)
-            signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
-            with torch.no_grad():
-                out = denoiser.net(x, t, below, scalars[i:i + 1])
-            return bs.precondition(out, x, signal, sigma, *bs.expected(denoiser.prior, x[:, :0], scalars[i:i + 1, 0]))
-
-        def noise(step):
-            return torch.randn(1, *shape, generator=bs.generator(*key, i, step))
-
-        drawn = bs.from_slabs(bs.sample(predict_v, noise("start"), visited, table, noise), bs.SLAB)[0].argmax(1)
-        below = bs.to_slabs(bs.one_hot(drawn, shape[0] // bs.SLAB)[None])
-        made.append(drawn)
-    return torch.cat(made)
-
-
-WAYS = {"alone": (alone, bs.sample_labels), "neighbour": (neighbour, sample_upwards),
-        "along z": (lambda its: its, bs.sample_labels)}
+def train_way(way, args, out):
+    """One run -> its closing figures."""
+    words = ["--generate", "labels", "--minutes", str(args.minutes), "--sample-every", "0", "--out", str(out),
+             *args.words.split()]
+    if way == "blocks":
+        train_ddpm.main(words)
+        closing = [json.loads((out / part / "closing.json").read_text()) for part in train_ddpm.PARTS]
+        return closing[-1] | {"steps": " + ".join(str(its["steps"]) for its in closing)}
+    its = train_ddpm.parse_arguments([*words, "--shift", "0.2"])
+    cases, split = bs.find_data(its)
+    cache = bs.build_cache(cases, out.parent / "cache", its.resolution, its.fov, its.condition, split)
+    data, bs.UNet = train_ddpm.heads_to_learn(its, cache), VolumeUNet
+    facts = {"condition": its.condition, "classes": list(data.names), "modalities": [], "resolution": its.resolution,
+             "fov": its.fov, "data": "bench", "trained_on": data.hashes, "patients": len(data.cases)}
+    out.mkdir(parents=True, exist_ok=True)
+    train_ddpm.learn(its, bs.pick_device(args.device), "labels", learn_slabs(its, data, way), facts)
+    return json.loads((out / "closing.json").read_text())
 
 
 def compare_ways(args):
     """Train each way for the same time, print what its run ended with."""
-    learn, rows = train_ddpm.learn_labels, []
-    for way in args.ways:
-        change, bs.sample_labels = WAYS[way]
-        train_ddpm.learn_labels = lambda *its: change(learn(*its))
-        out = Path(args.out) / way.replace(" ", "_")
-        train_ddpm.main(["--generate", "labels", "--minutes", str(args.minutes), "--sample-every", "0", "--out",
-                         str(out), *args.words.split()])
-        rows.append((way, json.loads((out / "closing.json").read_text())))
+    rows = [(way, train_way(way, args, Path(args.out) / way.replace(" ", "_"))) for way in args.ways]
     print("\n| way | steps | " + " | ".join(SHOWN.values()) + " | ET off by, mL | ED off by, mL | shape distance |")
     print("|" + "---|" * (len(SHOWN) + 5))
-    last = rows[-1][1]
-    print("| held-out cases | | " + " | ".join(f"{last['real_' + name]:.3g}" for name in SHOWN) + " | | | |")
+    print("| held-out cases | | " + " | ".join(f"{rows[0][1]['real_' + name]:.3g}" for name in SHOWN) + " | | | |")
     for way, its in rows:
         print(f"| {way} | {its['steps']} | " + " | ".join(f"{its['made_' + name]:.3g}" for name in SHOWN)
               + f" | {its['ET_error']:.1f} | {its['ED_error']:.1f} | {its['shape_distance']:.3g} |")
@@ -95,8 +157,8 @@ def compare_ways(args):
 
 def compare_guidance(args):
     """Ask for volumes of one label at a time."""
-    denoiser, state = bs.load_generator(args.checkpoint, bs.pick_device(args.device), kind="labels")
-    step, panels = state["fov"] / state["resolution"], []
+    model = bs.load_label_generator(args.checkpoint, bs.pick_device(args.device))
+    panels = []
     print("| label | guidance | mean error, mL | correlation | slope | pieces | s a volume |\n|" + "---|" * 7)
     for label, (low, high) in RANGES.items():
         lines = {"as asked": ([low, high], [low, high])}
@@ -104,11 +166,12 @@ def compare_guidance(args):
             settings, request = {**bs.SAMPLING, "guidance": guidance, "steps": args.calls}, {label: (low, high)}
             wanted = torch.stack([bs.requested(request, i, args.count, 0) for i in range(args.count)])
             started = time.time()
-            made = [bs.sample_labels(denoiser, its, (0, label, i), settings) for i, its in enumerate(wanted)]
+            made = [bs.sample_labels(model, its, (0, label, i), settings, args.candidates)
+                    for i, its in enumerate(wanted)]
             seconds, at = (time.time() - started) / args.count, bs.ASKED.index(label)
-            got = torch.stack([bs.characteristics(its, state["condition"], step) for its in made])[:, at].numpy()
+            got = torch.stack([bs.characteristics(its, model.condition, model.step) for its in made])[:, at].numpy()
             asked = wanted[:, at].numpy()
-            pieces = np.nanmean([bs.label_figures(its, state["condition"])["pieces"] for its in made])
+            pieces = np.nanmean([bs.label_figures(its, model.condition)["pieces"] for its in made])
             print(f"| {label} | {guidance:g} | {np.abs(got - asked).mean():.2f} | {np.corrcoef(got, asked)[0, 1]:.3f} "
                   f"| {np.polyfit(asked, got, 1)[0]:.2f} | {pieces:.1f} | {seconds:.1f} |", flush=True)
             lines[f"guidance {guidance:g}"] = (asked, got, np.zeros(args.count))
@@ -122,11 +185,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ways", "asked"))
     parser.add_argument("checkpoint", nargs="?", default="runs/labels", help="for asked")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--minutes", type=float, default=4, help="training of each way")
     parser.add_argument("--words", default="", help="more words for train_ddpm.py")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 1.5, 2, 3])
     parser.add_argument("--count", type=int, default=12, help="requests a label")
+    parser.add_argument("--candidates", type=int, default=bs.CANDIDATES, help="see sample_shares")
     parser.add_argument("--calls", type=int, default=20, help="network calls a volume")
     parser.add_argument("--device", default="cpu", choices=bs.DEVICES)
     parser.add_argument("--out", default="runs/bench_labels")

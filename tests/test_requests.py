@@ -154,9 +154,77 @@ def test_ranges_are_flat_and_their_orders_differ():
 def test_slabs_are_the_way_there_and_back():
     """Slices in order, a volume at a time."""
     x = torch.randn(2, 12, 5, 3, 3)
-    slabs = bs.to_slabs(x)
-    assert slabs.shape == (2 * 12 // bs.SLAB, 5 * bs.SLAB, 3, 3) and torch.equal(bs.from_slabs(slabs, 12), x)
-    assert torch.equal(slabs[0, :5], x[0, 0]) and torch.equal(slabs[1, :5], x[0, bs.SLAB])
+    slabs = bs.to_slabs(x, 4)
+    assert slabs.shape == (6, 20, 3, 3) and torch.equal(bs.from_slabs(slabs, 4, 12), x)
+    assert torch.equal(slabs[0, :5], x[0, 0]) and torch.equal(slabs[1, :5], x[0, 4])
+
+
+def test_blocks_hold_shares_of_classes():
+    """They sum to 1, and to the same volume as the voxels."""
+    volumes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head()]).to(torch.uint8)
+    shares = bs.block_shares(volumes, 5)
+    assert shares.shape == (2, 12, 5, 16, 16) and torch.allclose(shares.sum(2), torch.ones(2, 12, 16, 16))
+    assert shares[0, :, 4].sum() * bs.BLOCK ** 3 == pytest.approx((volumes[0] == 4).sum().item())
+    assert shares[0, 5, 4, 7, 10] == (volumes[0, 20:24, 28:32, 40:44] == 4).float().mean() > 0
+
+
+def test_a_slab_is_told_what_its_blocks_say():
+    """The same as blocks of the whole head drawn smooth, at every slab, the lowest and highest among them."""
+    shares = bs.block_shares(head((9, (22.0, 28.0, 40.0), 2))[None], 5)
+    whole = torch.nn.functional.interpolate(shares.movedim(2, 1), scale_factor=bs.BLOCK, mode="trilinear")[0]
+    told = bs.slab_shares(shares.expand(12, -1, -1, -1, -1), torch.arange(12))
+    assert torch.allclose(bs.from_slabs(told, bs.BLOCK, 48)[0], whole.movedim(1, 0), atol=1e-5)
+    mean, std = bs.expected({"shares": torch.tensor(0.1)}, told, torch.zeros(12))
+    assert torch.allclose(mean, 2 * told - 1) and std.min() >= 0.1 and torch.isclose(std.max(), torch.tensor(1.0))
+
+
+def test_the_prior_of_heads_is_their_mean():
+    """Left and right alike; no spread under the floor; the same whatever is asked for."""
+    shares = bs.block_shares(torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]), 5)
+    prior = bs.label_prior(shares)
+    mean, std = [bs.from_slabs(its, 12, 12)[0] for its in prior["atlas"]]           # (D', K, r, r)
+    assert torch.allclose((mean + 1).sum(1) / 2, torch.ones(12, 16, 16), atol=1e-5)
+    assert torch.equal(mean, mean.flip(-1)) and std.min() == 0.1
+    assert torch.allclose((mean[:, 4] + 1).sum() / 2, shares[:, :, 4].sum() / 2, rtol=1e-3)
+    scalars = bs.head_scalars(torch.full((3, len(bs.ASKED)), torch.nan))
+    got = bs.expected(prior, torch.zeros(3, 0, 16, 16), scalars[:, 0])
+    assert all(torch.allclose(a, b.expand(3, -1, -1, -1), atol=1e-5) for a, b in zip(got, prior["atlas"]))
+
+
+def small_net():
+    """A network of heads whose layers that start at zero have learned something."""
+    torch.manual_seed(0)
+    net = bs.UNet(channels=15, classes=0, width=16, mults=(1, 2), patch=1, scalars=1 + len(bs.ASKED))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.abs().max() == 0 else None
+    return net.eval()
+
+
+def test_open_entries_are_a_state_of_their_own():
+    """Left open is not 0, for each of them, and what an open entry would have been does not matter."""
+    net, x, t = small_net(), torch.randn(1, 15, 16, 16), torch.full((1,), 500)
+    wanted = torch.zeros(1, len(bs.ASKED))
+    with torch.no_grad():
+        a = net(x, t, x[:, :0], bs.head_scalars(wanted))
+        for i in range(len(bs.ASKED)):
+            some = wanted.clone()
+            some[0, i] = torch.nan
+            b = net(x, t, x[:, :0], bs.head_scalars(some))
+            assert (a - b).abs().max() > 1e-4 and not torch.isnan(b).any(), bs.ASKED[i]
+
+
+def test_guidance_leaves_the_request_open():
+    """The null condition drops every scalar but the slice's position."""
+    seen = []
+
+    def denoiser(x_t, t, onehot, scalars):
+        seen.append(scalars)
+        return x_t
+
+    scalars = bs.head_scalars(torch.ones(2, len(bs.ASKED)))
+    bs.guided_v(denoiser, torch.randn(2, 5, 8, 8), torch.full((2,), 500), torch.zeros(2, 0, 8, 8), scalars, 2.0)
+    assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, 0], scalars[:, 0])
+    assert torch.isnan(seen[1][:, 1:]).all()
 
 
 def test_moved_volumes_are_relatives():
@@ -241,70 +309,6 @@ def test_label_maps_that_are_none_are_refused(tmp_path, changes):
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(bs.BadInput, match="text.npz"):
         bs.read_label_maps(tmp_path / "text.npz", outlines, STEP)
-
-
-def test_the_prior_of_labels_is_a_share_of_classes():
-    """Means, as shares, sum to 1; left and right alike; no spread under the floor."""
-    volumes = torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]).to(torch.uint8)
-    prior = bs.label_prior(volumes, 5)
-    mean, std = prior["atlas"]
-    shares = (bs.from_slabs(mean, 48)[0] + 1) / 2
-    assert torch.allclose(shares.sum(1), torch.ones(48, 64, 64), atol=1e-5)
-    assert torch.equal(mean, mean.flip(-1)) and std.min() >= 0.2 and std.max() <= 1
-    onehot, scalars = torch.zeros(12, 0, 64, 64), bs.slab_scalars(torch.full((1, len(bs.ASKED)), torch.nan), 12)
-    got = bs.expected(prior, onehot, scalars[:, 0])
-    assert torch.allclose(got[0], mean, atol=1e-5) and torch.allclose(got[1], std, atol=1e-5)
-
-
-def small_net(depth=6):
-    """A network of volumes whose parts that start at zero have learned something."""
-    net = bs.UNet(channels=5, classes=0, width=16, mults=(1, 2), patch=2, scalars=1 + len(bs.ASKED), depth=depth)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1) if p.abs().max() == 0 else None
-    return net.eval()
-
-
-def test_slices_see_their_volume_and_no_other():
-    """A change of one slice changes the others of its volume, and none of the volume beside it."""
-    net, wanted = small_net(), torch.zeros(2, len(bs.ASKED))
-    x, t = torch.randn(12, 5, 16, 16), torch.full((12,), 500)
-    other = x.clone()
-    other[2] += 1
-    with torch.no_grad():
-        a, b = [net(its, t, its[:, :0], bs.slab_scalars(wanted, 6)) for its in (x, other)]
-    far = (a - b).abs().amax((1, 2, 3))
-    assert (far[:6] > 1e-6).all() and (far[6:] == 0).all()
-
-
-def test_slices_along_z_start_alone():
-    """The layer between slices is the identity until it has learned."""
-    x = torch.randn(12, 32, 4, 4)
-    assert torch.allclose(bs.AlongZ(32, 6)(x), x)
-
-
-def test_open_entries_are_a_state_of_their_own():
-    """Left open is not 0, and what an open entry would have been does not matter."""
-    net, x, t = small_net(), torch.randn(6, 5, 16, 16), torch.full((6,), 500)
-    wanted = torch.full((1, len(bs.ASKED)), torch.nan)
-    zero = wanted.clone()
-    zero[0, 2] = 0
-    with torch.no_grad():
-        a, b = [net(x, t, x[:, :0], bs.slab_scalars(its, 6)) for its in (wanted, zero)]
-    assert (a - b).abs().max() > 1e-4 and not torch.isnan(a).any()
-
-
-def test_guidance_leaves_the_request_open():
-    """The null condition drops every scalar but the slice's position."""
-    seen = []
-
-    def denoiser(x_t, t, onehot, scalars):
-        seen.append(scalars)
-        return x_t
-
-    scalars = bs.slab_scalars(torch.ones(1, len(bs.ASKED)), 6)
-    bs.guided_v(denoiser, torch.randn(6, 5, 8, 8), torch.full((6,), 500), torch.zeros(6, 0, 8, 8), scalars, 2.0)
-    assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, 0], scalars[:, 0])
-    assert torch.isnan(seen[1][:, 1:]).all()
 
 
 @pytest.mark.parametrize("resolution, fov", [(64, 192.0), (32, 192.0), (96, 192.0), (64, 240.0)])

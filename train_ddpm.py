@@ -1,12 +1,15 @@
-"""Train the generator: label map -> four MRI modalities, a v-prediction conditional diffusion model.
+"""Train a generator, v-prediction conditional diffusion: label map -> four MRI modalities, or request -> label map.
 
     python train_ddpm.py                                    phantoms are made, a model is trained
     python train_ddpm.py --data DIR --resolution 128 --minutes 30 --out runs/real
     python train_ddpm.py --minutes 1                        rough but complete
+    python train_ddpm.py --generate labels                  label maps from volumes and a place, in runs/labels
+    python train_ddpm.py --generate labels --label-maps FILE.npz --data DIR
 
 Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
 Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
-          (held-out scans beside samples from their masks) and closing.json with the figures
+          (held-out scans beside samples from their masks) and closing.json with the figures; for labels the
+          same twice, in runs/labels/coarse (heads in blocks) and runs/labels/fine (their voxels)
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
 Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a minute of
           phantoms and cache; ET and ED light up in all held-out slices that have them, 100% of air at or below

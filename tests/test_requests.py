@@ -1,11 +1,15 @@
 """Section 12: what is asked of a label map is measured right, may be left open, and whole volumes hang together."""
+import itertools
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import brainsyn as bs
+from nursery import run_script
 
 STEP = 3.0                                      # mm a voxel
 
@@ -183,12 +187,58 @@ def test_the_prior_of_heads_is_their_mean():
     shares = bs.block_shares(torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]), 5)
     prior = bs.label_prior(shares)
     mean, std = [bs.from_slabs(its, 12, 12)[0] for its in prior["atlas"]]           # (D', K, r, r)
-    assert torch.allclose((mean + 1).sum(1) / 2, torch.ones(12, 16, 16), atol=1e-5)
-    assert torch.equal(mean, mean.flip(-1)) and std.min() == 0.1
-    assert torch.allclose((mean[:, 4] + 1).sum() / 2, shares[:, :, 4].sum() / 2, rtol=1e-3)
+    roots = shares.sqrt().mean(0)                                                   # (D', K, r, r)
+    assert torch.allclose((mean + 1) / 2, (roots + roots.flip(-1)) / 2, atol=1e-5)
+    assert torch.allclose(mean, mean.flip(-1), atol=1e-6) and std.min() == 0.1
     scalars = bs.head_scalars(torch.full((3, len(bs.ASKED)), torch.nan))
     got = bs.expected(prior, torch.zeros(3, 0, 16, 16), scalars[:, 0])
     assert all(torch.allclose(a, b.expand(3, -1, -1, -1), atol=1e-5) for a, b in zip(got, prior["atlas"]))
+
+
+def test_blocks_measure_what_voxels_do():
+    """Volumes and place; what blocks do not show is open; so is the place of no tumour."""
+    classes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head()])
+    got = bs.measure_shares(bs.block_shares(classes, 5), "tumour", STEP)
+    want = torch.stack([bs.characteristics(its, "tumour", STEP) for its in classes])
+    assert torch.allclose(got[0, :6], want[0, :6], atol=1.0) and torch.isnan(got[:, 6:]).all()
+    assert torch.allclose(got[1, :3], want[1, :3], atol=1e-3) and torch.isnan(got[1, 3:6]).all()
+
+
+def test_the_candidate_nearest_to_the_request_is_kept():
+    """A denoiser of pure chance: with more candidates what comes is nearer to what was asked; open entries do not
+    matter; the key decides."""
+    volumes = torch.stack([head((3 + i, (24.0, 32.0, 20.0 + 2 * i), 3)) for i in range(6)])
+    prior = bs.label_prior(bs.block_shares(volumes, 5))
+    denoiser = SimpleNamespace(prior=prior, alpha_bar=bs.cosine_alpha_bar(0.5))
+
+    def by_chance(x_t, t, onehot, scalars):
+        signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
+        return bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma, *bs.expected(prior, onehot, scalars[:, 0]))
+
+    class Chance(SimpleNamespace):
+        __call__ = staticmethod(by_chance)
+
+    chance, errors = Chance(prior=prior, alpha_bar=denoiser.alpha_bar), {1: [], 8: []}
+    wanted = torch.full((len(bs.ASKED),), torch.nan)
+    wanted[2] = 30.0
+    for n, i in itertools.product(errors, range(6)):
+        its = bs.sample_shares(chance, "tumour", STEP, wanted, (0, i), {**bs.SAMPLING, "steps": 3}, n)
+        assert torch.allclose(its.sum(1), torch.ones(12, 16, 16), atol=1e-4) and its.min() >= 0
+        errors[n].append(float((bs.measure_shares(its[None], "tumour", STEP)[0, 2] - 30).abs()))
+    assert np.mean(errors[8]) < np.mean(errors[1])
+    again = bs.sample_shares(chance, "tumour", STEP, wanted, (0, 5), {**bs.SAMPLING, "steps": 3}, 8)
+    assert torch.equal(again, its)
+
+
+def test_what_training_leaves_open():
+    """Half of all requests are a volume or two alone; in the others anything from none to all is open."""
+    chance = torch.rand(4000, 2 + len(bs.ASKED))
+    open_ = bs.open_entries(chance)
+    volumes = torch.tensor([name in (*bs.LABELS, "ventricles") for name in bs.ASKED])
+    few = chance[:, 0] < 0.5
+    assert open_[few][:, ~volumes].all() and 0.45 < open_[few][:, volumes].float().mean() < 0.55
+    given = (~open_[~few]).sum(1)
+    assert {int(n) for n in given.unique()} == set(range(len(bs.ASKED) + 1))
 
 
 def small_net():
@@ -332,3 +382,106 @@ def test_tissue_is_not_made_from_tumour_labels():
     tissue = torch.where(classes > 1, classes + 2, classes * 3)
     got = bs.prepare_labels(tissue, "tissue", STEP, 64, 192.0, "tumour")["classes"]
     assert np.array_equal(got, classes)
+
+
+TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 4, "--sample-every", 2)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a run of images and one of labels, both hardly trained, and a set made of them on request."""
+    folder = tmp_path_factory.mktemp("request")
+    for words in (["train_ddpm.py", *TINY], ["train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4],
+                  ["sample.py", "--request", "et=5..30,x=20", "--count", 2, "--steps", 2]):
+        status, said = run_script(folder, *words)
+        assert status == 0, said
+    return folder, said
+
+
+def test_training_labels_makes_both_networks(work):
+    """Pictures, figures, checkpoints; the same command again goes on where it was, which is at the end."""
+    folder, _ = work
+    for part in ("coarse", "fine"):
+        for name in ("checkpoint.pt", "samples.png", "sample_000002.png", "curves.png", "log.csv", "closing.json"):
+            assert (folder / "runs/labels" / part / name).stat().st_size > 0, name
+    figures = json.loads((folder / "runs/labels/fine/closing.json").read_text())
+    assert {"ET_error", "x_error", "real_pieces", "made_pieces", "made_outside", "made_apart", "shape_distance",
+            "nearest_training_tumour_dice", "copies"} <= set(figures) and "ventricles_error" not in figures
+    status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4)
+    assert status == 0 and said.count("resumed: ") == 2, said
+
+
+def test_labels_resume_bit_for_bit(work, tmp_path):
+    """Half the steps, then all: the weights of the straight run."""
+    folder, _ = work
+    words = ["train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4, "--out", tmp_path / "labels"]
+    (tmp_path / "phantoms").symlink_to(folder / "runs/phantoms")
+    for steps in (2, 4):
+        status, said = run_script(tmp_path, *words, "--steps", steps)
+        assert status == 0, said
+    for part in ("coarse", "fine"):
+        straight, halves = [bs.load_checkpoint(its / part, "labels") for its in
+                            (folder / "runs/labels", tmp_path / "labels")]
+        assert all(torch.equal(straight["weights"][name], halves["weights"][name]) for name in straight["weights"])
+
+
+def test_a_request_becomes_a_labelled_set(work):
+    """Each case says what was asked, what came, and what its label generator was trained on."""
+    folder, said = work
+    sidecars = sorted((folder / "synthetic").glob("*/*.json"))
+    asked = []
+    for path in sidecars:
+        its = json.loads(path.read_text())
+        assert its["LabelMaps"] == "generated" and set(its["Requested"]) == {"ET", "x"} and its["Requested"]["x"] == 20
+        assert its["UsedInTraining"] is False and len(its["GeneratorTrainedOn"]) > 0
+        assert len(its["LabelCheckpointSHA256"]) == 64
+        asked.append(its["Requested"]["ET"])
+    assert sorted(asked) == [11.25, 23.75] and "ET: asked 11.2 to 23.8 mL" in said, said
+    status, said = run_script(folder, "sample.py", "--request", "et=5..30,x=20", "--count", 2, "--steps", 2)
+    assert status == 0 and "made 0 cases, 2 were there already" in said
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--request", "et=12", "--labels", "runs/phantoms/A"], "--request makes label maps of its own"),
+    (["--request", "volume=12"], "--request volume=12: cannot be asked for"),
+    (["--request", "et=12", "--label-checkpoint", "nowhere"], "nowhere"),
+    (["--request", "et=12", "--label-checkpoint", "runs/ddpm"], "runs/ddpm")])
+def test_requests_that_fail_say_why(work, words, sentence):
+    """One sentence, nothing written."""
+    status, said = run_script(work[0], "sample.py", *words, "--out", "failed")
+    assert status == 2 and sentence in said and "Traceback" not in said, said
+    assert not (work[0] / "failed").exists() or not list((work[0] / "failed").glob("BraTS*"))
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--resolution", 40], "--resolution 40: labels need a multiple of 16"),
+    (["--label-maps", "none.npz"], "none.npz: cannot be read"),
+    (["--label-maps", "maps.npz", "--condition", "tissue"], "--label-maps is for --generate labels")])
+def test_label_training_that_fails_says_why(work, words, sentence):
+    """One sentence."""
+    status, said = run_script(work[0], "train_ddpm.py", "--generate", "labels", *TINY, *words, "--out", "runs/failed")
+    assert status == 2 and sentence in said and "Traceback" not in said, said
+
+
+def test_label_maps_alone_are_learned(work):
+    """How many were left out is said; the checkpoint knows them by their hashes and its data as patients'."""
+    folder, _ = work
+    label_maps(folder / "maps.npz")
+    status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--label-maps", "maps.npz", "--out",
+                              "runs/maps", "--batch", 4)
+    assert status == 0 and "label maps: 2 in outlines of" in said and "0 show the tumour of a validation" in said, said
+    state = bs.load_checkpoint(folder / "runs/maps/fine", "labels")
+    plain = bs.load_checkpoint(folder / "runs/labels/fine", "labels")
+    assert state["patients"] == 2 and state["data"] == "patients" and plain["data"] == "phantoms"
+    assert len(set(state["trained_on"]) - set(plain["trained_on"])) == 2
+
+
+def test_label_benchmarks_run(work):
+    """All four ways and the requests, hardly trained."""
+    folder, _ = work
+    status, said = run_script(folder, "tests/bench_labels.py", "ways", "--minutes", 0.01, "--words",
+                              "--phantoms 6 --resolution 32 --width 16 --batch 8")
+    assert status == 0 and all(f"| {way} | " in said for way in ("blocks", "alone", "neighbour", "along z")), said
+    status, said = run_script(folder, "tests/bench_labels.py", "asked", "runs/labels", "--count", 3, "--calls", 2,
+                              "--guidance", 1, 2, "--candidates", 2)
+    assert status == 0 and "| ET | 2 |" in said and (folder / "runs/bench_labels/asked.png").exists(), said

@@ -3728,10 +3728,30 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     return shares[torch.nan_to_num(off).sum(1).argmin()]
 
 
+def settle(scores, voxels, first):
+    """Scores of classes become a label map: float (D, K, R, R) -> int64 (D, R, R).
+
+    They are smoothed over neighbours, (1, 2, 1) / 4 along each axis, which takes away specks and lets slabs meet; then
+    the largest wins, after a number of its own is added to each class from `first` on, the same everywhere and at most
+    half: such that they get about as many voxels as `voxels` (K,) says. The blocks say how much, the scores where.
+    """
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = kernel[:, None, None] * kernel[:, None] * kernel
+    padded = F.pad(scores.movedim(1, 0)[:, None], (1,) * 6, mode="replicate")              # (K, 1, D + 2, ...)
+    scores = F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1)
+    more = torch.zeros(len(voxels))
+    for _ in range(20):
+        classes = (scores + more.view(-1, 1, 1)).argmax(1)
+        there = torch.bincount(classes.flatten(), minlength=len(voxels))
+        more[first:] += 0.25 * torch.log((voxels + 5) / (there + 5))[first:]
+        more.clamp_(-0.5, 0.5)
+    return classes
+
+
 def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
-    """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R), the
-    likeliest class of every voxel. key: as in sample_volume; settings: see SAMPLING, of which guidance is for the
-    coarse network and coherence does not matter; candidates: see sample_shares."""
+    """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R).
+    key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse network and coherence does not
+    matter; candidates: see sample_shares."""
     shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates)
     slabs, visited = len(shares), timesteps(settings["steps"])
     onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
@@ -3744,8 +3764,9 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     def noise(step):
         return torch.randn(onehot.shape, generator=generator(*key, "voxels", step))
 
-    x = sample(predict_v, noise("start"), visited, table, noise)
-    return from_slabs(x, BLOCK, BLOCK * slabs)[0].argmax(1)
+    x = from_slabs(sample(predict_v, noise("start"), visited, table, noise), BLOCK, BLOCK * slabs)[0]
+    return settle(x, shares.sum((0, 2, 3)) * BLOCK ** 3, 2 if model.condition == "ventricles" else
+                  CONDITIONS[model.condition].index(LABELS[0]))
 
 
 # ================================================================================================

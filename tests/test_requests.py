@@ -230,6 +230,21 @@ def test_the_candidate_nearest_to_the_request_is_kept():
     assert torch.equal(again, its)
 
 
+def test_scores_settle_as_a_label_map():
+    """Specks go; a class gets about the voxels it should have, at places where it is nearly the largest, and nowhere
+    where it is not; what nobody expects does not come."""
+    truth = bs.one_hot(head((8, (24.0, 32.0, 32.0), 2)), 5)                                     # (D, K, R, R)
+    scores = 2 * truth - 1
+    scores[10, :, 40, 20] = torch.tensor([-1.0, -1, -1, -1, 1])                                 # a speck of ET
+    core = ball(5, (24.0, 32.0, 32.0))
+    scores[:, 4] = torch.where(core, 0.9, scores[:, 4])                         # ET nearly as likely as ED
+    volumes = torch.tensor([0.0, 0, 0, 1600, 520])
+    classes = bs.settle(scores, volumes, 2)
+    assert classes[10, 40, 20] == 1 and 350 < (classes == 4).sum() < 700 and not ((classes == 4) & ~core).any()
+    assert (bs.settle(scores, torch.tensor([0.0, 0, 500, 2100, 0]), 2) == 4).sum() == 0
+    assert torch.equal(classes[0], classes[0] * 0) and (classes == 2).sum() == 0
+
+
 def test_what_training_leaves_open():
     """Half of all requests are a volume or two alone; in the others anything from none to all is open."""
     chance = torch.rand(4000, 2 + len(bs.ASKED))
@@ -467,8 +482,8 @@ def test_label_maps_alone_are_learned(work):
     """How many were left out is said; the checkpoint knows them by their hashes and its data as patients'."""
     folder, _ = work
     label_maps(folder / "maps.npz")
-    status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--label-maps", "maps.npz", "--out",
-                              "runs/maps", "--batch", 4)
+    status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--label-maps", "maps.npz",
+                              "--out", "runs/maps", "--batch", 4)
     assert status == 0 and "label maps: 2 in outlines of" in said and "0 show the tumour of a validation" in said, said
     state = bs.load_checkpoint(folder / "runs/maps/fine", "labels")
     plain = bs.load_checkpoint(folder / "runs/labels/fine", "labels")

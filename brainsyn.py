@@ -3402,7 +3402,7 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 # condition that has them.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
 BLOCK = 4                               # voxels a side of a block, slices of a slab
-LEAST_SHARE = 0.01                      # what a generated block has less of it has not: the sampler's own noise
+LEAST_SHARE = 0.05                      # what a generated block has less of it has not: the sampler's own noise
 CANDIDATES = 8                          # heads in blocks that are drawn for every one that is kept
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
 BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
@@ -3732,19 +3732,19 @@ def settle(scores, voxels, first):
     """Scores of classes become a label map: float (D, K, R, R) -> int64 (D, R, R).
 
     They are smoothed over neighbours, (1, 2, 1) / 4 along each axis, which takes away specks and lets slabs meet; then
-    the largest wins, after a number of its own is added to each class from `first` on, the same everywhere and at most
-    half: such that they get about as many voxels as `voxels` (K,) says. The blocks say how much, the scores where.
+    the largest wins, after a number of its own is added to each class from `first` on, the same everywhere, -0.5 to 0.9:
+    such that they get about as many voxels as `voxels` (K,) says. The blocks say how much, the scores where.
     """
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = kernel[:, None, None] * kernel[:, None] * kernel
     padded = F.pad(scores.movedim(1, 0)[:, None], (1,) * 6, mode="replicate")              # (K, 1, D + 2, ...)
     scores = F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1)
     more = torch.zeros(len(voxels))
-    for _ in range(20):
+    for _ in range(80):
         classes = (scores + more.view(-1, 1, 1)).argmax(1)
         there = torch.bincount(classes.flatten(), minlength=len(voxels))
-        more[first:] += 0.25 * torch.log((voxels + 5) / (there + 5))[first:]
-        more.clamp_(-0.5, 0.5)
+        more[first:] += 0.1 * torch.log((voxels + 5) / (there + 5))[first:]
+        more.clamp_(-0.5, 0.9)
     return classes
 
 

@@ -3403,7 +3403,7 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
 BLOCK = 4                               # voxels a side of a block, slices of a slab
 LEAST_SHARE = 0.05                      # what a generated block has less of it has not: the sampler's own noise
-CANDIDATES = 8                          # heads in blocks that are drawn for every one that is kept
+CANDIDATES = 16                         # heads in blocks that are drawn for every one that is kept
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
 BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
 

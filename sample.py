@@ -50,7 +50,7 @@ def parse_arguments(argv=None):
                       "of the tumour x, y, z (mm from the middle of the brain to the right, front and top), "
                       "sphericity, lesions; et=12 or et=5..30 (evenly spread over --count); the rest is left open")
     data.add_argument("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
-    data.add_argument("--label-guidance", type=float, default=1.0, help="guidance scale of --request, 1 for none")
+    data.add_argument("--label-guidance", type=float, default=2.0, help="guidance scale of --request, 1 for none")
     edit = parser.add_argument_group("edited label maps")
     edit.add_argument("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) rotate=15 "
                       "(degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")

@@ -27,7 +27,7 @@ import torch
 
 import brainsyn as bs
 
-STEPS, LABEL_STEPS = 2000, 4000                 # a run's length when neither bound is given
+STEPS, LABEL_STEPS = 2000, 3600                 # a run's length when neither bound is given
 # The two networks of --generate labels: their share of the run's length, and the shift of their noise schedule.
 PARTS = {"coarse": (0.65, 0.5), "fine": (0.35, 0.4)}
 RELATIVES = 512                                 # moved heads that are made before training
@@ -83,11 +83,13 @@ def parse_arguments(argv=None):
     run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--guidance", type=float, default=1.0,
                      help="guidance scale of pictures and closing figures, 1 for none")
-    run.add_argument("--sample-every", type=int, default=250, help="steps between sample pictures, 0 for none")
+    run.add_argument("--sample-every", type=int, help="steps between sample pictures, 0 for none (default 250, of labels "
+                     "1000)")
     args = parser.parse_args(argv)
     labels = args.generate == "labels"
     if args.steps is None and args.minutes is None:
         args.steps = LABEL_STEPS if labels else STEPS
+    args.sample_every = (1000 if labels else 250) if args.sample_every is None else args.sample_every
     args.shift, args.out = args.shift or (None if labels else 2.0), args.out or f"runs/{'labels' if labels else 'ddpm'}"
     if labels and args.resolution % (4 * bs.BLOCK):
         raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {4 * bs.BLOCK}")
@@ -197,7 +199,7 @@ def heads_to_learn(args, cache):
         train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
     times = max(1, RELATIVES // len(train))
     heads = torch.cat([bs.move_volumes(train, (args.seed, "moves", i)) if i else train for i in range(times)])
-    shown, who = (held, "held-out") if len(held) else (train[:12], "training")
+    shown, who = (held[:12], "held-out") if len(held) else (train[:12], "training")
     measure = lambda volumes: torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in volumes])
     return SimpleNamespace(names=names, step_mm=step_mm, train=train, cases=cases, hashes=hashes, heads=heads,
                            asked=measure(heads), shares=bs.block_shares(heads, len(names)), shown=shown, who=who,
@@ -300,10 +302,12 @@ def learn_voxels(args, data):
             if both.any():
                 figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
                             f"{name}_rank_correlation": bs.rank_correlation(a[both].tolist(), b[both].tolist())}
-        near, _ = bs.nearest_tumour(made, data.train, args.condition)
+        near, own = [bs.nearest_tumour(its, data.train, args.condition)[0] for its in (made, data.shown)]
         print(f"--- label maps as asked for by what {data.who} cases have")
         report(args, {**figures, **bs.judge_labels(made, data.shown, args.condition, data.step_mm),
-                      "nearest_training_tumour_dice": near.nanmean().item(), "copies": int((near > 0.9).sum())})
+                      "nearest_training_tumour_dice": near.nanmean().item(),
+                      f"the_same_of_{data.who.replace('-', '_')}_cases": own.nanmean().item(),
+                      "copies": int((near > 0.9).sum())})
 
     its = SimpleNamespace(
         network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "fine": 64}, prior={"shares": torch.tensor(0.1)},

@@ -3733,7 +3733,7 @@ def settle(scores, voxels, first):
 
     They are smoothed over neighbours, (1, 2, 1) / 4 along each axis, which takes away specks and lets slabs meet. Taken
     as shares, (score + 1) / 2, the largest wins, after each class from `first` on is multiplied by a number of its own,
-    the same everywhere, 1/3 to 10: such that it gets about as many voxels as `voxels` (K,) says. The blocks say how
+    the same everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels` (K,) says. The blocks say how
     much, the scores where.
     """
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
@@ -3743,7 +3743,7 @@ def settle(scores, voxels, first):
     for _ in range(40):
         classes = (shares * gain.view(-1, 1, 1)).argmax(1)
         there = torch.bincount(classes.flatten(), minlength=len(voxels))
-        gain[first:] = (gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 10)[first:]
+        gain[first:] = (gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 3)[first:]
     return classes
 
 

@@ -13,7 +13,9 @@ Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it l
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
 Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a minute of
           phantoms and cache; ET and ED light up in all held-out slices that have them, 100% of air at or below
-          -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real
+          -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real. Labels: 2340 and 1260 steps, 7 min 22 s
+          with phantoms and figures; held-out heads' volumes, asked for with all else they have, come within 5 mL
+          (NCR, ET) and 7.5 mL (ED) on average
 """
 from __future__ import annotations
 
@@ -83,8 +85,8 @@ def parse_arguments(argv=None):
     run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--guidance", type=float, default=1.0,
                      help="guidance scale of pictures and closing figures, 1 for none")
-    run.add_argument("--sample-every", type=int, help="steps between sample pictures, 0 for none (default 250, of labels "
-                     "1000)")
+    run.add_argument("--sample-every", type=int, help="steps between sample pictures, 0 for none (default 250; of "
+                     "labels 1000)")
     args = parser.parse_args(argv)
     labels = args.generate == "labels"
     if args.steps is None and args.minutes is None:

@@ -3721,9 +3721,9 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
         return torch.randn(shape, generator=generator(*key, "blocks", step))
 
     x, depth = sample(predict_v, noise("start"), visited, table, noise), shape[-1] * 3 // 4
-    shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(min=0) ** 2
-    shares = torch.where(shares < LEAST_SHARE, 0.0, shares.clamp(max=1))
-    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-6)
+    shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(1e-6, 1) ** 2
+    shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
+    shares = shares / shares.sum(2, keepdim=True)
     off = (scaled(measure_shares(shares, condition, step)) - scaled(wanted)) ** 2
     return shares[torch.nan_to_num(off).sum(1).argmin()]
 

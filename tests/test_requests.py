@@ -399,7 +399,7 @@ def test_tissue_is_not_made_from_tumour_labels():
     assert np.array_equal(got, classes)
 
 
-TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 4, "--sample-every", 2)
+TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 6, "--sample-every", 2)
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def test_labels_resume_bit_for_bit(work, tmp_path):
     folder, _ = work
     words = ["train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4, "--out", tmp_path / "labels"]
     (tmp_path / "phantoms").symlink_to(folder / "runs/phantoms")
-    for steps in (2, 4):
+    for steps in (3, 6):
         status, said = run_script(tmp_path, *words, "--steps", steps)
         assert status == 0, said
     for part in ("coarse", "fine"):

@@ -3089,9 +3089,8 @@ PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prio
                       "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"},
              "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov", "seen",
                            "dice"}}
-PUBLISHED["labels"] = PUBLISHED["ddpm"]
 RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
-HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["labels"] | RESUMED,
+HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["ddpm"] | RESUMED,
          "segmenter": PUBLISHED["segmenter"],
          "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
 

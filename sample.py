@@ -336,7 +336,8 @@ def make_set(args, device):
             print(f"slice-to-slice roughness of the source volumes: {real:.3f}")
     for name, pairs in asked.items():
         wanted, got = np.array(pairs).T
-        print(f"{name}: asked {wanted.min():.1f} to {wanted.max():.1f} mL, mean error {np.abs(wanted - got).mean():.2f} mL"
+        error = np.abs(wanted - got).mean()
+        print(f"{name}: asked {wanted.min():.1f} to {wanted.max():.1f} mL, mean error {error:.2f} mL"
               + (f", correlation {bs.rank_correlation(wanted, got):.3f}" if np.ptp(wanted) else ""))
     for name in ("", "contact_sheet.png", "dataset.json", "DATASHEET.md"):
         print(f"wrote: {Path(args.out) / name}")

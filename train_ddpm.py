@@ -32,7 +32,6 @@ import brainsyn as bs
 STEPS, LABEL_STEPS = 2000, 3600                 # a run's length when neither bound is given
 # The two networks of --generate labels: their share of the run's length, and the shift of their noise schedule.
 PARTS = {"coarse": (0.65, 0.5), "fine": (0.35, 0.4)}
-RELATIVES = 512                                 # moved heads that are made before training
 
 
 def parse_arguments(argv=None):
@@ -45,6 +44,8 @@ def parse_arguments(argv=None):
     data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
     data.add_argument("--label-maps", metavar="FILE.npz", help="for --generate labels: tumours of these label maps, in "
                       "outlines of the training cases, see read_label_maps")
+    data.add_argument("--relatives", type=int, default=512, help="for --generate labels: about so many heads are "
+                      "learned from, the training cases and moved copies of them")
     data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
     data.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre the phantoms come from")
     data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
@@ -97,8 +98,8 @@ def parse_arguments(argv=None):
         raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {4 * bs.BLOCK}")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such maps show no tissue")
-    bs.require_positive(args, "phantoms", "resolution", "fov", "width", "blocks", "patch", "steps", "minutes",
-                        "batch", "lr", "shift")
+    bs.require_positive(args, "phantoms", "relatives", "resolution", "fov", "width", "blocks", "patch", "steps",
+                        "minutes", "batch", "lr", "shift")
     return args
 
 
@@ -199,7 +200,7 @@ def heads_to_learn(args, cache):
     cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes("train")
     if args.label_maps:
         train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
-    times = max(1, RELATIVES // len(train))
+    times = max(1, args.relatives // len(train))
     heads = torch.cat([bs.move_volumes(train, (args.seed, "moves", i)) if i else train for i in range(times)])
     shown, who = (held[:12], "held-out") if len(held) else (train[:12], "training")
     measure = lambda volumes: torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in volumes])

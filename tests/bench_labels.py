@@ -149,10 +149,11 @@ def compare_ways(args):
     rows = [(way, train_way(way, args, Path(args.out) / way.replace(" ", "_"))) for way in args.ways]
     print("\n| way | steps | " + " | ".join(SHOWN.values()) + " | ET off by, mL | ED off by, mL | shape distance |")
     print("|" + "---|" * (len(SHOWN) + 5))
-    print("| held-out cases | | " + " | ".join(f"{rows[0][1]['real_' + name]:.3g}" for name in SHOWN) + " | | | |")
+    number = lambda value: "none" if value is None else f"{value:.3g}"              # nothing came to measure
+    print("| held-out cases | | " + " | ".join(number(rows[0][1]["real_" + name]) for name in SHOWN) + " | | | |")
     for way, its in rows:
-        print(f"| {way} | {its['steps']} | " + " | ".join(f"{its['made_' + name]:.3g}" for name in SHOWN)
-              + f" | {its['ET_error']:.1f} | {its['ED_error']:.1f} | {its['shape_distance']:.3g} |")
+        figures = [*("made_" + name for name in SHOWN), "ET_error", "ED_error", "shape_distance"]
+        print(f"| {way} | {its['steps']} | " + " | ".join(number(its[name]) for name in figures) + " |")
 
 
 def compare_guidance(args):

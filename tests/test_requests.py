@@ -403,7 +403,7 @@ def test_tissue_is_not_made_from_tumour_labels():
     assert np.array_equal(got, classes)
 
 
-TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 6, "--sample-every", 2)
+TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 6, "--sample-every", 2, "--relatives", 12)
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +521,7 @@ def test_label_benchmarks_run(work):
     """All four ways and the requests, hardly trained."""
     folder, _ = work
     status, said = run_script(folder, "tests/bench_labels.py", "ways", "--minutes", 0.01, "--words",
-                              "--phantoms 6 --resolution 32 --width 16 --batch 8")
+                              "--phantoms 6 --resolution 16 --width 16 --batch 8 --relatives 12")
     assert status == 0 and all(f"| {way} | " in said for way in ("blocks", "alone", "neighbour", "along z")), said
     status, said = run_script(folder, "tests/bench_labels.py", "asked", "runs/labels", "--count", 3, "--calls", 2,
                               "--guidance", 1, 2, "--candidates", 2)

@@ -2866,7 +2866,7 @@ def measure_prior(cache, rows, condition, slabs=16):
              Mean 0 and std 0.5 where a class does not occur; std at least 0.01.
     atlas    (2, slabs, C, R, R): mean and std of healthy brain at every place, in `slabs` parts of
              position -1..1, left and right alike, smoothed by 3x3 and leaning on the class's own
-             where few brains reach. Only with the condition "tumour": tissue labels say it better.
+             where few brains reach. Only where "brain" is a class: tissue labels say it better.
              A mean over few brains shows them: with a handful of cases the atlas is no secret.
     """
     names = CONDITIONS[condition]
@@ -2879,12 +2879,12 @@ def measure_prior(cache, rows, condition, slabs=16):
             here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
             parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
             total[:, k] += torch.stack([p.sum((0, 2, 3)) for p in parts])
-            if k == 1 and condition == "tumour":
+            if k == 1 and names[k] == "brain":
                 place.index_add_(1, slab, torch.stack(parts))
     n, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
     std = torch.where(n > 1, (total[2] / n.clamp(min=1) - mean ** 2).clamp(min=1e-4).sqrt(), 0.5)
     prior = {"classes": torch.stack([mean, std])}
-    if condition == "tumour":
+    if names[1] == "brain":
         place = F.avg_pool2d((place + place.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(place)
         m, s = mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1)
         mean = (place[1] + 2 * m) / (place[0] + 2)

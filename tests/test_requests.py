@@ -526,3 +526,19 @@ def test_label_benchmarks_run(work):
     status, said = run_script(folder, "tests/bench_labels.py", "asked", "runs/labels", "--count", 3, "--calls", 2,
                               "--guidance", 1, 2, "--candidates", 2)
     assert status == 0 and "| ET | 2 |" in said and (folder / "runs/bench_labels/asked.png").exists(), said
+
+
+def test_ventricles_go_all_the_way(work):
+    """Labels with ventricles, and scans from them; they can be asked for and are measured; an image generator that
+    wants them is not served by labels without."""
+    folder, more = work[0], [*TINY, "--resolution", 16, "--condition", "ventricles"]
+    for words in (["train_ddpm.py", *more, "--out", "runs/fluid"],
+                  ["train_ddpm.py", "--generate", "labels", *more, "--out", "runs/labels_fluid"],
+                  ["sample.py", "--checkpoint", "runs/fluid", "--label-checkpoint", "runs/labels_fluid",
+                   "--request", "et=5,ventricles=30", "--count", 1, "--steps", 2, "--out", "fluid"]):
+        status, said = run_script(folder, *words)
+        assert status == 0, said
+    volumes = json.loads(next((folder / "fluid").glob("*/*.json")).read_text())["VolumesML"]
+    assert "ventricles" in volumes and "ventricles: asked 30.0 to 30.0 mL" in said, said
+    status, said = run_script(folder, "sample.py", "--checkpoint", "runs/fluid", "--request", "et=5", "--out", "no")
+    assert status == 2 and "train it with --generate labels --condition ventricles" in said, said

@@ -2724,6 +2724,7 @@ def find_data(args):
 # Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
 PATHS = ("data", "label_maps", "split", "out", "synthetic", "weights")
 # What may differ when a run is resumed.
+NEW_ARGUMENTS = {"generate": "images", "relatives": 512, "label_steps": 0}      # of runs from before there were these
 FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance", "sample_every", "skip_bad"}
 
 
@@ -2739,6 +2740,7 @@ def resume(args, kind, trained_on, net, ema, optimizer):
         return None
     state = load_checkpoint(args.out, kind)
     asked, had = vars(args), state["args"]
+    had = {**NEW_ARGUMENTS, **had}
     differ = [k for k in asked if k not in FREE_TO_CHANGE and asked[k] != had.get(k)]
     if differ:
         raise BadInput(f"{args.out} holds a run with " + ", ".join(f"{k} {had.get(k)}" for k in differ)
@@ -3469,7 +3471,7 @@ def read_label_maps(path, outlines, step, seed=0):
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: cannot be read ({error}); expected an .npz with seg (N, X, Y, Z) and ids (N,)") \
             from error
-    if maps.ndim != 4 or len(maps) != len(ids) or not np.isin(maps, (0, 1, 2, 3, 4)).all():
+    if maps.ndim != 4 or not len(maps) or len(maps) != len(ids) or not np.isin(maps, (0, 1, 2, 3, 4)).all():
         raise BadInput(f"{path}: seg is {maps.dtype} {maps.shape} beside {len(ids)} ids; expected (N, X, Y, Z) with "
                        "labels 0, 1, 2 and 3 or 4")
     shape, total, lost, out, hashes = outlines.shape[1:], 0, 0, [], []
@@ -3521,13 +3523,12 @@ def nearest_tumour(volumes, others, condition):
 MOVES = {"rotate": 10, "scale": 0.12, "shift": 0.04, "bend": 0.03}
 
 
-def move_volumes(volumes, key, share=None):
+def move_volumes(volumes, key):
     """Relatives of label volumes: uint8 (B, D, H, W) -> the same, each mirrored or not, turned, stretched, shifted and
     bent by chance, tumour and head as one (nearest neighbour). A few dozen heads become as many as there are steps.
-    key, share: as in augment."""
+    key: of generator."""
     (batch, *size), g = volumes.shape, generator(*key)
-    whole, mine = share or (batch, slice(None))
-    uniform = lambda *shape: (torch.rand(whole, *shape, generator=g) * 2 - 1)[mine]
+    uniform = lambda *shape: torch.rand(batch, *shape, generator=g) * 2 - 1
     angles = uniform(3) * math.radians(MOVES["rotate"])
     skew = torch.zeros(batch, 3, 3)
     for i, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
@@ -3538,7 +3539,7 @@ def move_volumes(volumes, key, share=None):
     turn = torch.matrix_exp(skew) * stretch[:, None] * voxels / voxels[:, None]
     where = F.affine_grid(torch.cat([turn, 2 * MOVES["shift"] * uniform(3)[:, :, None]], 2), (batch, 1, *size),
                           align_corners=False)
-    bend = torch.randn(whole, 3, 4, 5, 5, generator=g)[mine] * 2 * MOVES["bend"]
+    bend = torch.randn(batch, 3, 4, 5, 5, generator=g) * 2 * MOVES["bend"]
     where = where + F.interpolate(bend, size, mode="trilinear", align_corners=True).movedim(1, -1)
     return F.grid_sample(volumes[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].to(torch.uint8)
 
@@ -3555,8 +3556,8 @@ def from_slabs(x, size, depth):
 
 def block_shares(volumes, n_classes):
     """Share of every class in each block: int (B, D, R, R) -> float (B, D / BLOCK, K, R / BLOCK, R / BLOCK) in 0..1."""
-    onehot = torch.stack([one_hot(volume.long(), n_classes).movedim(1, 0) for volume in volumes])   # (B, K, D, R, R)
-    return F.avg_pool3d(onehot, BLOCK).movedim(1, 2)
+    return torch.stack([F.avg_pool3d(one_hot(volume.long(), n_classes).movedim(1, 0), BLOCK).movedim(0, 1)
+                        for volume in volumes])
 
 
 def slab_shares(shares, which):
@@ -3586,8 +3587,8 @@ def label_prior(shares, floor=0.1):
 
 def open_entries(chance):
     """Which entries of a request training leaves open: chance (B, 2 + len(ASKED)), uniform in 0..1 -> bool
-    (B, len(ASKED)). In one half of all requests any, from none to all; in the other all but a volume or two, since that
-    is what people ask for."""
+    (B, len(ASKED)). In one half of all requests any, from none to all; in the other all but volumes, and of those half,
+    since that is what people ask for."""
     few, share, each = chance[:, :1] < 0.5, chance[:, 1:2], chance[:, 2:]
     volume = torch.tensor([name in (*LABELS, "ventricles") for name in ASKED])
     return torch.where(few, ~volume | (each > 0.5), each > share)
@@ -3627,14 +3628,19 @@ def requested(request, number, count, seed):
     return out
 
 
+def require_condition(condition, wanted):
+    """BadInput unless label maps of `condition` can be had as those of `wanted`."""
+    if wanted not in (condition, "tumour"):
+        raise BadInput(f"the image generator wants the condition {wanted}, the label generator makes {condition}; "
+                       f"train it with --generate labels --condition {wanted}")
+
+
 def prepare_labels(classes, condition, step, resolution, fov, wanted):
     """A generated label map as prepare_case returns one, without images: classes int64 (D, R, R) of `condition`, voxels
     of `step` mm -> cubic voxels of fov / resolution mm, classes of the condition `wanted`. BadInput where that asks for
     tissue and there is none."""
+    require_condition(condition, wanted)
     if wanted != condition:
-        if wanted != "tumour":
-            raise BadInput(f"the image generator wants the condition {wanted}, the label generator makes {condition}; "
-                           f"train it with --generate labels --condition {wanted}")
         labels = tumour_labels(classes, condition)
         classes = torch.where(labels > 0, labels + 1, (classes > 0).long())
     ratio = fov / resolution / step
@@ -3671,6 +3677,8 @@ class LabelGenerator:
     condition: str
     step: float
     trained_on: list = ()
+    data: str = "phantoms"                      # or "patients"
+    patients: int = 0
     digest: str = ""
 
 
@@ -3679,11 +3687,11 @@ def load_label_generator(folder, device):
     two were trained on different cases."""
     (coarse, one), (fine, other) = [load_generator(Path(folder) / part, device, kind="labels")
                                     for part in ("coarse", "fine")]
-    if one["trained_on"] != other["trained_on"]:
-        raise BadInput(f"{folder}: its coarse and its fine network were trained on different cases; train it anew")
+    if any(one[name] != other[name] for name in ("trained_on", "condition", "resolution", "fov")):
+        raise BadInput(f"{folder}: its coarse and its fine network are of different runs; train it anew")
     both = "".join(file_hash(its["file"]) for its in (one, other))
     return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"], other["trained_on"],
-                          hashlib.sha256(both.encode()).hexdigest())
+                          other["data"], other["patients"], hashlib.sha256(both.encode()).hexdigest())
 
 
 def measure_shares(shares, condition, step):
@@ -3706,6 +3714,8 @@ def measure_shares(shares, condition, step):
 def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
     `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
+    measured = ~torch.isnan(wanted) & torch.tensor([name not in ("sphericity", "lesions") for name in ASKED])
+    candidates = candidates if measured.any() else 1            # nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
     visited = timesteps(settings["steps"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
@@ -3724,7 +3734,8 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
     shares = shares / shares.sum(2, keepdim=True)
     off = (scaled(measure_shares(shares, condition, step)) - scaled(wanted)) ** 2
-    return shares[torch.nan_to_num(off).sum(1).argmin()]
+    off = torch.where(torch.isnan(off), 4.0, off)               # asked for and not there, as a place without tumour
+    return shares[(off * measured).sum(1).argmin()]
 
 
 def settle(scores, voxels, first):

@@ -174,7 +174,17 @@ def plan(args, number, of_number, donors, volumes):
         def relabel(labels, brain, affine):
             return bs.edit_labels(labels, affine, brain, edit, np.random.default_rng([*key, 3]))
     return SimpleNamespace(case=case, donor=donor, relabel=relabel, applied=applied, got=None, trained_on=(),
+                           data="phantoms",
                            facts={"Edits": edit, "Pasted": bool(args.paste), "RequestedML": asked})
+
+
+def label_generator(args, device, state):
+    """The LabelGenerator of --label-checkpoint, if it can serve this request and this generator of images."""
+    model = bs.load_label_generator(args.label_checkpoint, device)
+    bs.require_condition(model.condition, state["condition"])
+    if "ventricles" in args.request and "ventricles" not in bs.CONDITIONS[model.condition]:
+        raise bs.BadInput(f"--request ventricles: {args.label_checkpoint} was not trained with --condition ventricles")
+    return model
 
 
 def on_request(args, number, model, state):
@@ -191,9 +201,11 @@ def on_request(args, number, model, state):
     volumes = (*bs.LABELS, *["ventricles"] * (state["condition"] == "ventricles"))
     asked = {name: round(value, 2) for name, value in zip(bs.ASKED, wanted.tolist()) if value == value}
     return SimpleNamespace(case=None, donor=None, relabel=None, applied={}, got=got, trained_on=model.trained_on,
+                           data=model.data,
                            facts={"Edits": {}, "Pasted": False, "Requested": asked,
                                   "RequestedML": {name: ml for name, ml in asked.items() if name in volumes},
-                                  "LabelGuidance": args.label_guidance, "LabelCheckpointSHA256": model.digest})
+                                  "LabelGuidance": args.label_guidance, "LabelGeneratorPatients": model.patients,
+                                  "LabelCheckpointSHA256": model.digest})
 
 
 def make_case(args, number, its, denoiser, state, facts):
@@ -225,7 +237,8 @@ def make_case(args, number, its, denoiser, state, facts):
              "VolumesML": fluid | {name: round(bs.volume_ml(labels, affine, name), 3)
                                    for name in (*bs.LABELS, "TC", "WT")},
              "GeneratorTrainedOn": [digest[:16] for digest in trained_on],
-             "GeneratorPatients": state["patients"], "GeneratorData": state["data"],
+             "GeneratorPatients": state["patients"],
+             "GeneratorData": "patients" if "patients" in (state["data"], its.data) else "phantoms",
              "GeneratorVersion": state["version"]}
     bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
     before = float("nan") if its.got else bs.roughness(bs.to_images(got["images"]), classes)
@@ -297,7 +310,7 @@ def generator_of(args, device):
 def make_set(args, device):
     """Make the cases that are missing, then draw the contact sheet of all."""
     denoiser, state, common = generator_of(args, device)
-    model = None if args.request is None else bs.load_label_generator(args.label_checkpoint, device)
+    model = None if args.request is None else label_generator(args, device, state)
     rough, made, asked = [], 0, {}
     bs.write_description(args.out)              # first: a set that is cut short is marked as well
     with tempfile.TemporaryDirectory() as scratch:
@@ -364,7 +377,8 @@ def close_loop(args, device):
         bs.write_labels(path, predicted, case, got["grid"].affine)
         volumes = {name: bs.volume_ml(predicted, got["grid"].affine, name) for name in bs.LABELS}
         print(f"{case.case}: " + ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items()) + f" -> {path}")
-        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted, applied={}, got=None, trained_on=())
+        its = SimpleNamespace(case=case, donor=case, relabel=lambda *_: predicted, applied={}, got=None, trained_on=(),
+                              data="phantoms")
         got, images, *_ = make_case(args, number, its, denoiser, state, facts)
         labels = bs.tumour_labels(got["classes"], state["condition"])
         at = fullest(labels > 0, got["classes"] > 0)
@@ -470,16 +484,18 @@ def judge(args, device):
     print(f"wrote: {Path(args.judge) / 'judge.json'}\nwrote: {Path(args.judge) / 'judge.png'}")
 
 
-def audit_cases(args, state):
-    """The real cases of an audit: ([Case], which of them were trained on: bool array), one a patient. BadInput where
-    there are no training cases of the checkpoint or no others among them."""
+def audit_cases(args, state, seen):
+    """The real cases of an audit: ([Case], which of them were trained on: bool array), one a patient. seen: first 16
+    digits of the hashes that the synthetic cases owe to; a case that a generator of labels alone has seen is neither
+    trained on nor a decoy. BadInput where there are no training cases of the checkpoint or no others among them."""
     cases, _ = bs.find_data(SimpleNamespace(data=args.data, out=args.checkpoint, phantoms=args.phantoms, split=None,
                                             scanner=state["args"]["scanner"], skip_bad=args.skip_bad))
     first = {case.patient: case for case in reversed(cases)}        # of several time points the first
     cases, known = [first[patient] for patient in sorted(first)], set(state["trained_on"])
     hashes = [set(bs.hashes_of(case)) for case in cases]
     part = [len(its & known) for its in hashes]
-    sure = [i for i, n in enumerate(part) if n in (0, len(hashes[i]))]
+    sure = [i for i, n in enumerate(part) if n == len(hashes[i])
+            or n == 0 and not seen & {digest[:16] for digest in hashes[i]}]
     trained = np.array([part[i] > 0 for i in sure])
     if not trained.any() or trained.all():
         raise bs.BadInput(f"{args.data or 'the phantoms'}: {trained.sum()} cases that {args.checkpoint} was trained on "
@@ -495,7 +511,7 @@ def audit(args, device):
     foreign = [case.case for case, its in zip(made, facts) if its["CheckpointSHA256"] != bs.file_hash(state["file"])]
     if len(foreign) == len(made):
         print(f"note: none of the cases was made with {args.checkpoint}; part C speaks of that, not of their generator")
-    cases, trained, hashes = audit_cases(args, state)
+    cases, trained, hashes = audit_cases(args, state, {digest for its in facts for digest in its["GeneratorTrainedOn"]})
     prepare = lambda its: bs.prepare_case(its, state["resolution"], state["fov"], state["condition"])
     of_made, of_real = [bs.audit_slices([prepare(case) for case in its]) for its in (made, cases)]
     own = torch.tensor([[bool({its["LabelMapSHA256"], its["BrainSHA256"]} & owner) for owner in hashes]

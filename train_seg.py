@@ -336,7 +336,7 @@ def make_sets(args, folder, cases, out):
     if any((bs.read_labels(case)[0] == 3).any() for case in cases):
         sets["balanced"] = [*edited, "--balance", "ET", "--range", *BALANCED_ML]
     if args.label_steps:
-        if not (out / "labels/closing.json").exists():
+        if not (out / "labels/fine/closing.json").exists():
             commands.append(["train_ddpm.py", "--generate", "labels", "--data", folder, *common, "--resolution",
                              args.resolution, "--fov", args.fov, "--steps", args.label_steps, "--sample-every", 0,
                              "--out", out / "labels"])

@@ -176,7 +176,8 @@ def learn_images(args, cache):
 
     its = SimpleNamespace(
         network={"channels": len(modalities), "classes": len(names)}, draw_batch=draw_batch, draw=draw, close=close,
-        prior=bs.measure_prior(cache, train, args.condition), who=lambda step: cache.names(draw_rows(step)),
+        prior=bs.measure_prior(cache, train, args.condition), cache=cache,
+        who=lambda step: cache.names(draw_rows(step)),
         words=f"{len(train)} training slices ({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
               f"{len(val) + len(test)} held out")
     return its
@@ -346,6 +347,11 @@ def train(args, device):
         learn(its, device, "labels", (learn_heads if part == "coarse" else learn_voxels)(its, data), facts)
 
 
+def close(its, denoiser, pace):
+    """What a run ends with: pictures and figures."""
+    its.close(denoiser, pace)
+
+
 def learn(args, device, kind, its, facts):
     """One training run, start to end, resumed where one was begun. its: what learn_images and its like return;
     facts: what a checkpoint says of the data."""
@@ -421,7 +427,7 @@ def learn(args, device, kind, its, facts):
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
-    its.close(denoiser(), pace)
+    close(its, denoiser(), pace)
     if stop:                                    # while it closed: there may be another network to learn
         sys.exit(128 + stop[0])
 

@@ -358,7 +358,7 @@ def outside_the_network(steps):
               (bs, "step_if_finite"): timed(bs.step_if_finite), (bs, "save_checkpoint"): lambda *_: None,
               (torch.Tensor, "backward"): timed(torch.Tensor.backward),
               (nn.utils, "clip_grad_norm_"): timed(nn.utils.clip_grad_norm_),
-              (train_ddpm, "close"): lambda args, cache, denoiser, settings, pace: seconds.append(pace.seconds)}
+              (train_ddpm, "close"): lambda its, denoiser, pace: seconds.append(pace.seconds)}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as changed:
         for (where, name), its in places.items():
             changed.enter_context(mock.patch.object(where, name, its))

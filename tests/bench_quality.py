@@ -311,9 +311,9 @@ def run_ours(args, name, minutes, words="", names=None, loud=True):
     out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}{seed}"
     shutil.rmtree(out, ignore_errors=True)      # a run of before would be resumed, that is, not run at all
 
-    def close(its, cache, denoiser, settings, pace):
+    def close(its, denoiser, pace):
         picture = Path(args.out) / f"{name.replace(' ', '_')}_{minutes:g}.png"
-        keep(args, name, pace.seconds / 60, pace.step, look(denoiser, cache, args, condition, picture=picture))
+        keep(args, name, pace.seconds / 60, pace.step, look(denoiser, its.cache, args, condition, picture=picture))
 
     names = {**(names or {}), "save_checkpoint": bs.save_checkpoint if loud else lambda *_: None}
     with mock.patch.multiple(bs, **names), mock.patch.object(train_ddpm, "close", close):

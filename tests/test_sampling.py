@@ -155,9 +155,9 @@ class Counting:
 def test_guidance_scale_one_costs_one_call():
     """At scale 1 the null call would be multiplied by zero: it is not made."""
     x, onehot, d = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24), Counting()
-    v = bs.guided_v(d, x, None, onehot, None, 1.0)
+    v = bs.guided_v(d, x, None, onehot, torch.zeros(2, 1), 1.0)
     assert d.calls == 1 and torch.equal(v, x * 0.5 + 1)
-    bs.guided_v(d, x, None, onehot, None, 2.0)
+    bs.guided_v(d, x, None, onehot, torch.zeros(2, 1), 2.0)
     assert d.calls == 3
 
 
@@ -165,7 +165,8 @@ def test_guidance_scale_one_costs_one_call():
 def test_guidance_extrapolates_from_null_to_condition():
     """v_null + scale (v_cond - v_null), by hand: null gives x/2, condition x/2 + 1, scale 3 x/2 + 3."""
     x, onehot = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24)
-    assert torch.allclose(bs.guided_v(Counting(), x, None, onehot, None, 3.0, rescale=0.0), x * 0.5 + 3, atol=1e-5)
+    v = bs.guided_v(Counting(), x, None, onehot, torch.zeros(2, 1), 3.0, rescale=0.0)
+    assert torch.allclose(v, x * 0.5 + 3, atol=1e-5)
 
 
 @pytest.mark.a3
@@ -173,7 +174,7 @@ def test_rescale_brings_back_the_spread():
     """Full rescale: each sample's v has the spread it has without guidance."""
     x, onehot = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24)
     strong = lambda x, t, onehot, s: x * (1 + onehot.mean((1, 2, 3), keepdim=True))
-    v = bs.guided_v(strong, x, None, onehot, None, 4.0, rescale=1.0)
+    v = bs.guided_v(strong, x, None, onehot, torch.zeros(2, 1), 4.0, rescale=1.0)
     assert torch.allclose(v.std((1, 2, 3)), (2 * x).std((1, 2, 3)), rtol=1e-4)
 
 

@@ -3671,7 +3671,8 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
 @dataclass
 class LabelGenerator:
     """Both networks of a run of train_ddpm.py --generate labels, what they draw (a condition, voxels of `step` mm), the
-    hashes of what they were trained on, and a digest of their files."""
+    hashes of what they were trained on, whether that were phantoms or patients and how many, and a digest of their
+    files."""
     coarse: Denoiser
     fine: Denoiser
     condition: str
@@ -3684,7 +3685,7 @@ class LabelGenerator:
 
 def load_label_generator(folder, device):
     """The LabelGenerator of a run's folder, which holds "coarse" and "fine". BadInput where a part is missing or the
-    two were trained on different cases."""
+    two are of different runs: other cases, condition, resolution or fov."""
     (coarse, one), (fine, other) = [load_generator(Path(folder) / part, device, kind="labels")
                                     for part in ("coarse", "fine")]
     if any(one[name] != other[name] for name in ("trained_on", "condition", "resolution", "fov")):

@@ -2221,6 +2221,21 @@ SAMPLING = {"steps": 20, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0, "resca
             "interval": (0.2, 0.8), "coherence": 4.0}
 
 
+def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
+    """Sample with the number of calls, the sampler and the guidance of settings, see SAMPLING: onehot (N, K, H, W) and
+    scalars (N, S), the condition; noise: function of "start" or of a step -> float (N, C, H, W), standard normal.
+    Returns float32 (N, C, H, W) on the CPU."""
+    visited = timesteps(settings["steps"])
+    table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
+
+    def predict_v(x, t):
+        low, high = settings["interval"]
+        scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
+        return guided_v(denoiser, x, t.expand(len(x)), onehot, scalars, scale, settings["rescale"])
+
+    return sample(predict_v, noise("start"), visited, table, noise)
+
+
 def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING):
     """One whole volume: label map in, images out, slice by slice with noise shared along z.
 
@@ -2228,19 +2243,12 @@ def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING
     SAMPLING; key: (seed, case number), from which all noise follows; how many slices a network call
     takes changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
     """
-    onehot, channels = one_hot(classes, denoiser.net.classes), denoiser.net.channels
-    shape, visited = (len(classes), channels, *classes.shape[1:]), timesteps(settings["steps"])
-    table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
+    shape = (len(classes), denoiser.net.channels, *classes.shape[1:])
 
     def noise(step):
         return volume_noise((*key, step), shape, settings["coherence"], thickness)
 
-    def predict_v(x, t):
-        low, high = settings["interval"]
-        scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        return guided_v(denoiser, x, t.expand(len(x)), onehot, position[:, None], scale, settings["rescale"])
-
-    return sample(predict_v, noise("start"), visited, table, noise)
+    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), position[:, None], noise, settings)
 
 
 # ================================================================================================
@@ -3718,19 +3726,12 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     measured = ~torch.isnan(wanted) & torch.tensor([name not in ("sphericity", "lesions") for name in ASKED])
     candidates = candidates if measured.any() else 1            # nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
-    visited = timesteps(settings["steps"])
-    table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    scalars = head_scalars(wanted.expand(candidates, -1))
-
-    def predict_v(x, t):
-        low, high = settings["interval"]
-        scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        return guided_v(denoiser, x, t.expand(candidates), x[:, :0], scalars, scale, settings["rescale"])
+    scalars, no_labels = head_scalars(wanted.expand(candidates, -1)), torch.zeros(candidates, 0, *shape[2:])
 
     def noise(step):
         return torch.randn(shape, generator=generator(*key, "blocks", step))
 
-    x, depth = sample(predict_v, noise("start"), visited, table, noise), shape[-1] * 3 // 4
+    x, depth = sample_guided(denoiser, no_labels, scalars, noise, settings), shape[-1] * 3 // 4
     shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(1e-6, 1) ** 2
     shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
     shares = shares / shares.sum(2, keepdim=True)
@@ -3763,18 +3764,15 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse network and coherence does not
     matter; candidates: see sample_shares."""
     shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates)
-    slabs, visited = len(shares), timesteps(settings["steps"])
+    slabs = len(shares)
     onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
-    table = sampler_table(model.fine.alpha_bar[visited], settings["sampler"], settings["eta"])
     position = ((torch.arange(slabs) + 0.5) / slabs * 2 - 1)[:, None]
-
-    def predict_v(x, t):
-        return model.fine(x, t.expand(slabs), onehot, position)
 
     def noise(step):
         return torch.randn(onehot.shape, generator=generator(*key, "voxels", step))
 
-    x = from_slabs(sample(predict_v, noise("start"), visited, table, noise), BLOCK, BLOCK * slabs)[0]
+    x = sample_guided(model.fine, onehot, position, noise, {**settings, "guidance": 1.0})
+    x = from_slabs(x, BLOCK, BLOCK * slabs)[0]
     return settle(x, shares.sum((0, 2, 3)) * BLOCK ** 3, 2 if model.condition == "ventricles" else
                   CONDITIONS[model.condition].index(LABELS[0]))
 

@@ -533,6 +533,7 @@ def make_phantoms(folder, count, scanner="A"):
 MAX_BYTES = 2 ** 31                     # no volume of this field needs more; stops a gzip bomb
 CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FILE_NAME = re.compile(r"^(?P<case>.+?)[-_](?P<what>t1|t1ce|t2|flair|t1n|t1c|t2w|t2f|seg)\.nii(\.gz)?$")
+CLASSES_NAME = "{}-classes.nii.gz"      # beside a synthetic case: all classes of its condition, where those are more
 MODERN = {modern: name for name, modern in NAMES_2023.items()}
 # How a person's name gets into a header: DICOM writes DOE^JOHN.
 PERSON = re.compile(rb"[A-Za-z]{2,}\^[A-Za-z]|patient|birth", re.IGNORECASE)
@@ -706,7 +707,7 @@ def find_cases(folder, labelled=True, findings=None):
             bad.add(match and match["case"])
         elif match:
             found.setdefault(match["case"], []).append((MODERN.get(match["what"], match["what"]), path))
-        elif findings is not None and re.search(r"\.nii(\.gz)?$", path.name):
+        elif findings is not None and re.search(r"(?<!-classes)\.nii(\.gz)?$", path.name):
             findings.append(Finding("warned", str(path), "has no name of BraTS (CASE_t1ce.nii.gz, CASE-t1c.nii.gz): "
                                     "not used"))
     if not found and not bad:
@@ -3410,8 +3411,11 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 # right, front and top; sphericity of the whole tumour (1: a ball); number of its parts; mL of ventricles, under the
 # condition that has them.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
+UNSEEN = ("sphericity", "lesions")      # what blocks do not show
 BLOCK = 4                               # voxels a side of a block, slices of a slab
-LEAST_SHARE = 0.05                      # what a generated block has less of it has not: the sampler's own noise
+# What a generated block has less of it has not, nor what neither it nor a neighbour has SURE_SHARE of: that is the
+# sampler's own noise. Of training tumours above 2 mL the second takes nothing.
+LEAST_SHARE, SURE_SHARE = 0.05, 0.2
 CANDIDATES = 16                         # heads in blocks that are drawn for every one that is kept
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
 BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
@@ -3608,6 +3612,13 @@ def head_scalars(wanted):
     return torch.cat([torch.zeros(len(wanted), 1), scaled(wanted)], 1)
 
 
+def slab_scalars(which, slabs, wanted):
+    """Scalars of the fine network (B, 3): position of slab which (B,) of `slabs` in -1..1, then of what is wanted
+    (B, len(ASKED)) the two that blocks do not show, sphericity and lesions."""
+    position = (which + 0.5) / slabs * 2 - 1
+    return torch.cat([position[:, None], scaled(wanted)[:, [ASKED.index(name) for name in UNSEEN]]], 1)
+
+
 def parse_request(text):
     """"et=12,ed=5..30,x=20" -> {"ET": (12.0, 12.0), "ED": (5.0, 30.0), "x": (20.0, 20.0)}. BadInput names what is
     wrong."""
@@ -3720,10 +3731,21 @@ def measure_shares(shares, condition, step):
     return torch.stack([*volumes[:, -3:].T, -left, -back, up, unknown, unknown, fluid], 1)
 
 
+def first_volume(condition):
+    """The first class of a condition whose volume can be asked for; all after it can too."""
+    return min(at for at, name in enumerate(CONDITIONS[condition]) if name in ASKED)
+
+
+def volumes_asked(wanted, condition):
+    """The classes whose volume a request (len(ASKED),) names: [(index in CONDITIONS[condition], mL)]."""
+    names = CONDITIONS[condition]
+    return [(names.index(name), float(ml)) for name, ml in zip(ASKED, wanted) if name in names and ml == ml]
+
+
 def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
     `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
-    measured = ~torch.isnan(wanted) & torch.tensor([name not in ("sphericity", "lesions") for name in ASKED])
+    measured = ~torch.isnan(wanted) & torch.tensor([name not in UNSEEN for name in ASKED])
     candidates = candidates if measured.any() else 1            # nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
     scalars, no_labels = head_scalars(wanted.expand(candidates, -1)), torch.zeros(candidates, 0, *shape[2:])
@@ -3734,29 +3756,46 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     x, depth = sample_guided(denoiser, no_labels, scalars, noise, settings), shape[-1] * 3 // 4
     shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(1e-6, 1) ** 2
     shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
-    shares = shares / shares.sum(2, keepdim=True)
+    first = first_volume(condition)
+    shares[:, :, first:] *= F.max_pool3d(shares[:, :, first:].movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_SHARE
+    shares[:, :, [at for at, ml in volumes_asked(wanted, condition) if ml == 0]] = 0
+    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-6)
     off = (scaled(measure_shares(shares, condition, step)) - scaled(wanted)) ** 2
     off = torch.where(torch.isnan(off), 4.0, off)               # asked for and not there, as a place without tumour
     return shares[(off * measured).sum(1).argmin()]
 
 
+def voxels_due(shares, condition, step, wanted):
+    """How many voxels of each class a head should have: blocks (D', K, r, r), wanted (len(ASKED),) -> float (K,). What
+    is asked for counts; tumour labels left open share what that leaves of the tumour the blocks show, at least half of
+    what they show of them."""
+    voxels = shares.sum((0, 2, 3)) * BLOCK ** 3
+    asked, tumour = dict(volumes_asked(wanted, condition)), CONDITIONS[condition].index(LABELS[0])
+    open_ = [at for at in range(tumour, len(voxels)) if at not in asked]
+    whole, theirs = voxels[tumour:].sum(), voxels[open_].sum()
+    for at, ml in asked.items():
+        voxels[at] = ml * 1000 / step ** 3
+    voxels[open_] *= ((whole - voxels[tumour:].sum() + theirs) / theirs.clamp(min=1)).clamp(0.5, 2)
+    return voxels
+
+
 def settle(scores, voxels, first):
     """Scores of classes in -1..1 become a label map: float (D, K, R, R) -> int64 (D, R, R).
 
-    They are smoothed over neighbours, (1, 2, 1) / 4 along each axis, which takes away specks and lets slabs meet. Taken
-    as shares, (score + 1) / 2, the largest wins, after each class from `first` on is multiplied by a number of its own,
-    the same everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels` (K,) says. The blocks say how
-    much, the scores where.
+    They are smoothed over neighbours, (1, 6, 1) / 8 along each axis, which takes away single voxels that are not sure
+    and lets slabs meet; more of it, (1, 2, 1) / 4, makes tumours rounder than they are. Of the scores as shares,
+    (score + 1) / 2, the largest wins, after each class from `first` on is multiplied by a number of its own, the same
+    everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels` (K,) says, none if that is 0. Request and
+    blocks say how much, see voxels_due, the scores where.
     """
-    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = torch.tensor([1.0, 6.0, 1.0]) / 8
     kernel = kernel[:, None, None] * kernel[:, None] * kernel
     padded = F.pad(((scores.movedim(1, 0)[:, None] + 1) / 2).clamp(0, 1), (1,) * 6, mode="replicate")
     shares, gain = F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1), torch.ones(len(voxels))
     for _ in range(40):
-        classes = (shares * gain.view(-1, 1, 1)).argmax(1)
-        there = torch.bincount(classes.flatten(), minlength=len(voxels))
-        gain[first:] = (gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 3)[first:]
-    return classes
+        there = torch.bincount((shares * gain.view(-1, 1, 1)).argmax(1).flatten(), minlength=len(voxels))
+        gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 3) * (voxels > 0))[first:]
+    return (shares * gain.view(-1, 1, 1)).argmax(1)
 
 
 def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
@@ -3766,15 +3805,14 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates)
     slabs = len(shares)
     onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
-    position = ((torch.arange(slabs) + 0.5) / slabs * 2 - 1)[:, None]
+    scalars = slab_scalars(torch.arange(slabs), slabs, wanted.expand(slabs, -1))
 
     def noise(step):
         return torch.randn(onehot.shape, generator=generator(*key, "voxels", step))
 
-    x = sample_guided(model.fine, onehot, position, noise, {**settings, "guidance": 1.0})
-    x = from_slabs(x, BLOCK, BLOCK * slabs)[0]
-    return settle(x, shares.sum((0, 2, 3)) * BLOCK ** 3, 2 if model.condition == "ventricles" else
-                  CONDITIONS[model.condition].index(LABELS[0]))
+    x = sample_guided(model.fine, onehot, scalars, noise, {**settings, "guidance": 1.0})
+    return settle(from_slabs(x, BLOCK, BLOCK * slabs)[0], voxels_due(shares, model.condition, model.step, wanted),
+                  first_volume(model.condition))
 
 
 # ================================================================================================
@@ -3929,17 +3967,20 @@ def write_nifti(path, volume, affine, words, code):
         raise OSError(f"{path} does not read back as it was written")
 
 
-def write_case(folder, case, images, labels, affine, facts):
+def write_case(folder, case, images, labels, affine, facts, classes=None):
     """Write one synthetic case as a BraTS-2023 folder, whole or not at all; returns the folder.
 
     images: counts int16 (C, X, Y, Z); labels: uint8 (X, Y, Z) in 0..3; both canonical, with affine
-    (4, 4). facts: what goes into the JSON sidecar beside the volumes. Every file says SYNTHETIC.
+    (4, 4). facts: what goes into the JSON sidecar beside the volumes. classes: uint8 (X, Y, Z), values
+    index the condition; written as CLASSES_NAME. Every file says SYNTHETIC.
     """
     target, building = Path(folder) / case, Path(folder) / f".{case}.{os.getpid()}.tmp"
     building.mkdir(parents=True, exist_ok=True)
     try:
         for name, volume in (*zip((NAMES_2023[name] for name in MODALITIES), images), ("seg", labels)):
             write_nifti(building / f"{case}-{name}.nii.gz", volume, affine, f"SYNTHETIC brainsyn {__version__}", 2)
+        if classes is not None:
+            write_nifti(building / CLASSES_NAME.format(case), classes, affine, f"SYNTHETIC brainsyn {__version__}", 2)
         write_json(building / f"{case}.json", facts)
         os.replace(building, target)
         sync_folder(folder)
@@ -3998,7 +4039,9 @@ def write_datasheet(folder):
         f"{several('Edits')}. Every case has a JSON sidecar with checkpoint, seed, settings and hashes; the same "
         "command makes the same voxels.", "",
         "## From what data", "",
-        f"The generator was trained on {several('GeneratorPatients')} cases ({several('GeneratorData')}). Their "
+        f"The generator was trained on {several('GeneratorPatients')} cases ({several('GeneratorData')})"
+        + (f", that of the label maps on {several('LabelGeneratorPatients')}" if "generated" in several("LabelMaps")
+           else "") + ". Their "
         f"hashes are in every sidecar. {sum(facts['UsedInTraining'] for _, facts in cases)} of {len(cases)} cases "
         "carry a label map or brain outline of its training cases"
         + ("; phantoms are no persons." if several("GeneratorData") == "phantoms" else

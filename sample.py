@@ -224,7 +224,9 @@ def make_case(args, number, its, denoiser, state, facts):
     if args.native:
         written = np.moveaxis(grid.grow(np.moveaxis(images.numpy(), 1, 0)), 0, 1)       # (D, C, H, W)
         labels, outline, affine = bs.to_slices(got["labels"]), bs.to_slices(got["brain"]), grid.affine
+        every = None                                        # known on the model's grid alone
     else:
+        every = bs.from_slices(got["classes"]) if state["condition"] != "tumour" else None
         labels = bs.tumour_labels(got["classes"], state["condition"])
         written, outline, affine = images, got["classes"], grid.model_affine()
     counts, labels = bs.image_counts(written, outline), bs.from_slices(labels).astype(np.uint8)
@@ -240,7 +242,9 @@ def make_case(args, number, its, denoiser, state, facts):
              "GeneratorPatients": state["patients"],
              "GeneratorData": "patients" if "patients" in (state["data"], its.data) else "phantoms",
              "GeneratorVersion": state["version"]}
-    bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts)
+    if every is not None:
+        facts["Classes"] = list(bs.CONDITIONS[state["condition"]])
+    bs.write_case(args.out, facts["Case"], bs.from_slices(np.moveaxis(counts, 1, 0)), labels, affine, facts, every)
     before = float("nan") if its.got else bs.roughness(bs.to_images(got["images"]), classes)
     return got, images, facts, (before, bs.roughness(images, classes))
 

@@ -283,7 +283,8 @@ def learn_voxels(args, data):
         x0 = 2 * bs.one_hot(voxels.flatten(0, 1), k).unflatten(0, (-1, bs.BLOCK)).flatten(1, 2) - 1
         onehot = bs.slab_shares(data.shares[heads], which)                          # (B, BLOCK K, R, R)
         x0, onehot = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part) for part in (x0, onehot)]
-        scalars = ((which + 0.5) / slabs * 2 - 1).unsqueeze(1)
+        open_ = torch.rand(args.batch, len(bs.ASKED), generator=bs.generator(args.seed, "open", step)) < 0.3
+        scalars = bs.slab_scalars(which, slabs, torch.where(open_, torch.nan, data.asked[heads]))
         return (t, x0, eps, onehot, scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
                 *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, onehot, scalars[:, 0]))
 
@@ -316,7 +317,8 @@ def learn_voxels(args, data):
                       "copies": int((near > 0.9).sum())})
 
     its = SimpleNamespace(
-        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "fine": 64}, prior={"shares": torch.tensor(0.1)},
+        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "scalars": 1 + len(bs.UNSEEN), "fine": 64},
+        prior={"shares": torch.tensor(0.1)},
         draw_batch=draw_batch, draw=draw, close=close,
         who=lambda step: [data.cases[i % len(data.cases)] for i in draw_slabs(step) // slabs],
         words=f"{len(rows)} slabs of {count} heads")

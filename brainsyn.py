@@ -3411,7 +3411,7 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 # right, front and top; sphericity of the whole tumour (1: a ball); number of its parts; mL of ventricles, under the
 # condition that has them.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
-UNSEEN = ("sphericity", "lesions")      # what blocks do not show
+UNSEEN = ("sphericity", "lesions")      # what blocks hardly show or not at all
 BLOCK = 4                               # voxels a side of a block, slices of a slab
 # What a generated block has less of it has not, nor what neither it nor a neighbour has SURE_SHARE of: that is the
 # sampler's own noise. Of training tumours above 2 mL the second takes nothing.
@@ -3614,7 +3614,7 @@ def head_scalars(wanted):
 
 def slab_scalars(which, slabs, wanted):
     """Scalars of the fine network (B, 3): position of slab which (B,) of `slabs` in -1..1, then of what is wanted
-    (B, len(ASKED)) the two that blocks do not show, sphericity and lesions."""
+    (B, len(ASKED)) what blocks hardly show or not at all, sphericity and lesions."""
     position = (which + 0.5) / slabs * 2 - 1
     return torch.cat([position[:, None], scaled(wanted)[:, [ASKED.index(name) for name in UNSEEN]]], 1)
 
@@ -3716,7 +3716,9 @@ def load_label_generator(folder, device):
 
 def measure_shares(shares, condition, step):
     """What characteristics would say of heads in blocks: shares (N, D', K, r, r), voxels of `step` mm ->
-    (N, len(ASKED)), NaN for sphericity and lesions, which blocks do not show, and where there is nothing to measure."""
+    (N, len(ASKED)), NaN for lesions, which blocks do not show, and where there is nothing to measure. Sphericity is a
+    guess: measured as of voxels with shares for the mask, for which rough surfaces are smooth, then 0.8 of it less 0.2.
+    Over 78 heads of phantoms it correlates 0.75 with that of the voxels, over 84 of BraTS 0.61."""
     names, ml = CONDITIONS[condition], (BLOCK * step) ** 3 / 1000
     volumes = shares.sum((1, 3, 4)) * ml                                                    # (N, K)
     axes = torch.meshgrid(*[torch.arange(float(n)) for n in (shares.shape[1], *shares.shape[3:])], indexing="ij")
@@ -3726,9 +3728,10 @@ def measure_shares(shares, condition, step):
 
     ill, head = shares[:, :, names.index(LABELS[0]):].sum(2), 1 - shares[:, :, 0]
     up, back, left = [(a - b) * BLOCK * step for a, b in zip(middle(ill), middle(head))]
-    unknown = torch.full_like(up, torch.nan)
+    area = torch.stack(torch.gradient(F.pad(ill, (1,) * 6), dim=(1, 2, 3))).norm(dim=0).sum((1, 2, 3))
+    sphere, unknown = math.pi ** (1 / 3) * (6 * ill.sum((1, 2, 3))) ** (2 / 3) / area, torch.full_like(up, torch.nan)
     fluid = volumes[:, names.index("ventricles")] if "ventricles" in names else unknown
-    return torch.stack([*volumes[:, -3:].T, -left, -back, up, unknown, unknown, fluid], 1)
+    return torch.stack([*volumes[:, -3:].T, -left, -back, up, 0.8 * sphere - 0.2, unknown, fluid], 1)
 
 
 def first_volume(condition):
@@ -3745,7 +3748,7 @@ def volumes_asked(wanted, condition):
 def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
     `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
-    measured = ~torch.isnan(wanted) & torch.tensor([name not in UNSEEN for name in ASKED])
+    measured = ~torch.isnan(wanted) & torch.tensor([name != "lesions" for name in ASKED])
     candidates = candidates if measured.any() else 1            # nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
     scalars, no_labels = head_scalars(wanted.expand(candidates, -1)), torch.zeros(candidates, 0, *shape[2:])

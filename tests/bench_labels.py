@@ -1,12 +1,15 @@
-"""Label generators: how slices hang together, and whether what comes is what was asked for.
+"""Label generators: how slices hang together, whether what comes is what was asked for, and how it is distributed.
 
     python tests/bench_labels.py ways --minutes 6       four ways to draw a whole head, trained for equal time
     python tests/bench_labels.py asked runs/labels      requests against volumes, guidance 1 to 3, and a plot
+    python tests/bench_labels.py shapes runs/labels     label maps as they come beside those of cases, and a plot
 
 ways      blocks: a coarse head, then its voxels, as train_ddpm.py --generate labels does. The others draw the voxels of
           slabs of four slices at once, from the request: alone, every slab by itself; neighbour, from the feet up, each
           told the slab below it; along z, all slabs at once, seeing each other by convolution and attention
 asked     volumes of one label at a time, the rest left open, spread evenly over RANGES
+shapes    all left open: what would be asked for (volumes, place, sphericity, lesions), of heads as the generator
+          draws them, of its training cases and of cases it has not seen, as many of each (phantoms; --words "--data DIR")
 """
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ import brainsyn as bs
 import train_ddpm
 
 WAYS = ("blocks", "alone", "neighbour", "along z")
-RANGES = {"NCR": (2, 30), "ED": (15, 90), "ET": (2, 40)}       # mL
+RANGES = {"NCR": (2, 30), "ED": (15, 90), "ET": (2, 40), "ventricles": (15, 50)}        # mL
+PLOTTED = ("ED", "ET", "sphericity", "lesions")
 SHOWN = {"pieces": "pieces", "slice_dice": "slice to slice Dice", "outside": "outside the brain", "apart": "ET apart"}
 
 
@@ -162,6 +166,8 @@ def compare_guidance(args):
     panels = []
     print("| label | guidance | mean error, mL | correlation | slope | pieces | s a volume |\n|" + "---|" * 7)
     for label, (low, high) in RANGES.items():
+        if label not in bs.CONDITIONS[model.condition]:
+            continue
         lines = {"as asked": ([low, high], [low, high])}
         for guidance in args.guidance:
             settings, request = {**bs.SAMPLING, "guidance": guidance, "steps": args.calls}, {label: (low, high)}
@@ -181,23 +187,71 @@ def compare_guidance(args):
     print(f"wrote: {Path(args.out) / 'asked.png'}")
 
 
+def gap(a, b):
+    """Largest distance of two cumulative distributions (Kolmogorov and Smirnov), 0..1: arrays (N,), (M,)."""
+    at = np.concatenate([a, b])
+    return float(np.abs([(a <= x).mean() - (b <= x).mean() for x in at]).max())
+
+
+def compare_shapes(args):
+    """Heads drawn with all left open beside those of cases."""
+    model = bs.load_label_generator(args.checkpoint, bs.pick_device(args.device))
+    its = train_ddpm.parse_arguments(["--generate", "labels", "--condition", model.condition, "--phantoms", "120",
+                                      "--out", str(Path(args.out) / "none"), *args.words.split()])
+    cases, split = bs.find_data(its)
+    cache = bs.build_cache(cases, Path(args.out) / "cache", its.resolution, its.fov, its.condition, split)
+    volumes = bs.label_volumes(cache, ("train", "val", "test"), its.resolution * 3 // 4)
+    seen = torch.tensor([not set(model.trained_on).isdisjoint(case["hashes"]) for case in cache.cases])
+    count = min(args.count, int(seen.sum()), int((~seen).sum()))
+    settings = {**bs.SAMPLING, "steps": args.calls}
+    made = torch.stack([bs.sample_labels(model, torch.full((len(bs.ASKED),), torch.nan), (0, "shapes", i), settings)
+                        for i in range(count)])
+    sets = {"unseen cases": volumes[~seen][:count], "training cases": volumes[seen][:count], "generated": made}
+    its = {who: torch.stack([bs.characteristics(one.long(), model.condition, model.step) for one in heads]).numpy()
+           for who, heads in sets.items()}
+    print(f"{count} heads each: mean ± spread, and the largest gap of cumulative distributions to unseen cases")
+    print("| what | " + " | ".join(its) + " | gap, training | gap, generated |\n|" + "---|" * 6)
+    panels = []
+    for at, name in enumerate(bs.ASKED):
+        columns = {who: values[:, at][~np.isnan(values[:, at])] for who, values in its.items()}
+        if all(map(len, columns.values())):
+            base, *others = columns.values()
+            print(f"| {name} | " + " | ".join(f"{v.mean():.3g} ± {v.std():.2g}" for v in columns.values()) + " | "
+                  + " | ".join(f"{gap(v, base):.2f}" for v in others) + " |")
+            if name in PLOTTED:
+                panels.append((name, "linear", {who: (np.sort(v), (np.arange(len(v)) + 1) / len(v))
+                                                for who, v in columns.items()}))
+    for who in ("training cases", "generated"):
+        near = bs.nearest_tumour(sets[who], volumes[~seen] if who == "training cases" else volumes[seen],
+                                 model.condition)[0]
+        figures = bs.judge_labels(sets[who], sets["unseen cases"], model.condition, model.step)
+        print(f"{who}: shape distance to unseen cases {figures['shape_distance']:.3f}; pieces "
+              f"{figures['made_pieces']:.1f} ({figures['real_pieces']:.1f}), slice to slice Dice {figures['made_slice_dice']:.2f} "
+              f"({figures['real_slice_dice']:.2f}); nearest tumour of "
+              f"{'unseen' if who == 'training cases' else 'training'} cases: Dice {near.nanmean():.2f}, at most "
+              f"{np.nanmax(near.numpy(), initial=0):.2f}")
+    bs.draw_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the share of heads that have no more")
+    print(f"wrote: {Path(args.out) / 'shapes.png'}")
+
+
 def main():
     """Read flags and go."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ways", "asked"))
-    parser.add_argument("checkpoint", nargs="?", default="runs/labels", help="for asked")
+    parser.add_argument("what", choices=("ways", "asked", "shapes"))
+    parser.add_argument("checkpoint", nargs="?", default="runs/labels", help="for asked and shapes")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--minutes", type=float, default=4, help="training of each way")
     parser.add_argument("--words", default="", help="more words for train_ddpm.py")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 1.5, 2, 3])
-    parser.add_argument("--count", type=int, default=12, help="requests a label")
+    parser.add_argument("--count", type=int, help="requests a label (default 12), heads of each kind (default 42)")
     parser.add_argument("--candidates", type=int, default=bs.CANDIDATES, help="see sample_shares")
     parser.add_argument("--calls", type=int, default=20, help="network calls a volume")
     parser.add_argument("--device", default="cpu", choices=bs.DEVICES)
     parser.add_argument("--out", default="runs/bench_labels")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    bs.run_script(lambda: (compare_ways if args.what == "ways" else compare_guidance)(args))
+    args.count = args.count or (42 if args.what == "shapes" else 12)
+    bs.run_script(lambda: {"ways": compare_ways, "asked": compare_guidance, "shapes": compare_shapes}[args.what](args))
 
 
 if __name__ == "__main__":

@@ -200,12 +200,15 @@ def test_the_prior_of_heads_is_their_mean():
 
 
 def test_blocks_measure_what_voxels_do():
-    """Volumes and place; what blocks do not show is open; so is the place of no tumour."""
-    classes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head()])
+    """Volumes and place, sphericity as far as its order goes; what blocks do not show is open; so is the place of no
+    tumour."""
+    classes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head(),
+                           head(*[(4.0, (22.0, 20.0 + 6 * i, 32.0), 2) for i in range(4)])])        # a sausage
     got = bs.measure_shares(bs.block_shares(classes, 5), "tumour", STEP)
     want = torch.stack([bs.characteristics(its, "tumour", STEP) for its in classes])
-    assert torch.allclose(got[0, :6], want[0, :6], atol=1.0) and torch.isnan(got[:, 6:]).all()
-    assert torch.allclose(got[1, :3], want[1, :3], atol=1e-3) and torch.isnan(got[1, 3:6]).all()
+    assert torch.allclose(got[0, :6], want[0, :6], atol=1.0) and torch.isnan(got[:, 7:]).all()
+    assert torch.allclose(got[1, :3], want[1, :3], atol=1e-3) and torch.isnan(got[1, 3:7]).all()
+    assert got[0, 6] > got[2, 6] + 0.02 and want[0, 6] > want[2, 6] + 0.1 and (got - want)[[0, 2], 6].abs().max() < 0.3
 
 
 def test_the_candidate_nearest_to_the_request_is_kept():
@@ -583,6 +586,11 @@ def test_label_benchmarks_run(work):
     status, said = run_script(folder, "tests/bench_labels.py", "asked", "runs/labels", "--count", 3, "--calls", 2,
                               "--guidance", 1, 2, "--candidates", 2)
     assert status == 0 and "| ET | 2 |" in said and (folder / "runs/bench_labels/asked.png").exists(), said
+    assert "ventricles" not in said
+    status, said = run_script(folder, "tests/bench_labels.py", "shapes", "runs/labels", "--calls", 2, "--words",
+                              "--phantoms 7 --resolution 32")
+    assert status == 0 and "3 heads each" in said and "| ED | " in said and "generated: shape distance" in said, said
+    assert (folder / "runs/bench_labels/shapes.png").exists()
 
 
 def test_ventricles_go_all_the_way(work):

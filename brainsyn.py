@@ -3417,6 +3417,7 @@ BLOCK = 4                               # voxels a side of a block, slices of a 
 # sampler's own noise. Of training tumours above 2 mL the second takes nothing.
 LEAST_SHARE, SURE_SHARE = 0.05, 0.2
 CANDIDATES = 16                         # heads in blocks that are drawn for every one that is kept
+DRAFTS = 4                              # label maps drawn for every one that is kept, where lesions are asked for
 BRATS_FRAME = (240.0, 240.0, 155.0)     # mm, the volumes of every release
 BRATS_MIDDLE = (119.5, 128.0, 72.0)     # mm in it, the middle of the brain, within 4 mm in all 33 cases looked at
 
@@ -3745,11 +3746,18 @@ def volumes_asked(wanted, condition):
     return [(names.index(name), float(ml)) for name, ml in zip(ASKED, wanted) if name in names and ml == ml]
 
 
+def distance(measured, wanted):
+    """How far heads are from a request: measured (N, len(ASKED)), wanted (len(ASKED),), NaN where open -> (N,). What is
+    asked for and not there, as the place of no tumour, is far."""
+    off = torch.nan_to_num((scaled(measured) - scaled(wanted)) ** 2, nan=4.0)
+    return (off * ~torch.isnan(wanted)).sum(1)
+
+
 def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
     `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
     measured = ~torch.isnan(wanted) & torch.tensor([name != "lesions" for name in ASKED])
-    candidates = candidates if measured.any() else 1            # nothing to choose by
+    candidates = candidates if measured.any() else 1            # else there is nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
     scalars, no_labels = head_scalars(wanted.expand(candidates, -1)), torch.zeros(candidates, 0, *shape[2:])
 
@@ -3763,9 +3771,7 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     shares[:, :, first:] *= F.max_pool3d(shares[:, :, first:].movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_SHARE
     shares[:, :, [at for at, ml in volumes_asked(wanted, condition) if ml == 0]] = 0
     shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-6)
-    off = (scaled(measure_shares(shares, condition, step)) - scaled(wanted)) ** 2
-    off = torch.where(torch.isnan(off), 4.0, off)               # asked for and not there, as a place without tumour
-    return shares[(off * measured).sum(1).argmin()]
+    return shares[distance(measure_shares(shares, condition, step), wanted).argmin()]
 
 
 def voxels_due(shares, condition, step, wanted):
@@ -3801,10 +3807,8 @@ def settle(scores, voxels, first):
     return (shares * gain.view(-1, 1, 1)).argmax(1)
 
 
-def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
-    """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R).
-    key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse network and coherence does not
-    matter; candidates: see sample_shares."""
+def draw_labels(model, wanted, key, settings, candidates):
+    """One label map as the networks draw it: see sample_labels."""
     shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates)
     slabs = len(shares)
     onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
@@ -3816,6 +3820,17 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     x = sample_guided(model.fine, onehot, scalars, noise, {**settings, "guidance": 1.0})
     return settle(from_slabs(x, BLOCK, BLOCK * slabs)[0], voxels_due(shares, model.condition, model.step, wanted),
                   first_volume(model.condition))
+
+
+def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES, drafts=DRAFTS):
+    """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R).
+    key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse network and coherence does not
+    matter; candidates: see sample_shares; drafts: label maps drawn where a number of lesions is asked for, which
+    only voxels show, of which the one that measures most like the request is kept."""
+    drafts = drafts if wanted[ASKED.index("lesions")] >= 0 else 1
+    made = [draw_labels(model, wanted, (*key, i) if i else key, settings, candidates) for i in range(drafts)]
+    return made[distance(torch.stack([characteristics(its, model.condition, model.step) for its in made]),
+                         wanted).argmin()]
 
 
 # ================================================================================================

@@ -292,7 +292,7 @@ def learn_voxels(args, data):
         coarse, _ = bs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
         model = bs.LabelGenerator(coarse, denoiser, args.condition, data.step_mm)
         settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([bs.sample_labels(model, asked, (args.seed, "shown", i), settings)
+        return torch.stack([bs.sample_labels(model, asked, (args.seed, "shown", i), settings, drafts=1)
                             for i, asked in enumerate(data.measure(data.shown[:count]))])
 
     def draw(denoiser, step):

@@ -285,6 +285,20 @@ def test_the_volume_asked_for_is_settled(monkeypatch):
                                       pytest.approx(15, rel=0.1)], volumes
 
 
+def test_of_drafts_the_one_with_the_lesions_asked_for_is_kept(monkeypatch):
+    """Several are drawn, with keys of their own, where a number of lesions is asked for; else one."""
+    lesions, drawn = [(4, (24.0, 32.0, 20.0 + 12 * i), 2) for i in range(3)], []
+    monkeypatch.setattr(bs, "draw_labels", lambda model, wanted, key, *its: (
+        drawn.append(key), head(*lesions[:1 + (len(drawn) - 1) % 3]))[1])
+    model, wanted = bs.LabelGenerator(None, None, "tumour", STEP), torch.full((len(bs.ASKED),), torch.nan)
+    assert measured(bs.sample_labels(model, wanted, (5,)))["lesions"] == 1 and drawn == [(5,)]
+    for count in (1, 2, 3):
+        drawn.clear()
+        wanted[7] = count
+        assert measured(bs.sample_labels(model, wanted, (5,), drafts=3))["lesions"] == count
+        assert drawn == [(5,), (5, 1), (5, 2)]
+
+
 def test_the_fine_network_is_told_what_blocks_do_not_show():
     """Slice position, then sphericity and lesions as scaled, open where they are open."""
     wanted = torch.full((2, len(bs.ASKED)), torch.nan)

@@ -425,7 +425,8 @@ def learn(args, device, kind, its, facts):
     del trained
     if not bs.leave_processes():
         return
-    save()
+    if not state or pace.step > state["step"]:  # a run that was at its end stays as it is, and so does its hash
+        save()
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])

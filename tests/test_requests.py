@@ -503,6 +503,8 @@ def test_training_labels_makes_both_networks(work):
     status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4, "--out",
                               "runs/again")
     assert status == 0 and said.count("resumed: ") == 2, said
+    for part in ("coarse", "fine"):             # sidecars name generators by their hash
+        assert len({bs.file_hash(folder / "runs" / run / part / "checkpoint.pt") for run in ("labels", "again")}) == 1
 
 
 def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):

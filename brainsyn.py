@@ -3411,6 +3411,7 @@ def edit_to_volume(labels, affine, brain, name, target, edit, seed):
 # right, front and top; sphericity of the whole tumour (1: a ball); number of its parts; mL of ventricles, under the
 # condition that has them.
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
+VOLUMES = (*LABELS, "ventricles")
 UNSEEN = ("sphericity", "lesions")      # what blocks hardly show or not at all
 BLOCK = 4                               # voxels a side of a block, slices of a slab
 # What a generated block has less of it has not, nor what neither it nor a neighbour has SURE_SHARE of: that is the
@@ -3603,7 +3604,7 @@ def open_entries(chance):
     (B, len(ASKED)). In one half of all requests any, from none to all; in the other all but volumes, and of those half,
     since that is what people ask for."""
     few, share, each = chance[:, :1] < 0.5, chance[:, 1:2], chance[:, 2:]
-    volume = torch.tensor([name in (*LABELS, "ventricles") for name in ASKED])
+    volume = torch.tensor([name in VOLUMES for name in ASKED])
     return torch.where(few, ~volume | (each > 0.5), each > share)
 
 
@@ -3690,13 +3691,14 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
 
 @dataclass
 class LabelGenerator:
-    """Both networks of a run of train_ddpm.py --generate labels, what they draw (a condition, voxels of `step` mm), the
-    hashes of what they were trained on, whether that were phantoms or patients and how many, and a digest of their
-    files."""
+    """Both networks of a run of train_ddpm.py --generate labels, what they draw (a condition, voxels of `step` mm), what
+    the heads they learned from measure (N, len(ASKED)), the hashes of those, whether they were phantoms or patients and
+    how many, and a digest of the networks' files."""
     coarse: Denoiser
     fine: Denoiser
     condition: str
     step: float
+    measured: torch.Tensor
     trained_on: list = ()
     data: str = "phantoms"                      # or "patients"
     patients: int = 0
@@ -3711,8 +3713,9 @@ def load_label_generator(folder, device):
     if any(one[name] != other[name] for name in ("trained_on", "condition", "resolution", "fov")):
         raise BadInput(f"{folder}: its coarse and its fine network are of different runs; train it anew")
     both = "".join(file_hash(its["file"]) for its in (one, other))
-    return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"], other["trained_on"],
-                          other["data"], other["patients"], hashlib.sha256(both.encode()).hexdigest())
+    digest = hashlib.sha256(both.encode()).hexdigest()
+    return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"], one["measured"],
+                          other["trained_on"], other["data"], other["patients"], digest)
 
 
 def measure_shares(shares, condition, step):
@@ -3753,6 +3756,17 @@ def distance(measured, wanted):
     return (off * ~torch.isnan(wanted)).sum(1)
 
 
+def fill_volumes(wanted, known, key, near=0.05):
+    """A request (len(ASKED),) whose open volumes are those of a training head: known (N, len(ASKED)), what these heads
+    measure; one of them by lot, of the share `near` that are most like what is asked, or of all if nothing is. So a set
+    of heads has volumes as patients have them: by itself the coarse network draws tumours a third too small."""
+    open_ = torch.isnan(wanted)
+    count = len(known) if open_.all() else max(1, round(near * len(known)))
+    lot = int(torch.randint(count, (1,), generator=generator(*key, "lot")))
+    one = known[distance(known, wanted).argsort(stable=True)[lot]]
+    return torch.where(open_ & torch.tensor([name in VOLUMES for name in ASKED]), one, wanted)
+
+
 def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
     `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
@@ -3766,11 +3780,12 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
 
     x, depth = sample_guided(denoiser, no_labels, scalars, noise, settings), shape[-1] * 3 // 4
     shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(1e-6, 1) ** 2
-    shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
     first = first_volume(condition)
     shares[:, :, first:] *= F.max_pool3d(shares[:, :, first:].movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_SHARE
     shares[:, :, [at for at, ml in volumes_asked(wanted, condition) if ml == 0]] = 0
-    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-6)
+    shares = shares / shares.sum(2, keepdim=True)
+    shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
+    shares = shares / shares.sum(2, keepdim=True)
     return shares[distance(measure_shares(shares, condition, step), wanted).argmin()]
 
 
@@ -3826,7 +3841,9 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES, 
     """One label map: a LabelGenerator, wanted float (len(ASKED),), NaN where open -> classes int64 (D, R, R).
     key: as in sample_volume; settings: see SAMPLING, of which guidance is for the coarse network and coherence does not
     matter; candidates: see sample_shares; drafts: label maps drawn where a number of lesions is asked for, which
-    only voxels show, of which the one that measures most like the request is kept."""
+    only voxels show, of which the one that measures most like the request is kept. Volumes left open: see
+    fill_volumes."""
+    wanted = fill_volumes(wanted, model.measured, key)
     drafts = drafts if wanted[ASKED.index("lesions")] >= 0 else 1
     made = [draw_labels(model, wanted, (*key, i) if i else key, settings, candidates) for i in range(drafts)]
     return made[distance(torch.stack([characteristics(its, model.condition, model.step) for its in made]),

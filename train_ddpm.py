@@ -290,7 +290,7 @@ def learn_voxels(args, data):
 
     def sample(denoiser, count):
         coarse, _ = bs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
-        model = bs.LabelGenerator(coarse, denoiser, args.condition, data.step_mm)
+        model = bs.LabelGenerator(coarse, denoiser, args.condition, data.step_mm, data.asked)
         settings = {**bs.SAMPLING, "guidance": args.guidance}
         return torch.stack([bs.sample_labels(model, asked, (args.seed, "shown", i), settings, drafts=1)
                             for i, asked in enumerate(data.measure(data.shown[:count]))])
@@ -339,7 +339,8 @@ def train(args, device):
         facts |= {"trained_on": cache.hashes("train"), "patients": patients}
         return learn(args, device, "ddpm", learn_images(args, cache), facts)
     data = heads_to_learn(args, cache)
-    facts |= {"trained_on": data.hashes, "patients": patients + (len(data.cases) if args.label_maps else 0)}
+    facts |= {"trained_on": data.hashes, "measured": data.asked,
+              "patients": patients + (len(data.cases) if args.label_maps else 0)}
     for part, (share, shift) in PARTS.items():
         print(f"--- {part} network")
         its = argparse.Namespace(**{**vars(args), "out": str(Path(args.out) / part), "shift": args.shift or shift,

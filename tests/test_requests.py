@@ -273,7 +273,7 @@ def test_the_volume_asked_for_is_settled(monkeypatch):
     shares = bs.block_shares(truth[None], 5)[0]
     monkeypatch.setattr(bs, "sample_shares", lambda *its: shares)
     monkeypatch.setattr(bs, "sample_guided", lambda *its: bs.to_slabs(2 * scores[None] - 1, bs.BLOCK))
-    model = bs.LabelGenerator(None, None, "tumour", STEP)
+    model = bs.LabelGenerator(None, None, "tumour", STEP, torch.full((1, len(bs.ASKED)), torch.nan))
     volumes = {}
     for ml in (math.nan, 0.0, 3.0, 15.0):
         wanted = torch.full((len(bs.ASKED),), torch.nan)
@@ -285,12 +285,28 @@ def test_the_volume_asked_for_is_settled(monkeypatch):
                                       pytest.approx(15, rel=0.1)], volumes
 
 
+def test_open_volumes_are_those_of_training_heads_like_the_request():
+    """All volumes together are those of one head; what is asked for stays, and so do open entries that are no volumes."""
+    known = torch.full((40, len(bs.ASKED)), torch.nan)
+    known[:, :4] = torch.arange(40.0)[:, None] * torch.tensor([1.0, 3, 2, 1])       # ED three times NCR, ET twice
+    wanted, drawn = torch.full((len(bs.ASKED),), torch.nan), set()
+    for i in range(60):
+        got = bs.fill_volumes(wanted, known, (i,))
+        assert got[1] == 3 * got[0] and got[2] == 2 * got[0] and torch.isnan(got[3:]).all()
+        drawn.add(float(got[0]))
+    assert len(drawn) > 20 and torch.equal(got[:3], bs.fill_volumes(wanted, known, (59,))[:3])
+    wanted[2] = 40.0
+    got = [bs.fill_volumes(wanted, known, (i,)) for i in range(20)]
+    assert all(its[2] == 40 and torch.isnan(its[3:]).all() for its in got)
+    assert {float(its[0]) for its in got} <= {19.0, 20, 21} and len({float(its[0]) for its in got}) == 2
+
+
 def test_of_drafts_the_one_with_the_lesions_asked_for_is_kept(monkeypatch):
     """Several are drawn, with keys of their own, where a number of lesions is asked for; else one."""
     lesions, drawn = [(4, (24.0, 32.0, 20.0 + 12 * i), 2) for i in range(3)], []
     monkeypatch.setattr(bs, "draw_labels", lambda model, wanted, key, *its: (
         drawn.append(key), head(*lesions[:1 + (len(drawn) - 1) % 3]))[1])
-    model, wanted = bs.LabelGenerator(None, None, "tumour", STEP), torch.full((len(bs.ASKED),), torch.nan)
+    model, wanted = bs.LabelGenerator(None, None, "tumour", STEP, torch.full((1, len(bs.ASKED)), torch.nan)), torch.full((len(bs.ASKED),), torch.nan)
     assert measured(bs.sample_labels(model, wanted, (5,)))["lesions"] == 1 and drawn == [(5,)]
     for count in (1, 2, 3):
         drawn.clear()

@@ -3691,9 +3691,9 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
 
 @dataclass
 class LabelGenerator:
-    """Both networks of a run of train_ddpm.py --generate labels, what they draw (a condition, voxels of `step` mm), what
-    the heads they learned from measure (N, len(ASKED)), the hashes of those, whether they were phantoms or patients and
-    how many, and a digest of the networks' files."""
+    """Both networks of a run of train_ddpm.py --generate labels, what they draw (a condition, voxels of `step` mm),
+    what the heads they learned from measure (N, len(ASKED)), the hashes of those, whether they were phantoms or
+    patients and how many, and a digest of the networks' files."""
     coarse: Denoiser
     fine: Denoiser
     condition: str
@@ -3749,11 +3749,11 @@ def volumes_asked(wanted, condition):
     return [(names.index(name), float(ml)) for name, ml in zip(ASKED, wanted) if name in names and ml == ml]
 
 
-def distance(measured, wanted):
+def distance(measured, wanted, asked=None):
     """How far heads are from a request: measured (N, len(ASKED)), wanted (len(ASKED),), NaN where open -> (N,). What is
-    asked for and not there, as the place of no tumour, is far."""
-    off = torch.nan_to_num((scaled(measured) - scaled(wanted)) ** 2, nan=4.0)
-    return (off * ~torch.isnan(wanted)).sum(1)
+    wanted and not there, as the place of no tumour, is far. asked: bool (len(ASKED),); all else counts a tenth."""
+    off = torch.nan_to_num((scaled(measured) - scaled(wanted)) ** 2, nan=4.0) * ~torch.isnan(wanted)
+    return (off if asked is None else torch.where(asked, off, off / 10)).sum(1)
 
 
 def fill_volumes(wanted, known, key, near=0.05):
@@ -3767,9 +3767,10 @@ def fill_volumes(wanted, known, key, near=0.05):
     return torch.where(open_ & torch.tensor([name in VOLUMES for name in ASKED]), one, wanted)
 
 
-def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES):
+def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES, asked=None):
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
-    `candidates` heads are drawn; the one that measures most like what was asked is it. step: mm a voxel."""
+    `candidates` heads are drawn; the one that measures most like what is wanted is it. step: mm a voxel; asked: see
+    distance."""
     measured = ~torch.isnan(wanted) & torch.tensor([name != "lesions" for name in ASKED])
     candidates = candidates if measured.any() else 1            # else there is nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
@@ -3786,7 +3787,7 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     shares = shares / shares.sum(2, keepdim=True)
     shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
     shares = shares / shares.sum(2, keepdim=True)
-    return shares[distance(measure_shares(shares, condition, step), wanted).argmin()]
+    return shares[distance(measure_shares(shares, condition, step), wanted, asked).argmin()]
 
 
 def voxels_due(shares, condition, step, wanted):
@@ -3822,9 +3823,9 @@ def settle(scores, voxels, first):
     return (shares * gain.view(-1, 1, 1)).argmax(1)
 
 
-def draw_labels(model, wanted, key, settings, candidates):
-    """One label map as the networks draw it: see sample_labels."""
-    shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates)
+def draw_labels(model, wanted, key, settings, candidates, asked):
+    """One label map as the networks draw it: see sample_labels; asked: see distance."""
+    shares = sample_shares(model.coarse, model.condition, model.step, wanted, key, settings, candidates, asked)
     slabs = len(shares)
     onehot = slab_shares(shares.expand(slabs, *shares.shape), torch.arange(slabs))         # (D', BLOCK K, R, R)
     scalars = slab_scalars(torch.arange(slabs), slabs, wanted.expand(slabs, -1))
@@ -3843,11 +3844,11 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES, 
     matter; candidates: see sample_shares; drafts: label maps drawn where a number of lesions is asked for, which
     only voxels show, of which the one that measures most like the request is kept. Volumes left open: see
     fill_volumes."""
-    wanted = fill_volumes(wanted, model.measured, key)
-    drafts = drafts if wanted[ASKED.index("lesions")] >= 0 else 1
-    made = [draw_labels(model, wanted, (*key, i) if i else key, settings, candidates) for i in range(drafts)]
-    return made[distance(torch.stack([characteristics(its, model.condition, model.step) for its in made]),
-                         wanted).argmin()]
+    asked, wanted = ~torch.isnan(wanted), fill_volumes(wanted, model.measured, key)
+    made = [draw_labels(model, wanted, (*key, i) if i else key, settings, candidates, asked)
+            for i in range(drafts if asked[ASKED.index("lesions")] else 1)]
+    measured = torch.stack([characteristics(its, model.condition, model.step) for its in made])
+    return made[distance(measured, wanted, asked).argmin()]
 
 
 # ================================================================================================

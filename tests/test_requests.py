@@ -285,6 +285,18 @@ def test_the_volume_asked_for_is_settled(monkeypatch):
                                       pytest.approx(15, rel=0.1)], volumes
 
 
+def test_what_is_asked_for_counts_more_than_what_is_wanted():
+    """Open entries do not count, what is wanted and not there is far, and of what is wanted that which is asked for has
+    ten times the say."""
+    wanted, heads = torch.full((len(bs.ASKED),), torch.nan), torch.full((3, len(bs.ASKED)), torch.nan)
+    wanted[1:4] = torch.tensor([50.0, 20.0, 10.0])
+    heads[:, 0] = torch.tensor([0.0, 90, 5])
+    heads[:, 1:4] = torch.tensor([[50.0, 10.0, 10.0], [30.0, 20.0, 10.0], [50.0, 20.0, torch.nan]])
+    plain, by_et = [bs.distance(heads, wanted, *its) for its in ((), (torch.arange(len(bs.ASKED)) == 2,))]
+    assert plain[0] < plain[1] + 0.05 and plain[2] == 4
+    assert by_et[0] == plain[0] and torch.allclose(by_et[1:], plain[1:] / 10)
+
+
 def test_open_volumes_are_those_of_training_heads_like_the_request():
     """All volumes together are those of one head; what is asked for stays, and so do open entries that are no volumes."""
     known = torch.full((40, len(bs.ASKED)), torch.nan)

@@ -3100,8 +3100,9 @@ PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prio
                       "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"},
              "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov", "seen",
                            "dice"}}
+PUBLISHED["labels"] = PUBLISHED["ddpm"] | {"measured"}
 RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
-HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["ddpm"] | RESUMED,
+HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["labels"] | RESUMED,
          "segmenter": PUBLISHED["segmenter"],
          "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
 
@@ -3139,9 +3140,10 @@ def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "check
 
 def publish(run, path):
     """Write the weights of a run's folder (or of its checkpoint) as .npz: arrays and one JSON text, no pickle ->
-    its sha256. sample.py takes it as --checkpoint or --segmenter."""
+    its sha256. sample.py takes it as --checkpoint or --segmenter. Of a generator of labels, where run is the folder of
+    one of its networks, see main."""
     segmenter = (Path(run) / "best.pt").exists() or Path(run).name == "best.pt"
-    kind = "segmenter" if segmenter else "ddpm"
+    kind = "segmenter" if segmenter else "labels" if Path(run).name in ("coarse", "fine") else "ddpm"
     state = load_checkpoint(run, kind, names=("best.pt",) if segmenter else ("checkpoint.pt", "checkpoint.previous.pt"))
     arrays, facts = {}, {}
     for name in sorted(PUBLISHED[kind]):
@@ -3706,15 +3708,17 @@ class LabelGenerator:
 
 
 def load_label_generator(folder, device):
-    """The LabelGenerator of a run's folder, which holds "coarse" and "fine". BadInput where a part is missing or the
-    two are of different runs: other cases, condition, resolution or fov."""
-    (coarse, one), (fine, other) = [load_generator(Path(folder) / part, device, kind="labels")
-                                    for part in ("coarse", "fine")]
+    """The LabelGenerator of a run's folder, which holds "coarse" and "fine", or of a folder of published weights.
+    BadInput where a part is missing or the two are of different runs: other cases, condition, resolution or fov."""
+    parts = [Path(folder) / f"{part}.npz" for part in ("coarse", "fine")]
+    (coarse, one), (fine, other) = [load_generator(path if path.exists() else path.with_suffix(""), device,
+                                                   kind="labels") for path in parts]
     if any(one[name] != other[name] for name in ("trained_on", "condition", "resolution", "fov")):
         raise BadInput(f"{folder}: its coarse and its fine network are of different runs; train it anew")
     both = "".join(file_hash(its["file"]) for its in (one, other))
     digest = hashlib.sha256(both.encode()).hexdigest()
-    return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"], one["measured"],
+    return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"],
+                          torch.tensor(one["measured"]),
                           other["trained_on"], other["data"], other["patients"], digest)
 
 
@@ -4811,13 +4815,19 @@ def main(argv=None):
                                      "BraTS cases before anything is trained on it.")
     parser.add_argument("folder", nargs="?", help="cases to check; without it, the first look")
     parser.add_argument("--no-labels", action="store_true", help="check scans alone")
-    parser.add_argument("--publish", nargs=2, metavar=("RUN", "FILE"), help="write the weights of a run as .npz, "
-                        "without pickle, and print its sha256")
+    parser.add_argument("--publish", nargs=2, metavar=("RUN", "FILE"), help="write the weights of a run as .npz "
+                        "(of a generator of labels into a folder), without pickle, and print the sha256")
     args = parser.parse_args(argv)
     if args.publish:
-        if not args.publish[1].endswith(".npz"):
-            raise BadInput(f"--publish {args.publish[1]}: the file must end in .npz")
-        print(f"sha256 {publish(*args.publish)}\nwrote: {args.publish[1]}")
+        run, path = args.publish
+        pairs = [(run, path)]
+        if (Path(run) / "fine").is_dir():       # a generator of labels: two networks, into a folder
+            Path(path).mkdir(parents=True, exist_ok=True)
+            pairs = [(Path(run) / part, Path(path) / f"{part}.npz") for part in ("coarse", "fine")]
+        elif not path.endswith(".npz"):
+            raise BadInput(f"--publish {path}: the file must end in .npz")
+        for its in pairs:
+            print(f"sha256 {publish(*its)}\nwrote: {its[1]}")
     elif args.folder:
         check_folder(args.folder, not args.no_labels)
     else:

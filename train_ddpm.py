@@ -98,6 +98,8 @@ def parse_arguments(argv=None):
     args.out = args.out or ("runs/labels" if labels else "runs/ddpm")
     if labels and args.resolution % (4 * bs.BLOCK):
         raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {4 * bs.BLOCK}")
+    if labels and args.lesion_weight:
+        raise bs.BadInput("--lesion-weight is for images: generators of labels weigh all classes alike")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such maps show no tissue")
     bs.require_positive(args, "phantoms", "relatives", "resolution", "fov", "width", "blocks", "patch", "steps",
@@ -201,6 +203,10 @@ def heads_to_learn(args, cache):
     names, depth, step_mm = bs.CONDITIONS[args.condition], args.resolution * 3 // 4, args.fov / args.resolution
     train, held = [bs.label_volumes(cache, parts, depth) for parts in (("train",), ("val", "test"))]
     cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes("train")
+    tall = [its["case"] for its in cache.cases if its["count"] * its["thickness"] > depth * step_mm]
+    if tall:
+        print(f"note: {len(tall)} heads ({tall[0]} for one) are taller than {depth * step_mm:.0f} mm, three quarters "
+              "of --fov; their ends are cut off")
     if args.label_maps:
         train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
     if not len(train):
@@ -339,7 +345,7 @@ def train(args, device):
         facts |= {"trained_on": cache.hashes("train"), "patients": patients}
         return learn(args, device, "ddpm", learn_images(args, cache), facts)
     data = heads_to_learn(args, cache)
-    facts |= {"trained_on": data.hashes, "measured": data.asked,
+    facts |= {"trained_on": data.hashes, "measured": data.asked.tolist(),
               "patients": patients + (len(data.cases) if args.label_maps else 0)}
     for part, (share, shift) in PARTS.items():
         print(f"--- {part} network")

@@ -585,6 +585,18 @@ def test_a_request_becomes_a_labelled_set(work):
     assert status == 0 and "made 0 cases, 2 were there already" in said
 
 
+def test_published_weights_draw_the_same_labels(work, tmp_path):
+    """Both networks of a generator of labels, without pickle."""
+    status, said = run_script(work[0], "brainsyn.py", "--publish", "runs/labels", tmp_path / "weights")
+    assert status == 0 and said.count("sha256 ") == 2, said
+    run, published = [bs.load_label_generator(its, torch.device("cpu")) for its in (work[0] / "runs/labels",
+                                                                                    tmp_path / "weights")]
+    wanted = bs.requested({"ET": (5.0, 5.0)}, 0, 1, 0)
+    settings = {**bs.SAMPLING, "steps": 2}
+    assert torch.equal(run.measured.nan_to_num(), published.measured.nan_to_num()) and len(run.measured) == 12
+    assert torch.equal(*[bs.sample_labels(its, wanted, (0,), settings) for its in (run, published)])
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["--request", "et=12", "--labels", "runs/phantoms/A"], "--request makes label maps of its own"),
     (["--request", "ventricles=12"], "runs/labels was not trained with --condition ventricles"),
@@ -601,11 +613,21 @@ def test_requests_that_fail_say_why(work, words, sentence):
 @pytest.mark.parametrize("words, sentence", [
     (["--resolution", 40], "--resolution 40: labels need a multiple of 16"),
     (["--label-maps", "none.npz"], "none.npz: cannot be read"),
+    (["--lesion-weight", 2], "--lesion-weight is for images"),
     (["--label-maps", "maps.npz", "--condition", "tissue"], "--label-maps is for --generate labels")])
 def test_label_training_that_fails_says_why(work, words, sentence):
     """One sentence."""
     status, said = run_script(work[0], "train_ddpm.py", "--generate", "labels", *TINY, *words, "--out", "runs/failed")
     assert status == 2 and sentence in said and "Traceback" not in said, said
+
+
+def test_heads_that_do_not_fit_are_named(phantom_folder, tmp_path, capsys):
+    """Volumes are three quarters of the field of view high; nobody is cut in silence."""
+    cases = bs.find_cases(phantom_folder)[:3]
+    for fov, tall in ((192, False), (96, True)):
+        args = train_ddpm.parse_arguments(f"--generate labels --resolution 32 --fov {fov} --relatives 2".split())
+        train_ddpm.heads_to_learn(args, bs.build_cache(cases, tmp_path, 32, args.fov, "tumour"))
+        assert ("heads (" in capsys.readouterr().out) == tall
 
 
 def test_label_maps_alone_are_learned(work):

@@ -7,7 +7,7 @@
 ways      blocks: a coarse head, then its voxels, as train_ddpm.py --generate labels does. The others draw the voxels of
           slabs of four slices at once, from the request: alone, every slab by itself; neighbour, from the feet up, each
           told the slab below it; along z, all slabs at once, seeing each other by convolution and attention
-asked     volumes of one label at a time, the rest left open, spread evenly over RANGES
+asked     one thing at a time (--only ET for one), the rest left open, spread evenly over RANGES
 shapes    all left open: what would be asked for (volumes, place, sphericity, lesions), of heads as the generator
           draws them, of its training cases and of cases it has not seen, as many of each (phantoms; --words "--data DIR")
 """
@@ -30,7 +30,8 @@ import brainsyn as bs
 import train_ddpm
 
 WAYS = ("blocks", "alone", "neighbour", "along z")
-RANGES = {"NCR": (2, 30), "ED": (15, 90), "ET": (2, 40), "ventricles": (15, 50)}        # mL
+RANGES = {"NCR": (2, 30), "ED": (15, 90), "ET": (2, 40), "ventricles": (25, 70),        # mL
+          "sphericity": (0.45, 0.7), "lesions": (1, 5)}
 PLOTTED = ("ED", "ET", "sphericity", "lesions")
 SHOWN = {"pieces": "pieces", "slice_dice": "slice to slice Dice", "outside": "outside the brain", "apart": "ET apart"}
 
@@ -161,12 +162,12 @@ def compare_ways(args):
 
 
 def compare_guidance(args):
-    """Ask for volumes of one label at a time."""
+    """Ask for one thing at a time."""
     model = bs.load_label_generator(args.checkpoint, bs.pick_device(args.device))
     panels = []
-    print("| label | guidance | mean error, mL | correlation | slope | pieces | s a volume |\n|" + "---|" * 7)
+    print("| asked for | guidance | mean error | correlation | slope | pieces | s a volume |\n|" + "---|" * 7)
     for label, (low, high) in RANGES.items():
-        if label not in bs.CONDITIONS[model.condition]:
+        if label not in args.only or label == "ventricles" and model.condition != label:
             continue
         lines = {"as asked": ([low, high], [low, high])}
         for guidance in args.guidance:
@@ -177,13 +178,14 @@ def compare_guidance(args):
                     for i, its in enumerate(wanted)]
             seconds, at = (time.time() - started) / args.count, bs.ASKED.index(label)
             got = torch.stack([bs.characteristics(its, model.condition, model.step) for its in made])[:, at].numpy()
-            asked = wanted[:, at].numpy()
+            there = ~np.isnan(got)              # without a tumour no sphericity
+            got, asked = got[there], wanted[:, at].numpy()[there]
             pieces = np.nanmean([bs.label_figures(its, model.condition)["pieces"] for its in made])
             print(f"| {label} | {guidance:g} | {np.abs(got - asked).mean():.2f} | {np.corrcoef(got, asked)[0, 1]:.3f} "
                   f"| {np.polyfit(asked, got, 1)[0]:.2f} | {pieces:.1f} | {seconds:.1f} |", flush=True)
-            lines[f"guidance {guidance:g}"] = (asked, got, np.zeros(args.count))
-        panels.append((f"{label}: mL that came", "points", lines))
-    bs.draw_lines(Path(args.out) / "asked.png", panels, "mL asked for")
+            lines[f"guidance {guidance:g}"] = (asked, got, np.zeros(len(got)))
+        panels.append((f"{label} that came", "points", lines))
+    bs.draw_lines(Path(args.out) / "asked.png", panels, "asked for")
     print(f"wrote: {Path(args.out) / 'asked.png'}")
 
 
@@ -243,7 +245,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=4, help="training of each way")
     parser.add_argument("--words", default="", help="more words for train_ddpm.py")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 1.5, 2, 3])
-    parser.add_argument("--count", type=int, help="requests a label (default 12), heads of each kind (default 42)")
+    parser.add_argument("--only", nargs="+", choices=RANGES, default=list(RANGES), help="what is asked for")
+    parser.add_argument("--count", type=int, help="requests each (default 12), heads of each kind (default 42)")
     parser.add_argument("--candidates", type=int, default=bs.CANDIDATES, help="see sample_shares")
     parser.add_argument("--calls", type=int, default=20, help="network calls a volume")
     parser.add_argument("--device", default="cpu", choices=bs.DEVICES)

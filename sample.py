@@ -2,14 +2,15 @@
 
     python sample.py                                        fresh phantoms' label maps, 4 cases
     python sample.py --checkpoint runs/ddpm --labels DIR --count 4 --steps 20 --out synthetic
+    python sample.py --request et=12,ed=40 --count 20       label maps come from runs/labels, as asked
     python sample.py --scan CASE_DIR --segmenter runs/seg --checkpoint runs/ddpm --out loop
     python sample.py --judge synthetic --segmenter runs/seg
     python sample.py --audit synthetic --checkpoint runs/ddpm
 
 Reads     a checkpoint of train_ddpm.py; label maps (and brain outlines) from BraTS cases in --labels, as
           they are or edited; or scans without labels, which --segmenter of train_seg.py labels first
-Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI, a JSON sidecar that says
-          how the case was made; beside them contact_sheet.png (loop.png), dataset.json, DATASHEET.md;
+Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, of a condition that has
+          more than tumour), a JSON sidecar that says how the case was made; beside them contact_sheet.png (loop.png), dataset.json, DATASHEET.md;
           --judge: judge.json, judge.png; --audit: audit.json, audit.png, pairs.png, which shows real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """

@@ -3140,11 +3140,18 @@ def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt", "check
 
 def publish(run, path):
     """Write the weights of a run's folder (or of its checkpoint) as .npz: arrays and one JSON text, no pickle ->
-    its sha256. sample.py takes it as --checkpoint or --segmenter. Of a generator of labels, where run is the folder of
-    one of its networks, see main."""
-    segmenter = (Path(run) / "best.pt").exists() or Path(run).name == "best.pt"
-    kind = "segmenter" if segmenter else "labels" if Path(run).name in ("coarse", "fine") else "ddpm"
-    state = load_checkpoint(run, kind, names=("best.pt",) if segmenter else ("checkpoint.pt", "checkpoint.previous.pt"))
+    its sha256. sample.py takes it as --checkpoint or --segmenter, two of them in a folder, "coarse.npz" and "fine.npz",
+    as --label-checkpoint."""
+    kinds, names = ("labels", "ddpm"), ("checkpoint.pt", "checkpoint.previous.pt")
+    if (Path(run) / "best.pt").exists() or Path(run).name == "best.pt":
+        kinds, names = ("segmenter",), ("best.pt",)
+    for kind in kinds:
+        try:
+            state = load_checkpoint(run, kind, names=names)
+            break
+        except BadInput:
+            if kind == kinds[-1]:
+                raise
     arrays, facts = {}, {}
     for name in sorted(PUBLISHED[kind]):
         its = state[name]
@@ -3416,8 +3423,8 @@ ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles"
 VOLUMES = (*LABELS, "ventricles")
 UNSEEN = ("sphericity", "lesions")      # what blocks hardly show or not at all
 BLOCK = 4                               # voxels a side of a block, slices of a slab
-# What a generated block has less of it has not, nor what neither it nor a neighbour has SURE_SHARE of: that is the
-# sampler's own noise. Of training tumours above 2 mL the second takes nothing.
+# What a generated block has less of it has not, nor a label of which neither it nor a neighbour has SURE_SHARE: that is
+# the sampler's own noise. Of training heads the second takes up to 1.4 mL of a label, all of it if there is no more.
 LEAST_SHARE, SURE_SHARE = 0.05, 0.2
 CANDIDATES = 16                         # heads in blocks that are drawn for every one that is kept
 DRAFTS = 4                              # label maps drawn for every one that is kept, where lesions are asked for
@@ -3710,9 +3717,10 @@ class LabelGenerator:
 def load_label_generator(folder, device):
     """The LabelGenerator of a run's folder, which holds "coarse" and "fine", or of a folder of published weights.
     BadInput where a part is missing or the two are of different runs: other cases, condition, resolution or fov."""
-    parts = [Path(folder) / f"{part}.npz" for part in ("coarse", "fine")]
-    (coarse, one), (fine, other) = [load_generator(path if path.exists() else path.with_suffix(""), device,
-                                                   kind="labels") for path in parts]
+    parts = [Path(folder) / part for part in ("coarse", "fine")]
+    published = not parts[0].exists() and parts[0].with_suffix(".npz").exists()
+    (coarse, one), (fine, other) = [load_generator(path.with_suffix(".npz" if published else ""), device, kind="labels")
+                                    for path in parts]
     if any(one[name] != other[name] for name in ("trained_on", "condition", "resolution", "fov")):
         raise BadInput(f"{folder}: its coarse and its fine network are of different runs; train it anew")
     both = "".join(file_hash(its["file"]) for its in (one, other))
@@ -3747,8 +3755,8 @@ def first_volume(condition):
     return min(at for at, name in enumerate(CONDITIONS[condition]) if name in ASKED)
 
 
-def volumes_asked(wanted, condition):
-    """The classes whose volume a request (len(ASKED),) names: [(index in CONDITIONS[condition], mL)]."""
+def volumes_wanted(wanted, condition):
+    """The classes whose volume wanted (len(ASKED),) names: [(index in CONDITIONS[condition], mL)]."""
     names = CONDITIONS[condition]
     return [(names.index(name), float(ml)) for name, ml in zip(ASKED, wanted) if name in names and ml == ml]
 
@@ -3763,12 +3771,23 @@ def distance(measured, wanted, asked=None):
 def fill_volumes(wanted, known, key, near=0.05):
     """A request (len(ASKED),) whose open volumes are those of a training head: known (N, len(ASKED)), what these heads
     measure; one of them by lot, of the share `near` that are most like what is asked, or of all if nothing is. So a set
-    of heads has volumes as patients have them: by itself the coarse network draws tumours a third too small."""
+    of heads has volumes as patients have them: by itself the coarse network draws tumours a third too small. Heads
+    without tumour count only if nothing is asked of the tumour, or lesions=0: et=0 is a tumour without ET."""
     open_ = torch.isnan(wanted)
+    if not open_[:-1].all() and wanted[ASKED.index("lesions")] != 0 and (known[:, :3].sum(1) > 0).any():
+        known = known[known[:, :3].sum(1) > 0]
     count = len(known) if open_.all() else max(1, round(near * len(known)))
     lot = int(torch.randint(count, (1,), generator=generator(*key, "lot")))
     one = known[distance(known, wanted).argsort(stable=True)[lot]]
     return torch.where(open_ & torch.tensor([name in VOLUMES for name in ASKED]), one, wanted)
+
+
+def without(shares, classes):
+    """Shares of classes (..., K, r, r) without these: what is left but air (class 0) fills the rest."""
+    rest = shares.clone().movedim(-3, 0)                                                    # (K, ..., r, r)
+    rest[classes] = 0
+    rest[1:] *= (1 - rest[0]) / rest[1:].sum(0).clamp(min=1e-30)
+    return rest.movedim(0, -3)
 
 
 def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, candidates=CANDIDATES, asked=None):
@@ -3785,26 +3804,21 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
 
     x, depth = sample_guided(denoiser, no_labels, scalars, noise, settings), shape[-1] * 3 // 4
     shares = ((from_slabs(x, depth, depth) + 1) / 2).clamp(1e-6, 1) ** 2
-    first = first_volume(condition)
+    shares, first = shares / shares.sum(2, keepdim=True), first_volume(condition)
     shares[:, :, first:] *= F.max_pool3d(shares[:, :, first:].movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_SHARE
-    shares[:, :, [at for at, ml in volumes_asked(wanted, condition) if ml == 0]] = 0
-    shares = shares / shares.sum(2, keepdim=True)
+    shares = without(shares, [])
     shares = torch.where((shares < LEAST_SHARE) & (shares < shares.amax(2, keepdim=True)), 0.0, shares)
     shares = shares / shares.sum(2, keepdim=True)
-    return shares[distance(measure_shares(shares, condition, step), wanted, asked).argmin()]
+    best = shares[distance(measure_shares(shares, condition, step), wanted, asked).argmin()]
+    return without(best, [at for at, ml in volumes_wanted(wanted, condition) if ml == 0])
 
 
 def voxels_due(shares, condition, step, wanted):
-    """How many voxels of each class a head should have: blocks (D', K, r, r), wanted (len(ASKED),) -> float (K,). What
-    is asked for counts; tumour labels left open share what that leaves of the tumour the blocks show, at least half of
-    what they show of them."""
+    """How many voxels of each class a head should have: as wanted (len(ASKED),) says, else as the blocks do,
+    (D', K, r, r) -> float (K,)."""
     voxels = shares.sum((0, 2, 3)) * BLOCK ** 3
-    asked, tumour = dict(volumes_asked(wanted, condition)), CONDITIONS[condition].index(LABELS[0])
-    open_ = [at for at in range(tumour, len(voxels)) if at not in asked]
-    whole, theirs = voxels[tumour:].sum(), voxels[open_].sum()
-    for at, ml in asked.items():
+    for at, ml in volumes_wanted(wanted, condition):
         voxels[at] = ml * 1000 / step ** 3
-    voxels[open_] *= ((whole - voxels[tumour:].sum() + theirs) / theirs.clamp(min=1)).clamp(0.5, 2)
     return voxels
 
 
@@ -3815,12 +3829,13 @@ def settle(scores, voxels, first):
     and lets slabs meet; more of it, (1, 2, 1) / 4, makes tumours rounder than they are. Of the scores as shares,
     (score + 1) / 2, the largest wins, after each class from `first` on is multiplied by a number of its own, the same
     everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels` (K,) says, none if that is 0. Request and
-    blocks say how much, see voxels_due, the scores where.
+    blocks say how much, see voxels_due, the scores where. What nothing else claims is class 1, brain.
     """
     kernel = torch.tensor([1.0, 6.0, 1.0]) / 8
     kernel = kernel[:, None, None] * kernel[:, None] * kernel
     padded = F.pad(((scores.movedim(1, 0)[:, None] + 1) / 2).clamp(0, 1), (1,) * 6, mode="replicate")
     shares, gain = F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1), torch.ones(len(voxels))
+    shares[:, 1] += 1e-6
     for _ in range(40):
         there = torch.bincount((shares * gain.view(-1, 1, 1)).argmax(1).flatten(), minlength=len(voxels))
         gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 3) * (voxels > 0))[first:]
@@ -3851,6 +3866,8 @@ def sample_labels(model, wanted, key, settings=SAMPLING, candidates=CANDIDATES, 
     asked, wanted = ~torch.isnan(wanted), fill_volumes(wanted, model.measured, key)
     made = [draw_labels(model, wanted, (*key, i) if i else key, settings, candidates, asked)
             for i in range(drafts if asked[ASKED.index("lesions")] else 1)]
+    if len(made) == 1:
+        return made[0]
     measured = torch.stack([characteristics(its, model.condition, model.step) for its in made])
     return made[distance(measured, wanted, asked).argmin()]
 
@@ -4060,7 +4077,7 @@ def write_datasheet(folder):
     audit in the sidecars: what they are, how they were made, what they are not for."""
     folder = Path(folder)
     cases = [(case, synthetic_facts(case)) for case in find_cases(folder)]
-    several = lambda name: ", ".join(sorted({str(facts.get(name)) for _, facts in cases}))
+    several = lambda name: ", ".join(sorted({str(facts[name]) for _, facts in cases if name in facts}))
     volumes = {name: [facts["VolumesML"][name] for _, facts in cases] for name in (*LABELS, "WT")}
     lines = [
         "# Datasheet", "",
@@ -4821,7 +4838,9 @@ def main(argv=None):
     if args.publish:
         run, path = args.publish
         pairs = [(run, path)]
-        if (Path(run) / "fine").is_dir():       # a generator of labels: two networks, into a folder
+        if (Path(run) / "coarse").is_dir():     # a generator of labels: two networks, into a folder
+            if path.endswith(".npz"):
+                raise BadInput(f"--publish {path}: a generator of labels is two files; name a folder")
             Path(path).mkdir(parents=True, exist_ok=True)
             pairs = [(Path(run) / part, Path(path) / f"{part}.npz") for part in ("coarse", "fine")]
         elif not path.endswith(".npz"):

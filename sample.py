@@ -9,8 +9,9 @@
 
 Reads     a checkpoint of train_ddpm.py; label maps (and brain outlines) from BraTS cases in --labels, as
           they are or edited; or scans without labels, which --segmenter of train_seg.py labels first
-Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, of a condition that has
-          more than tumour), a JSON sidecar that says how the case was made; beside them contact_sheet.png (loop.png), dataset.json, DATASHEET.md;
+Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, if the condition has more
+          than tumour, not with --native), a JSON sidecar that says how the case was made; beside them
+          contact_sheet.png (loop.png), dataset.json, DATASHEET.md;
           --judge: judge.json, judge.png; --audit: audit.json, audit.png, pairs.png, which shows real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """
@@ -183,8 +184,9 @@ def label_generator(args, device, state):
     """The LabelGenerator of --label-checkpoint, if it can serve this request and this generator of images."""
     model = bs.load_label_generator(args.label_checkpoint, device)
     bs.require_condition(model.condition, state["condition"])
-    if "ventricles" in args.request and "ventricles" not in bs.CONDITIONS[model.condition]:
-        raise bs.BadInput(f"--request ventricles: {args.label_checkpoint} was not trained with --condition ventricles")
+    for condition, folder in ((model.condition, args.label_checkpoint), (state["condition"], args.checkpoint)):
+        if "ventricles" in args.request and condition != "ventricles":
+            raise bs.BadInput(f"--request ventricles: {folder} was not trained with --condition ventricles")
     return model
 
 

@@ -315,7 +315,7 @@ def learn_voxels(args, data):
             if both.any():
                 figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
                             f"{name}_rank_correlation": bs.rank_correlation(a[both].tolist(), b[both].tolist())}
-        near, own = [bs.nearest_tumour(its, data.train, args.condition)[0] for its in (made, data.shown)]
+        near, own = [bs.nearest_tumour(its, data.heads, args.condition)[0] for its in (made, data.shown)]
         print(f"--- label maps as asked for by what {data.who} cases have")
         report(args, {**figures, **bs.judge_labels(made, data.shown, args.condition, data.step_mm),
                       "nearest_training_tumour_dice": near.nanmean().item(),
@@ -345,7 +345,10 @@ def train(args, device):
         facts |= {"trained_on": cache.hashes("train"), "patients": patients}
         return learn(args, device, "ddpm", learn_images(args, cache), facts)
     data = heads_to_learn(args, cache)
-    facts |= {"trained_on": data.hashes, "measured": data.asked.tolist(),
+    order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
+    measured = [[round(value, 2 if name == "sphericity" else 1) for name, value in zip(bs.ASKED, row)]
+                for row in data.asked[order].tolist()]                              # nobody's row, nor to the voxel
+    facts |= {"trained_on": data.hashes, "measured": measured,
               "patients": patients + (len(data.cases) if args.label_maps else 0)}
     for part, (share, shift) in PARTS.items():
         print(f"--- {part} network")

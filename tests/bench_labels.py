@@ -9,7 +9,8 @@ ways      blocks: a coarse head, then its voxels, as train_ddpm.py --generate la
           told the slab below it; along z, all slabs at once, seeing each other by convolution and attention
 asked     one thing at a time (--only ET for one), the rest left open, spread evenly over RANGES
 shapes    all left open: what would be asked for (volumes, place, sphericity, lesions), of heads as the generator
-          draws them, of its training cases and of cases it has not seen, as many of each (phantoms; --words "--data DIR")
+          draws them, of its training cases and of cases it has not seen, as many of each (phantoms, or --words
+          "--data DIR")
 """
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def train_way(way, args, out):
     cache = bs.build_cache(cases, out.parent / "cache", its.resolution, its.fov, its.condition, split)
     data, bs.UNet = train_ddpm.heads_to_learn(its, cache), VolumeUNet
     facts = {"condition": its.condition, "classes": list(data.names), "modalities": [], "resolution": its.resolution,
-             "fov": its.fov, "data": "bench", "trained_on": data.hashes, "patients": len(data.cases)}
+             "fov": its.fov, "data": "bench", "trained_on": data.hashes, "measured": data.asked.tolist(),
+             "patients": len(data.cases)}
     out.mkdir(parents=True, exist_ok=True)
     train_ddpm.learn(its, bs.pick_device(args.device), "labels", learn_slabs(its, data, way), facts)
     return json.loads((out / "closing.json").read_text())
@@ -205,6 +207,10 @@ def compare_shapes(args):
     volumes = bs.label_volumes(cache, ("train", "val", "test"), its.resolution * 3 // 4)
     seen = torch.tensor([not set(model.trained_on).isdisjoint(case["hashes"]) for case in cache.cases])
     count = min(args.count, int(seen.sum()), int((~seen).sum()))
+    if not count or its.fov / its.resolution != model.step:
+        raise bs.BadInput(f"--words: {int(seen.sum())} of these {len(seen)} cases trained the generator, voxels are "
+                          f"{its.fov / its.resolution:g} mm; needed are some that did, some that did not, and "
+                          f"{model.step:g} mm")
     settings = {**bs.SAMPLING, "steps": args.calls}
     made = torch.stack([bs.sample_labels(model, torch.full((len(bs.ASKED),), torch.nan), (0, "shapes", i), settings)
                         for i in range(count)])
@@ -228,10 +234,14 @@ def compare_shapes(args):
                                  model.condition)[0]
         figures = bs.judge_labels(sets[who], sets["unseen cases"], model.condition, model.step)
         print(f"{who}: shape distance to unseen cases {figures['shape_distance']:.3f}; pieces "
-              f"{figures['made_pieces']:.1f} ({figures['real_pieces']:.1f}), slice to slice Dice {figures['made_slice_dice']:.2f} "
-              f"({figures['real_slice_dice']:.2f}); nearest tumour of "
+              f"{figures['made_pieces']:.1f} ({figures['real_pieces']:.1f}), slice to slice Dice "
+              f"{figures['made_slice_dice']:.2f} ({figures['real_slice_dice']:.2f}); nearest tumour of "
               f"{'unseen' if who == 'training cases' else 'training'} cases: Dice {near.nanmean():.2f}, at most "
               f"{np.nanmax(near.numpy(), initial=0):.2f}")
+    relatives = bs.move_volumes(sets["training cases"], (0, "relatives"))
+    near = bs.nearest_tumour(relatives, volumes[seen], model.condition)[0]
+    print(f"for scale, moved copies of training cases: nearest tumour of training cases: Dice {near.nanmean():.2f}, at "
+          f"least {near[~torch.isnan(near)].min():.2f}")
     bs.draw_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the share of heads that have no more")
     print(f"wrote: {Path(args.out) / 'shapes.png'}")
 

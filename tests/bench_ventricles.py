@@ -80,8 +80,9 @@ def measure(segmenter, slices):
     return np.array(ml), np.array(dices)
 
 
-def make_sets(args, out, low, high):
-    """Train both generators and make both sets of cases, where they are not there yet -> {name: Slices of them}."""
+def make_sets(args, out, fov, low, high):
+    """Train both generators and make both sets of cases, where they are not there yet (whatever
+    their settings were: another study, another --out) -> {name: Slices of them}."""
     common = ["--phantoms", args.phantoms, "--resolution", args.resolution, "--condition", "ventricles",
               "--sample-every", 0, "--device", args.device, *args.words.split()]
     for part, words in (("ddpm", ["--steps", args.image_steps]),
@@ -93,7 +94,7 @@ def make_sets(args, out, low, high):
         sample.main([str(word) for word in (
             "--request", request, "--label-checkpoint", out / "labels", "--checkpoint", out / "ddpm", "--count",
             args.count, "--steps", args.calls, "--device", args.device, "--out", out / name)])
-        sets[name] = Slices(bs.find_cases(out / name), args.resolution, 192.0, "made")
+        sets[name] = Slices(bs.find_cases(out / name), args.resolution, fov, "made")
     facts = [json.loads(path.read_text()) for path in (out / "flat").glob("*/*.json")]
     asked, came = np.array([(its["Requested"]["ventricles"], its["VolumesML"]["ventricles"]) for its in facts]).T
     print(f"ventricles asked for, {asked.min():.1f} to {asked.max():.1f} mL: mean error "
@@ -128,7 +129,7 @@ def main():
     print(f"ventricles of {len(volumes)} training cases: {min(volumes):.1f} to {max(volumes):.1f} mL, median "
           f"{np.median(volumes):.1f}; of {len(truth['exact'])} held-out ones exactly {truth['exact'].min():.1f} to "
           f"{truth['exact'].max():.1f}, found {np.abs(truth['exact'] - truth['found']).mean():.2f} mL off")
-    sets, rows = make_sets(args, out, min(volumes), max(volumes)), []
+    sets, rows = make_sets(args, out, its.fov, min(volumes), max(volumes)), []
     for arm, (whose, made) in ARMS.items():
         sources = [train_seg.source(its, np.arange(len(its.rows)), 0.5)
                    for its in ([sets[made]] if made else []) + ([real[whose]] if whose else [])]

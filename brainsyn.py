@@ -3826,16 +3826,22 @@ def settle(scores, voxels, first):
     """Scores of classes in -1..1 become a label map: float (D, K, R, R) -> int64 (D, R, R).
 
     They are smoothed over neighbours, (1, 6, 1) / 8 along each axis, which takes away single voxels that are not sure
-    and lets slabs meet; more of it, (1, 2, 1) / 4, makes tumours rounder than they are. Of the scores as shares,
-    (score + 1) / 2, the largest wins, after each class from `first` on is multiplied by a number of its own, the same
-    everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels` (K,) says, none if that is 0. Request and
-    blocks say how much, see voxels_due, the scores where. What nothing else claims is class 1, brain.
+    and lets slabs meet; more of it, (1, 2, 1) / 4, would make tumours rounder than they are. Air gets that, twice: heads
+    are smooth. Of the scores as shares, (score + 1) / 2, the largest wins, after each class from `first` on is
+    multiplied by a number of its own, the same everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels`
+    (K,) says, none if that is 0. Request and blocks say how much, see voxels_due, the scores where. What nothing else
+    claims is class 1, brain.
     """
-    kernel = torch.tensor([1.0, 6.0, 1.0]) / 8
-    kernel = kernel[:, None, None] * kernel[:, None] * kernel
-    padded = F.pad(((scores.movedim(1, 0)[:, None] + 1) / 2).clamp(0, 1), (1,) * 6, mode="replicate")
-    shares, gain = F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1), torch.ones(len(voxels))
-    shares[:, 1] += 1e-6
+    def smooth(its, middle):
+        kernel = torch.tensor([1.0, middle, 1.0]) / (middle + 2)
+        kernel = kernel[:, None, None] * kernel[:, None] * kernel
+        padded = F.pad(its.movedim(1, 0)[:, None], (1,) * 6, mode="replicate")
+        return F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1)
+
+    shares, gain = ((scores + 1) / 2).clamp(0, 1), torch.ones(len(voxels))
+    air, rest = smooth(smooth(shares[:, :1], 2), 2), smooth(shares[:, 1:], 6)
+    rest[:, 0] += 1e-6
+    shares = torch.cat([air, rest * (1 - air) / rest.sum(1, keepdim=True)], 1)
     for _ in range(40):
         there = torch.bincount((shares * gain.view(-1, 1, 1)).argmax(1).flatten(), minlength=len(voxels))
         gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 3) * (voxels > 0))[first:]

@@ -3826,8 +3826,8 @@ def settle(scores, voxels, first):
     """Scores of classes in -1..1 become a label map: float (D, K, R, R) -> int64 (D, R, R).
 
     They are smoothed over neighbours, (1, 6, 1) / 8 along each axis, which takes away single voxels that are not sure
-    and lets slabs meet; more of it, (1, 2, 1) / 4, would make tumours rounder than they are. Air gets that, twice: heads
-    are smooth. Of the scores as shares, (score + 1) / 2, the largest wins, after each class from `first` on is
+    and lets slabs meet; more of it, (1, 2, 1) / 4, would make tumours rounder than they are. Air gets that, twice:
+    heads are smooth. Of the scores as shares, (score + 1) / 2, the largest wins, after each class from `first` on is
     multiplied by a number of its own, the same everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels`
     (K,) says, none if that is 0. Request and blocks say how much, see voxels_due, the scores where. What nothing else
     claims is class 1, brain.

@@ -49,9 +49,9 @@ def parse_arguments(argv=None):
     data.add_argument("--native", action="store_true", help="write on the label map's own grid, not the model's")
     data.add_argument("--scan", help="folder of scans without labels: segmented, then synthesised (the closed loop)")
     data.add_argument("--request", metavar="NAME=VALUE,...", help="label maps are generated: mL of et, ed, ncr (and "
-                      "ventricles, if both generators have them), place of the tumour x, y, z (mm from the middle of the "
-                      "brain to the right, front and top), sphericity, lesions; et=12 or et=5..30 (evenly spread over "
-                      "--count); the rest is left open")
+                      "ventricles, if both generators have them), place of the tumour x, y, z (mm from the middle of "
+                      "the brain to the right, front and top), sphericity, lesions; et=12 or et=5..30 (evenly spread "
+                      "over --count); the rest is left open")
     data.add_argument("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
     data.add_argument("--label-guidance", type=float, default=2.0, help="guidance scale of --request, 1 for none")
     edit = parser.add_argument_group("edited label maps")

@@ -358,20 +358,19 @@ def test_what_goes_leaves_air_where_it_was():
     assert torch.equal(classes, (truth > 0).long())
 
 
-def test_of_drafts_the_one_with_the_lesions_asked_for_is_kept(monkeypatch):
-    """Several are drawn, with keys of their own, where a number of lesions is asked for; else one."""
+def test_drafts_are_drawn_until_one_is_as_asked(monkeypatch):
+    """With keys of their own, four at most, of which the nearest is kept; one, where nothing is asked."""
     lesions, drawn = [(4, (24.0, 32.0, 20.0 + 12 * i), 2) for i in range(3)], []
     monkeypatch.setattr(bs, "draw_labels", lambda model, wanted, key, *its: (
-        drawn.append(key), head(*lesions[:1 + (len(drawn) - 1) % 3]))[1])
+        drawn.append(key), head(*lesions[:min(len(drawn), 3)]))[1])
     wanted = torch.full((len(bs.ASKED),), torch.nan)
     model = bs.LabelGenerator(None, None, "tumour", STEP, wanted[None])
     assert measured(bs.sample_labels(model, wanted, (5,)))["lesions"] == 1 and drawn == [(5,)]
-    for count in (1, 2, 3):
+    for count, keys in ((1, [(5,)]), (2, [(5,), (5, 1)]), (9, [(5,), (5, 1), (5, 2), (5, 3)])):
         drawn.clear()
         wanted = wanted.clone()
         wanted[7] = count
-        assert measured(bs.sample_labels(model, wanted, (5,), drafts=3))["lesions"] == count
-        assert drawn == [(5,), (5, 1), (5, 2)]
+        assert measured(bs.sample_labels(model, wanted, (5,)))["lesions"] == min(count, 3) and drawn == keys
 
 
 def test_the_fine_network_is_told_what_blocks_do_not_show():

@@ -2733,7 +2733,7 @@ def find_data(args):
 # Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
 PATHS = ("data", "label_maps", "split", "out", "synthetic", "weights")
 # What may differ when a run is resumed.
-NEW_ARGUMENTS = {"generate": "images", "relatives": 512, "label_steps": 0}      # of runs from before there were these
+NEW_ARGUMENTS = {"generate": "images", "relatives": 512, "label_steps": 0, "arms": None}      # of runs from before
 FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance", "sample_every", "skip_bad"}
 
 

@@ -88,6 +88,8 @@ def parse_arguments(argv=None):
     study.add_argument("--generator-steps", type=int, default=400, help="training steps of each generator")
     study.add_argument("--label-steps", type=int, default=0, help="training steps of a generator of labels; more than "
                        "0 adds sets of generated labels, as they come and with ET volumes spread evenly")
+    study.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="only these training sets, of: "
+                       + "; ".join(ARMS))
     study.add_argument("--made", type=int, default=24, help="synthetic cases a set")
     study.add_argument("--calls", type=int, default=10, help="network calls a slice when they are sampled")
     args = parser.parse_args(argv)
@@ -446,7 +448,7 @@ def study(args, split, device):
     held = hashes_of_all([*split["val"], *split["test"]])
     given, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
     settings = {k: v for k, v in bs.kept_arguments(args).items()
-                if k not in ("device", "seeds", "patients", "skip_bad")}
+                if k not in ("device", "seeds", "patients", "skip_bad", "arms")}
     settings.update(trained_on=hashes_of_all(split["train"]), tested_on=hashes_of_all(test), synthetic=digests)
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
         raise bs.BadInput(f"{out} holds a study with other settings or data; choose another --out, or delete it")
@@ -464,8 +466,8 @@ def study(args, split, device):
         mine = [np.arange(c["first"], c["first"] + c["count"]) for c in real.cases if c["patient"] in order[:size]]
         mine = source(real, np.concatenate(mine))
         for arm, (name, with_real, kind) in ARMS.items():
-            if name and name not in caches:     # one given set, no ET to scale, no generator of labels
-                continue
+            if name and name not in caches or args.arms and arm not in args.arms:
+                continue                        # one given set, no ET to scale, no generator of labels; not wanted
             sources = [mine] if with_real else []
             if name:
                 sources.insert(0, source(caches[name], caches[name].part("train"), args.synthetic_share))

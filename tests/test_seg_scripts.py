@@ -391,8 +391,8 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     """Table, CSV, JSON and plot for every arm and number of patients; generators are trained on those patients
     alone; a second call trains nothing again; other settings are refused."""
     folder, _ = work
-    command = ["--study", "--phantoms", "10", "--resolution", "24", "--batch", "2", "--steps", "2", "--patients", "1",
-               "all", "--seeds", "2", "--generator-steps", "2", "--made", "2", "--calls", "2"]
+    command = ["--study", "--phantoms", "10", "--resolution", "32", "--batch", "2", "--steps", "2", "--patients", "1",
+               "all", "--seeds", "2", "--generator-steps", "2", "--label-steps", "4", "--made", "2", "--calls", "2"]
     text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
     rows = list(csv.DictReader((out / "study.csv").open()))
@@ -413,6 +413,8 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     pairs = {(row["arm"], row["against"]) for row in json.loads((out / "study.json").read_text())["differences"]}
     assert pairs == set(train_seg.AGAINST)
     assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
+    text = run(folder, "train_seg.py", *command, "--arms", "real", "generated")
+    assert [row["arm"] for row in json.loads((out / "study.json").read_text())["rows"]] == ["real", "generated"] * 2
     text = run(folder, "train_seg.py", *command, "--lr", "0.5", status=2)
     assert "other settings" in text and "Traceback" not in text
 

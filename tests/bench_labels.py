@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -183,8 +184,12 @@ def compare_guidance(args):
             there = ~np.isnan(got)              # without a tumour no sphericity
             got, asked = got[there], wanted[:, at].numpy()[there]
             pieces = np.nanmean([bs.label_figures(its, model.condition)["pieces"] for its in made])
-            print(f"| {label} | {guidance:g} | {np.abs(got - asked).mean():.2f} | {np.corrcoef(got, asked)[0, 1]:.3f} "
-                  f"| {np.polyfit(asked, got, 1)[0]:.2f} | {pieces:.1f} | {seconds:.1f} |", flush=True)
+            error, r, slope = math.nan, math.nan, math.nan
+            if len(got) > 1:
+                error, r = np.abs(got - asked).mean(), np.corrcoef(got, asked)[0, 1]
+                slope = np.polyfit(asked, got, 1)[0]
+            print(f"| {label} | {guidance:g} | {error:.2f} | {r:.3f} | {slope:.2f} | {pieces:.1f} | {seconds:.1f} |",
+                  flush=True)
             lines[f"guidance {guidance:g}"] = (asked, got, np.zeros(len(got)))
         panels.append((f"{label} that came", "points", lines))
     bs.draw_lines(Path(args.out) / "asked.png", panels, "asked for")

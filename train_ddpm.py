@@ -14,8 +14,8 @@ Resumes   run the same command again; a run bounded by --steps ends bit for bit 
 Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a minute of
           phantoms and cache; ET and ED light up in all held-out slices that have them, 100% of air at or below
           -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real. Labels: 2340 and 1260 steps, 7 min 22 s
-          with phantoms and figures, near twice that on a slower day; held-out heads' volumes, asked for with all else they have, come within 4.2
-          (NCR), 1.3 (ED) and 3.4 mL (ET) on average
+          with phantoms and figures, near twice that on a slower machine; held-out heads' volumes, asked for with
+          all else they have, come within 4.2 (NCR), 1.3 (ED) and 3.4 mL (ET) on average
 """
 from __future__ import annotations
 

@@ -3424,7 +3424,7 @@ VOLUMES = (*LABELS, "ventricles")
 UNSEEN = ("sphericity", "lesions")      # what blocks hardly show or not at all
 BLOCK = 4                               # voxels a side of a block, slices of a slab
 # What a generated block has less of it has not, nor a label of which neither it nor a neighbour has SURE_SHARE: that is
-# the sampler's own noise. Of training heads the second takes up to 1.4 mL of a label, all of it if there is no more.
+# the sampler's own noise. A label of a millilitre or two, thinly spread, can go with it.
 LEAST_SHARE, SURE_SHARE = 0.05, 0.2
 CANDIDATES = 16                         # heads in blocks that are drawn for every one that is kept
 # Label maps drawn at most for every one that is kept; drawing ends at one this near, see distance, for each entry asked
@@ -3727,16 +3727,15 @@ def load_label_generator(folder, device):
         raise BadInput(f"{folder}: its coarse and its fine network are of different runs; train it anew")
     both = "".join(file_hash(its["file"]) for its in (one, other))
     digest = hashlib.sha256(both.encode()).hexdigest()
-    return LabelGenerator(coarse, fine, other["condition"], other["fov"] / other["resolution"],
-                          torch.tensor(one["measured"]),
-                          other["trained_on"], other["data"], other["patients"], digest)
+    return LabelGenerator(coarse, fine, one["condition"], one["fov"] / one["resolution"], torch.tensor(one["measured"]),
+                          one["trained_on"], one["data"], one["patients"], digest)
 
 
 def measure_shares(shares, condition, step):
     """What characteristics would say of heads in blocks: shares (N, D', K, r, r), voxels of `step` mm ->
     (N, len(ASKED)), NaN for lesions, which blocks do not show, and where there is nothing to measure. Sphericity is a
     guess: measured as of voxels with shares for the mask, for which rough surfaces are smooth, then 0.8 of it less 0.2.
-    Over 78 heads of phantoms it correlates 0.75 with that of the voxels, over 84 of BraTS 0.61."""
+    tests/bench_labels.py shapes says how it follows that of the voxels."""
     names, ml = CONDITIONS[condition], (BLOCK * step) ** 3 / 1000
     volumes = shares.sum((1, 3, 4)) * ml                                                    # (N, K)
     axes = torch.meshgrid(*[torch.arange(float(n)) for n in (shares.shape[1], *shares.shape[3:])], indexing="ij")
@@ -3773,11 +3772,12 @@ def distance(measured, wanted, asked=None):
 def fill_volumes(wanted, known, key, near=0.05):
     """A request (len(ASKED),) whose open volumes are those of a training head: known (N, len(ASKED)), what these heads
     measure; one of them by lot, of the share `near` that are most like what is asked, or of all if nothing is. So a set
-    of heads has volumes as patients have them: by itself the coarse network draws tumours a third too small. Heads
+    of heads has volumes as patients have them; by itself the coarse network draws tumours too small. Heads
     without tumour count only if nothing is asked of the tumour, or lesions=0: et=0 is a tumour without ET."""
     open_ = torch.isnan(wanted)
-    if not open_[:-1].all() and wanted[ASKED.index("lesions")] != 0 and (known[:, :3].sum(1) > 0).any():
-        known = known[known[:, :3].sum(1) > 0]
+    ill = known[:, :len(LABELS)].sum(1) > 0
+    if not open_[:ASKED.index("ventricles")].all() and wanted[ASKED.index("lesions")] != 0 and ill.any():
+        known = known[ill]
     count = len(known) if open_.all() else max(1, round(near * len(known)))
     lot = int(torch.randint(count, (1,), generator=generator(*key, "lot")))
     one = known[distance(known, wanted).argsort(stable=True)[lot]]
@@ -3796,8 +3796,8 @@ def sample_shares(denoiser, condition, step, wanted, key, settings=SAMPLING, can
     """A head in blocks: wanted float (len(ASKED),), NaN where open -> shares (D', K, r, r) in 0..1, 1 in sum.
     `candidates` heads are drawn; the one that measures most like what is wanted is it. step: mm a voxel; asked: see
     distance."""
-    measured = ~torch.isnan(wanted) & torch.tensor([name != "lesions" for name in ASKED])
-    candidates = candidates if measured.any() else 1            # else there is nothing to choose by
+    if not any(value == value and name != "lesions" for name, value in zip(ASKED, wanted)):
+        candidates = 1                          # nothing to choose by
     shape = candidates, *denoiser.prior["atlas"].shape[2:]                                  # (N, D' K, r, r)
     scalars, no_labels = head_scalars(wanted.expand(candidates, -1)), torch.zeros(candidates, 0, *shape[2:])
 

@@ -247,6 +247,12 @@ def compare_shapes(args):
     near = bs.nearest_tumour(relatives, volumes[seen], model.condition)[0]
     print(f"for scale, moved copies of training cases: nearest tumour of training cases: Dice {near.nanmean():.2f}, at "
           f"least {near[~torch.isnan(near)].min():.2f}")
+    blocks = bs.block_shares(volumes, len(bs.CONDITIONS[model.condition]))
+    guess = torch.stack([bs.measure_shares(blocks, model.condition, model.step)[:, 6], torch.tensor([
+        bs.characteristics(one.long(), model.condition, model.step)[6] for one in volumes])])
+    guess = guess[:, ~torch.isnan(guess).any(0)].numpy()
+    print(f"sphericity guessed from blocks: correlation with that of the voxels {np.corrcoef(guess)[0, 1]:.2f} over "
+          f"{guess.shape[1]} heads, {np.abs(guess[0] - guess[1]).mean():.2f} off")
     bs.draw_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the share of heads that have no more")
     print(f"wrote: {Path(args.out) / 'shapes.png'}")
 

@@ -1,6 +1,7 @@
 """What several test files share: phantom cases on disk, made once, and a cache of them; hand-ins put in place."""
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,26 @@ def phantom_folder(tmp_path_factory):
     """Twelve phantom cases, both naming generations, both header orientations."""
     folder = tmp_path_factory.mktemp("phantoms")
     bs.make_phantoms(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lay_phantoms(phantom_folder):
+    """lay_phantoms(folder, count) -> folder, with the first of them where scripts look that write into `runs` there: a
+    copy takes no time, making them a second each."""
+    def lay(folder, count, runs="runs"):
+        for path in phantom_folder.iterdir():
+            if bs.phantom_seed(path.name) < count:
+                shutil.copytree(path, folder / runs / "phantoms/A" / path.name)
+        return folder
+    return lay
+
+
+@pytest.fixture(scope="session")
+def many_phantoms(phantom_folder, tmp_path_factory):
+    """Forty-four, the twelve among them."""
+    folder = shutil.copytree(phantom_folder, tmp_path_factory.mktemp("many") / "A")
+    bs.make_phantoms(folder, 44)
     return folder
 
 

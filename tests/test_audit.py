@@ -9,11 +9,9 @@ TUMOUR = "tumour"
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
+def pool(many_phantoms):
     """Slices of 44 phantoms, as the audit compares them: (images, classes, positions)."""
-    folder = tmp_path_factory.mktemp("pool")
-    bs.make_phantoms(folder, 44)
-    return bs.audit_slices([bs.prepare_case(case, 32, 192.0, TUMOUR) for case in bs.find_cases(folder)])
+    return bs.audit_slices([bs.prepare_case(case, 32, 192.0, TUMOUR) for case in bs.find_cases(many_phantoms)])
 
 
 @pytest.fixture(scope="module")

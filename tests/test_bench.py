@@ -30,10 +30,10 @@ def test_both_networks_of_that_ratio_do_the_same_work():
     assert ours.parameters == pytest.approx(plain.parameters, rel=0.05)
 
 
-def test_quality_is_measured_after_minutes(tmp_path):
+def test_quality_is_measured_after_minutes(tmp_path, lay_phantoms):
     """Two runs, the second again, a change of another default, the table and the curve of all."""
     words = ["--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
-    run(tmp_path, "bench_quality.py", "ours", *words, "--minutes", 0.01, 0.02)
+    run(lay_phantoms(tmp_path, 8, "q"), "bench_quality.py", "ours", *words, "--minutes", 0.01, 0.02)
     assert "resumed" not in run(tmp_path, "bench_quality.py", "ours", *words, "--minutes", 0.02)
     run(tmp_path, "bench_quality.py", "changes", "batch 8", "--words=--width 16", *words, "--minutes", 0.01)
     rows = [json.loads(line) for line in (tmp_path / "q/results.jsonl").read_text().splitlines()]

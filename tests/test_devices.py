@@ -82,9 +82,9 @@ def furthest(one, other, part="weights"):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(tmp_path_factory, lay_phantoms):
     """A folder with twelve steps of train_ddpm.py in one process on the CPU, in runs/plain; what it printed."""
-    folder = tmp_path_factory.mktemp("devices")
+    folder = lay_phantoms(tmp_path_factory.mktemp("devices"), 8)
     return folder, run(folder, "train_ddpm", *DDPM, "--out", "runs/plain")
 
 

@@ -18,16 +18,9 @@ BOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 by_name = pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
 
 
-@pytest.fixture(scope="session")
-def heads(tmp_path_factory):
-    """A folder of the phantoms that the notebooks share, as they do where they lie side by side."""
-    folder = tmp_path_factory.mktemp("heads")
-    bs.make_phantoms(folder, 44)
-    return folder
-
-
 def run_copy(folder, book, heads, monkeypatch, steps=None):
-    """Run a copy of a notebook beside links to the library and to phantoms -> what it said; it must end well."""
+    """Run a copy of a notebook beside links to the library and to phantoms, which notebooks share where they lie side
+    by side -> what it said; it must end well."""
     (folder / "notebooks/runs/phantoms").mkdir(parents=True)
     (folder / "notebooks/runs/phantoms/A").symlink_to(heads)
     for path in [*ROOT.glob("*.py"), *(ROOT / "notebooks").glob("*.md")]:
@@ -41,17 +34,17 @@ def run_copy(folder, book, heads, monkeypatch, steps=None):
 
 
 @by_name
-def test_notebooks_run(tmp_path, heads, monkeypatch, book):
+def test_notebooks_run(tmp_path, many_phantoms, monkeypatch, book):
     """All cells, in a fresh process, with hardly any training."""
-    run_copy(tmp_path, book, heads, monkeypatch, 6)
+    run_copy(tmp_path, book, many_phantoms, monkeypatch, 6)
 
 
 @pytest.mark.slow
 @by_name
-def test_notebooks_run_at_full_length(tmp_path, heads, monkeypatch, book):
+def test_notebooks_run_at_full_length(tmp_path, many_phantoms, monkeypatch, book):
     """As a reader runs them."""
     monkeypatch.delenv("BRAINSYN_STEPS", raising=False)
-    run_copy(tmp_path, book, heads, monkeypatch)
+    run_copy(tmp_path, book, many_phantoms, monkeypatch)
 
 
 @by_name

@@ -25,10 +25,10 @@ SEG = ["--phantoms", "10", "--resolution", "32", "--batch", "4", "--validate-eve
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(tmp_path_factory, lay_phantoms):
     """A folder with a generator and a segmenter trained for a few steps on the same ten phantoms, and what
     training the segmenter printed."""
-    folder = tmp_path_factory.mktemp("seg")
+    folder = lay_phantoms(tmp_path_factory.mktemp("seg"), 10)
     run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "4")
     return folder, run(folder, "train_seg.py", *SEG, "--steps", "8")
 

@@ -230,19 +230,22 @@ def test_hidden():
 def test_a_folder_is_graded_whatever_is_in_it(tmp_path):
     """A right answer, one that raises, one that never ends, one that ends the process, one that is not Python, one of
     eight functions: a row for each, and why. Hidden tests count."""
-    hand_ins = tmp_path / "hand_ins"
-    hand_ins.mkdir()
-    for name, text in {"right": SOURCE, "raises": "1 / 0", "endless": "while True: pass", "gone": "import os; os._exit(0)",
-                       "words": "I have not done it", "one": text_of("v_target")}.items():
-        (hand_ins / f"{name}.py").write_text(text)
+    rows = {}
     (tmp_path / "hidden.py").write_text(HIDDEN)
-    done = subprocess.run([sys.executable, LIBRARY.parent / "tests/grade.py", "a1", hand_ins, "--seconds", "25", "--hidden",
-                           tmp_path / "hidden.py", "--out", tmp_path / "marks.csv"], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    rows = {row["file"]: row for row in csv.DictReader(open(tmp_path / "marks.csv"))}
+    for folder, seconds, texts in (("ends", 300, {"right": SOURCE, "raises": "1 / 0", "gone": "import os; os._exit(0)",
+                                                  "words": "I have not done it", "one": text_of("v_target")}),
+                                   ("never", 5, {"endless": "while True: pass"})):
+        (tmp_path / folder).mkdir()
+        for name, text in texts.items():
+            (tmp_path / folder / f"{name}.py").write_text(text)
+        done = subprocess.run([sys.executable, LIBRARY.parent / "tests/grade.py", "a1", tmp_path / folder, "--seconds",
+                               str(seconds), "--hidden", tmp_path / "hidden.py", "--out", tmp_path / "marks.csv"],
+                              text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        rows |= {row["file"]: row for row in csv.DictReader(open(tmp_path / "marks.csv"))}
     assert len(rows) == 6 and rows["right.py"]["mark"] == "100" and int(rows["one.py"]["mark"]) < 50, rows
     assert int(rows["right.py"]["of"]) > 10 and {rows[f"{name}.py"]["mark"] for name in ("raises", "endless", "gone", "words")} == {"0"}
-    for name, words in (("raises", "does not run: ZeroDivisionError"), ("endless", "did not end within 25"),
+    for name, words in (("raises", "does not run: ZeroDivisionError"), ("endless", "did not end within 5"),
                         ("gone", "ended the process"), ("words", "does not run: SyntaxError")):
         assert words in rows[f"{name}.py"]["why"], rows[f"{name}.py"]
 

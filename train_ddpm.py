@@ -13,9 +13,9 @@ Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it l
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
 Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a minute of
           phantoms and cache; ET and ED light up in all held-out slices that have them, 100% of air at or below
-          -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real. Labels: 2340 and 1260 steps, 7 min 22 s
-          with phantoms and figures, near twice that on a slower machine; held-out heads' volumes, asked for with
-          all else they have, come within 4.2 (NCR), 1.3 (ED) and 3.4 mL (ET) on average
+          -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real. Labels: 2400 and 600 steps, 7 min 9 s
+          with phantoms and figures on a slow machine; held-out heads' volumes, asked for with all else they have,
+          come within 2.8 (NCR), 1.9 (ED) and 2.7 mL (ET) on average
 """
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ import torch
 
 import brainsyn as bs
 
-STEPS, LABEL_STEPS = 2000, 3600                 # a run's length when neither bound is given
-# The two networks of --generate labels: their share of the run's length, and the shift of their noise schedule.
-PARTS = {"coarse": (0.65, 0.5), "fine": (0.35, 0.4)}
+STEPS, LABEL_STEPS = 2000, 3000                 # a run's length when neither bound is given
+# The two networks of --generate labels: their shares of a run's steps or minutes (a fine step takes two to three times
+# as long), and what --shift and --width are if nothing is said.
+PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
+         "fine": {"steps": 0.2, "minutes": 0.4, "shift": 0.4, "width": 64}}
 
 
 def parse_arguments(argv=None):
@@ -57,7 +59,7 @@ def parse_arguments(argv=None):
     data.add_argument("--skip-bad", action="store_true", help="leave cases of --data out that the check rejects")
     data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=int, default=64, help="channels of the first level")
+    model.add_argument("--width", type=int, help="channels of the first level (default 64, of coarse labels 48)")
     model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 2], help="channels of each level / width")
     model.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
     model.add_argument("--patch", type=int, default=4, help="p x p pixels folded into channels")
@@ -95,6 +97,7 @@ def parse_arguments(argv=None):
         args.steps = LABEL_STEPS if labels else STEPS
     args.sample_every = (1000 if labels else 250) if args.sample_every is None else args.sample_every
     args.shift = 2.0 if args.shift is None and not labels else args.shift
+    args.width = 64 if args.width is None and not labels else args.width
     args.out = args.out or ("runs/labels" if labels else "runs/ddpm")
     if labels and args.resolution % (4 * bs.BLOCK):
         raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {4 * bs.BLOCK}")
@@ -264,7 +267,7 @@ def learn_heads(args, data):
                       "sampler_calls": bs.SAMPLING["steps"], **figures})
 
     its = SimpleNamespace(
-        network={"channels": x_all.shape[1], "classes": 0, "scalars": 1 + len(bs.ASKED), "patch": 1, "fine": 64},
+        network={"channels": x_all.shape[1], "classes": 0, "scalars": 1 + len(bs.ASKED), "patch": 1, "fine": 48},
         prior=bs.label_prior(data.shares), draw_batch=draw_batch, draw=draw, close=close,
         who=lambda step: [data.cases[i % len(data.cases)] for i in draw_heads(step)],
         words=f"blocks of {len(data.train)} training heads and of {len(data.heads) - len(data.train)} relatives")
@@ -323,7 +326,7 @@ def learn_voxels(args, data):
                       "copies": int((near > 0.9).sum())})
 
     its = SimpleNamespace(
-        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "scalars": 1 + len(bs.UNSEEN), "fine": 64},
+        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "scalars": 1 + len(bs.UNSEEN)},
         prior={"shares": torch.tensor(0.1)},
         draw_batch=draw_batch, draw=draw, close=close,
         who=lambda step: [data.cases[i % len(data.cases)] for i in draw_slabs(step) // slabs],
@@ -350,11 +353,12 @@ def train(args, device):
                 for row in data.asked[order].tolist()]                              # nobody's row, nor to the voxel
     facts |= {"trained_on": data.hashes, "measured": measured,
               "patients": patients + (len(data.cases) if args.label_maps else 0)}
-    for part, (share, shift) in PARTS.items():
+    for part, usual in PARTS.items():
         print(f"--- {part} network")
-        its = argparse.Namespace(**{**vars(args), "out": str(Path(args.out) / part), "shift": args.shift or shift,
-                                    "steps": args.steps and max(1, round(args.steps * share)),
-                                    "minutes": args.minutes and args.minutes * share})
+        its = argparse.Namespace(**{**vars(args), "out": str(Path(args.out) / part),
+                                    "shift": args.shift or usual["shift"], "width": args.width or usual["width"],
+                                    "steps": args.steps and max(1, round(args.steps * usual["steps"])),
+                                    "minutes": args.minutes and args.minutes * usual["minutes"]})
         Path(its.out).mkdir(parents=True, exist_ok=True)
         learn(its, device, "labels", (learn_heads if part == "coarse" else learn_voxels)(its, data), facts)
 

@@ -140,7 +140,7 @@ def train_way(way, args, out):
         train_ddpm.main(words)
         closing = [json.loads((out / part / "closing.json").read_text()) for part in train_ddpm.PARTS]
         return closing[-1] | {"steps": " + ".join(str(its["steps"]) for its in closing)}
-    its = train_ddpm.parse_arguments([*words, "--shift", "0.2"])
+    its = train_ddpm.parse_arguments(["--width", "64", *words, "--shift", "0.2"])
     cases, split = bs.find_data(its)
     cache = bs.build_cache(cases, out.parent / "cache", its.resolution, its.fov, its.condition, split)
     data, bs.UNet = train_ddpm.heads_to_learn(its, cache), VolumeUNet

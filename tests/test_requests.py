@@ -397,6 +397,15 @@ def test_scores_settle_as_a_label_map():
     assert torch.equal(classes[0], classes[0] * 0) and (classes == 2).sum() == 0
 
 
+def test_a_voxel_that_stands_alone_is_brain():
+    """However sure its score is; two that touch, if only by a corner, stay."""
+    scores = 2 * bs.one_hot(head((8, (24.0, 32.0, 32.0), 2)), 5) - 1                            # (D, K, R, R)
+    for z, y, x in ((10, 40, 20), (14, 40, 20), (15, 41, 21)):
+        scores[z, :, y, x] = torch.tensor([-1.0, -1, -1, -1, 1])
+    classes = bs.settle(scores, torch.tensor([0.0, 0, 0, 2100, 3]), 2)
+    assert (classes == 4).nonzero().tolist() == [[14, 40, 20], [15, 41, 21]]
+
+
 def test_what_training_leaves_open():
     """Half of all requests are a volume or two alone; in the others anything from none to all is open."""
     chance = torch.rand(4000, 2 + len(bs.ASKED))
@@ -550,13 +559,13 @@ def test_tissue_is_not_made_from_tumour_labels():
     assert np.array_equal(got, classes)
 
 
-TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 6, "--sample-every", 2, "--relatives", 12)
+TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 10, "--sample-every", 2, "--relatives", 12)
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(tmp_path_factory, lay_phantoms):
     """A folder with a run of images and one of labels, both hardly trained, and a set made of them on request."""
-    folder = tmp_path_factory.mktemp("request")
+    folder = lay_phantoms(tmp_path_factory.mktemp("request"), 7)
     for words in (["train_ddpm.py", *TINY], ["train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4],
                   ["sample.py", "--request", "et=5..30,x=20", "--count", 2, "--steps", 2]):
         status, said = run_script(folder, *words)
@@ -732,9 +741,10 @@ def test_ventricles_go_all_the_way(work):
     assert status == 2 and "train it with --generate labels --condition ventricles" in said, said
 
 
-def test_the_worth_of_chosen_ventricles_is_measured(tmp_path):
+def test_the_worth_of_chosen_ventricles_is_measured(tmp_path, lay_phantoms):
     """The study, hardly trained: every arm has its row."""
-    status, said = run_script(tmp_path, "tests/bench_ventricles.py", "--phantoms", 6, "--resolution", 32, "--count", 1,
+    folder = lay_phantoms(tmp_path, 6, "runs/ventricles")
+    status, said = run_script(folder, "tests/bench_ventricles.py", "--phantoms", 6, "--resolution", 32, "--count", 1,
                               "--image-steps", 4, "--label-steps", 8, "--words", "--width 16 --relatives 12 --batch 4",
                               "--calls", 2, "--seg-steps", 3, "--seeds", 1)
     assert status == 0 and "ventricles asked for" in said, said

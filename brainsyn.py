@@ -3830,9 +3830,9 @@ def settle(scores, voxels, first):
     They are smoothed over neighbours, (1, 6, 1) / 8 along each axis, which takes away single voxels that are not sure
     and lets slabs meet; more of it, (1, 2, 1) / 4, would make tumours rounder than they are. Air gets that, twice:
     heads are smooth. Of the scores as shares, (score + 1) / 2, the largest wins, after each class from `first` on is
-    multiplied by a number of its own, the same everywhere, 1/3 to 3: such that it gets about as many voxels as `voxels`
-    (K,) says, none if that is 0. Request and blocks say how much, see voxels_due, the scores where. What nothing else
-    claims is class 1, brain, and so is a voxel of these classes that touches no other.
+    multiplied by a number of its own, the same everywhere, 1/10 to 10: such that it gets about as many voxels as
+    `voxels` (K,) says, none if that is 0. Request and blocks say how much, see voxels_due, the scores where. What
+    nothing else claims is class 1, brain, and so is a voxel of these classes that touches no other.
     """
     def smooth(its, middle):
         kernel = torch.tensor([1.0, middle, 1.0]) / (middle + 2)
@@ -3845,14 +3845,14 @@ def settle(scores, voxels, first):
     rest[:, 0] += 1e-6
     shares = torch.cat([air, rest * (1 - air) / rest.sum(1, keepdim=True)], 1)
     base, other = shares[:, :first].max(1)
-    contested = 3 * shares[:, first:].amax(1) > base        # elsewhere no number changes anything
+    contested = 10 * shares[:, first:].amax(1) > base       # elsewhere no number changes anything
     some = shares.movedim(1, -1)[contested]                                         # (M, K)
     for _ in range(41):
         classes = other.masked_scatter(contested, (some * gain).argmax(1))
         chosen = (classes >= first).float()[None]
         classes[(chosen * F.avg_pool3d(chosen, 3, 1, 1) * 27).round()[0] == 1] = 1      # itself alone, of 27
         there = torch.bincount(classes.flatten(), minlength=len(voxels))
-        gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 3, 3) * (voxels > 0))[first:]
+        gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 10, 10) * (voxels > 0))[first:]
     return classes
 
 

@@ -3840,19 +3840,19 @@ def settle(scores, voxels, first):
         padded = F.pad(its.movedim(1, 0)[:, None], (1,) * 6, mode="replicate")
         return F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1)
 
-    shares, gain = ((scores + 1) / 2).clamp(0, 1), torch.ones(len(voxels))
+    shares, gain, most = ((scores + 1) / 2).clamp(0, 1), torch.ones(len(voxels)), 10
     air, rest = smooth(smooth(shares[:, :1], 2), 2), smooth(shares[:, 1:], 6)
     rest[:, 0] += 1e-6
     shares = torch.cat([air, rest * (1 - air) / rest.sum(1, keepdim=True)], 1)
     base, other = shares[:, :first].max(1)
-    contested = 10 * shares[:, first:].amax(1) > base       # elsewhere no number changes anything
+    contested = most * shares[:, first:].amax(1) > base     # elsewhere no number changes anything
     some = shares.movedim(1, -1)[contested]                                         # (M, K)
     for _ in range(41):
         classes = other.masked_scatter(contested, (some * gain).argmax(1))
         chosen = (classes >= first).float()[None]
         classes[(chosen * F.avg_pool3d(chosen, 3, 1, 1) * 27).round()[0] == 1] = 1      # itself alone, of 27
         there = torch.bincount(classes.flatten(), minlength=len(voxels))
-        gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / 10, 10) * (voxels > 0))[first:]
+        gain[first:] = ((gain * ((voxels + 5) / (there + 5)) ** 0.3).clamp(1 / most, most) * (voxels > 0))[first:]
     return classes
 
 

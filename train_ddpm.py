@@ -1,21 +1,24 @@
-"""Train a generator, v-prediction conditional diffusion: label map -> four MRI modalities, or request -> label map.
+"""Train a generator, v-prediction conditional diffusion: label map -> four MRI modalities, or
+request -> label map.
 
     python train_ddpm.py                                    phantoms are made, a model is trained
     python train_ddpm.py --data DIR --resolution 128 --minutes 30 --out runs/real
     python train_ddpm.py --minutes 1                        rough but complete
-    python train_ddpm.py --generate labels                  label maps from volumes and a place, in runs/labels
-    python train_ddpm.py --generate labels --label-maps FILE.npz --data DIR
+    python train_ddpm.py --generate labels                  label maps from volumes and a place, in
+    runs/labels python train_ddpm.py --generate labels --label-maps FILE.npz --data DIR
 
 Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
 Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
-          (held-out scans beside samples from their masks) and closing.json with the figures; for labels the
-          same twice, in runs/labels/coarse (heads in blocks) and runs/labels/fine (their voxels)
+          (held-out scans beside samples from their masks) and closing.json with the figures; for
+          labels the same twice, in runs/labels/coarse (heads in blocks) and runs/labels/fine (their
+          voxels)
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
-Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a minute of
-          phantoms and cache; ET and ED light up in all held-out slices that have them, 100% of air at or below
-          -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real. Labels: 2400 and 600 steps, 7 min 9 s
-          with phantoms and figures on a slow machine; held-out heads' volumes, asked for with all else they have,
-          come within 0.5 (NCR), 0.1 (ED) and 0.05 mL (ET) on average
+Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a
+          minute of phantoms and cache; ET and ED light up in all held-out slices that have them,
+          100% of air at or below -0.95, fine detail 0.90 and grey-white contrast 0.95 of the real.
+          Labels: 2400 and 600 steps, 7 min 9 s with phantoms and figures on a slow machine;
+          held-out heads' volumes, asked for with all else they have, come within 0.5 (NCR), 0.1
+          (ED) and 0.05 mL (ET) on average
 """
 from __future__ import annotations
 
@@ -28,10 +31,11 @@ import numpy as np
 import torch
 
 import brainsyn as bs
+from kit import checks, devices, files, judging, metrics, phantoms, pictures, requests, runs, slices
 
 STEPS, LABEL_STEPS = 2000, 3000                 # a run's length when neither bound is given
-# The two networks of --generate labels: their shares of a run's steps or minutes (a fine step takes two to three times
-# as long), and what --shift and --width are if nothing is said.
+# The two networks of --generate labels: their shares of a run's steps or minutes (a fine step takes
+# two to three times as long), and what --shift and --width are if nothing is said.
 PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
          "fine": {"steps": 0.2, "minutes": 0.4, "shift": 0.4, "width": 64}}
 
@@ -41,90 +45,112 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--generate", choices=("images", "labels"), default="images",
-                        help="four modalities from a label map, or label maps from volumes and a place asked for")
+                        help="four modalities from a label map, or label maps from volumes and a "
+                        "place asked for")
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
-    data.add_argument("--label-maps", metavar="FILE.npz", help="for --generate labels: tumours of these label maps, in "
-                      "outlines of the training cases, see read_label_maps")
-    data.add_argument("--relatives", type=int, default=512, help="for --generate labels: about so many heads are "
-                      "learned from, the training cases and moved copies of them")
+    data.add_argument("--label-maps", metavar="FILE.npz", help="for --generate labels: tumours of "
+                      "these label maps, in outlines of the training cases, see read_label_maps")
+    data.add_argument("--relatives", type=int, default=512, help="for --generate labels: about so "
+                      "many heads are learned from, the training cases and moved copies of them")
     data.add_argument("--phantoms", type=int, default=60, help="how many phantom cases to make")
-    data.add_argument("--scanner", choices=sorted(bs.SCANNERS), default="A", help="centre the phantoms come from")
+    data.add_argument("--scanner", choices=sorted(phantoms.SCANNERS), default="A",
+                      help="centre the phantoms come from")
     data.add_argument("--resolution", type=int, default=64, help="pixels a side of a slice")
     data.add_argument("--fov", type=float, default=192.0, help="width of a slice in mm")
     data.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour",
-                      help="classes of label maps: tumour (outline, NCR, ED, ET), tissue (CSF, grey and white "
-                      "for the rest of the brain) or ventricles (tumour, and ventricles)")
+                      help="classes of label maps: tumour (outline, NCR, ED, ET), tissue (CSF, "
+                      "grey and white for the rest of the brain) or ventricles (tumour, and "
+                      "ventricles)")
     data.add_argument("--split", help="JSON file with case or patient names for train, val, test")
-    data.add_argument("--skip-bad", action="store_true", help="leave cases of --data out that the check rejects")
-    data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices that show tumour")
+    data.add_argument("--skip-bad", action="store_true", help="leave cases of --data out that the "
+                      "check rejects")
+    data.add_argument("--tumour-share", type=float, default=0.5, help="share of training slices "
+                      "that show tumour")
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=int, help="channels of the first level (default 64, of coarse labels 48)")
-    model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 2], help="channels of each level / width")
+    model.add_argument("--width", type=int, help="channels of the first level (default 64, of "
+                       "coarse labels 48)")
+    model.add_argument("--mults", type=int, nargs="+", default=[1, 2, 2],
+                       help="channels of each level / width")
     model.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
     model.add_argument("--patch", type=int, default=4, help="p x p pixels folded into channels")
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless --minutes is given)")
+    optim.add_argument("--steps", type=int, help=f"end after so many steps (default {STEPS} unless "
+                       "--minutes is given)")
     optim.add_argument("--minutes", type=float, help="end after so many minutes in the loop")
-    optim.add_argument("--batch", type=int, default=16, help="slices a step; of labels heads, then slabs")
+    optim.add_argument("--batch", type=int, default=16, help="slices a step; of labels heads, then "
+                       "slabs")
     optim.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     optim.add_argument("--optimizer", choices=("muon", "adamw"), default="muon",
-                       help="of the layers inside; the first and last ones and all vectors learn by AdamW")
-    optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without labels, for guidance")
-    optim.add_argument("--shift", type=float, help="noise schedule: factor on sqrt(snr); 128/resolution suits larger "
-                       "pictures (default 2, of labels 0.5 coarse and 0.4 fine)")
+                       help="of the layers inside; the first and last ones and all vectors learn "
+                       "by AdamW")
+    optim.add_argument("--drop", type=float, default=0.1, help="share of samples trained without "
+                       "labels, for guidance")
+    optim.add_argument("--shift", type=float, help="noise schedule: factor on sqrt(snr); "
+                       "128/resolution suits larger pictures (default 2, of labels 0.5 coarse and "
+                       "0.4 fine)")
     optim.add_argument("--loss", choices=("unit", "v"), default="unit",
-                       help="squared error of v in units of the prior's own error, alike at all noise levels; or plain")
+                       help="squared error of v in units of the prior's own error, alike at all "
+                       "noise levels; or plain")
     optim.add_argument("--min-snr", type=float, default=0.0,
                        help="gamma of the min-SNR loss weight, 0 for none (5 is usual)")
-    optim.add_argument("--lesion-weight", type=float, default=0.0, help="extra loss weight inside tumour labels")
-    optim.add_argument("--ema", type=float, default=0.999, help="decay a step of the averaged weights")
+    optim.add_argument("--lesion-weight", type=float, default=0.0, help="extra loss weight inside "
+                       "tumour labels")
+    optim.add_argument("--ema", type=float, default=0.999, help="decay a step of the averaged "
+                       "weights")
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="output folder (default runs/ddpm, of labels runs/labels)")
     run.add_argument("--seed", type=int, default=0, help="all chance follows from it")
-    run.add_argument("--device", default="auto", choices=bs.DEVICES,
+    run.add_argument("--device", default="auto", choices=devices.DEVICES,
                      help="auto takes the fastest of cuda, mps and cpu; xla is TPUs")
-    run.add_argument("--precision", default="auto", choices=bs.PRECISIONS,
-                     help="of the layers' arithmetic in training; auto takes bfloat16 where that is fast")
+    run.add_argument("--precision", default="auto", choices=devices.PRECISIONS,
+                     help="of the layers' arithmetic in training; auto takes bfloat16 where that "
+                     "is fast")
     run.add_argument("--compile", action="store_true", help="hand the network to torch.compile")
     run.add_argument("--guidance", type=float, default=1.0,
                      help="guidance scale of pictures and closing figures, 1 for none")
-    run.add_argument("--sample-every", type=int, help="steps between sample pictures, 0 for none (default 250; of "
-                     "labels 1000)")
+    run.add_argument("--sample-every", type=int, help="steps between sample pictures, 0 for none "
+                     "(default 250; of labels 1000)")
     args = parser.parse_args(argv)
     labels = args.generate == "labels"
     if args.steps is None and args.minutes is None:
         args.steps = LABEL_STEPS if labels else STEPS
-    args.sample_every = (1000 if labels else 250) if args.sample_every is None else args.sample_every
+    args.sample_every = (1000 if labels
+                         else 250) if args.sample_every is None else args.sample_every
     args.shift = 2.0 if args.shift is None and not labels else args.shift
     args.width = 64 if args.width is None and not labels else args.width
     args.out = args.out or ("runs/labels" if labels else "runs/ddpm")
-    if labels and args.resolution % (4 * bs.BLOCK):
-        raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {4 * bs.BLOCK}")
+    if labels and args.resolution % (4 * requests.BLOCK):
+        raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of "
+                          f"{4 * requests.BLOCK}")
     if labels and args.lesion_weight:
-        raise bs.BadInput("--lesion-weight is for images: generators of labels weigh all classes alike")
+        raise bs.BadInput("--lesion-weight is for images: generators of labels weigh all classes "
+                          "alike")
     if args.label_maps and (not labels or args.condition != "tumour"):
-        raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such maps show no tissue")
-    bs.require_positive(args, "phantoms", "relatives", "resolution", "fov", "width", "blocks", "patch", "steps",
-                        "minutes", "batch", "lr", "shift")
+        raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such "
+                          "maps show no tissue")
+    files.require_positive(args, "phantoms", "relatives", "resolution", "fov", "width", "blocks",
+                           "patch", "steps", "minutes", "batch", "lr", "shift")
     return args
 
 
 def pick_rows(cache, rows, first_lesion, count):
     """`count` rows spread evenly over those that show tumour (over all if none does)."""
-    ill = rows[bs.has_label(cache, rows, first_lesion)]
+    ill = rows[slices.has_label(cache, rows, first_lesion)]
     rows = ill if len(ill) else rows
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
 
 
 def report(args, closing):
     """The end of a run: curves.png, closing.json and the same figures on screen."""
-    out, log = Path(args.out), bs.read_log(Path(args.out) / "log.csv")
+    out, log = Path(args.out), runs.read_log(Path(args.out) / "log.csv")
     quarters = ("cleanest quarter of t", "second", "third", "noisiest quarter")
     what = "squared error of v" + (" in units of the prior's" if args.loss == "unit" else "")
-    bs.draw_lines(out / "curves.png", [(what, "log", {
-        label: ([r["step"] for r in log], [r[name] for r in log]) for name, label in zip(bs.QUARTERS, quarters)})])
-    bs.write_json(out / "closing.json", closing)
+    pictures.draw_lines(out / "curves.png", [(what, "log",
+                                              {label: ([r["step"] for r in log],
+                                                       [r[name] for r in log]) for name,
+                                               label in zip(runs.QUARTERS, quarters)})])
+    files.write_json(out / "closing.json", closing)
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
@@ -132,18 +158,20 @@ def report(args, closing):
 
 
 def learn_images(args, cache):
-    """Images from label maps, as the loop sees them: network (arguments of UNet), prior, words for the log,
-    draw_batch, who (whose slices a step drew), draw (a picture of what has been learned), close (what a run ends
-    with)."""
+    """Images from label maps, as the loop sees them: network (arguments of UNet), prior, words for
+    the log, draw_batch, who (whose slices a step drew), draw (a picture of what has been learned),
+    close (what a run ends with)."""
     names, alpha_bar = bs.CONDITIONS[args.condition], bs.cosine_alpha_bar(args.shift)
     first_lesion, modalities = names.index(bs.LABELS[0]), cache.meta["modalities"]
     train, val, test = [cache.part(part) for part in ("train", "val", "test")]
-    ill = bs.has_label(cache, train, first_lesion)
+    ill = slices.has_label(cache, train, first_lesion)
     tumour, other = train[ill], train[~ill]
     picture = (len(modalities), *cache.rows.shape[2:])                          # (C, R, R)
-    settings = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}      # slices, not volumes
+    # slices, not volumes
+    settings = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}
     shown = cache.batch(pick_rows(cache, val if len(val) else train, first_lesion, 4))
-    mine = bs.share_of(args.batch)              # of every batch; all of it unless several processes share it
+    # of every batch; all of it unless several processes share it
+    mine = devices.share_of(args.batch)
 
     def draw_rows(step):
         return bs.batch_rows(tumour, other, args.tumour_share, args.seed, step, args.batch)[mine]
@@ -151,8 +179,10 @@ def learn_images(args, cache):
     def draw_batch(step):
         t, eps, keep, given, mirror = [part[mine] for part in bs.training_noise(
             args.seed, step, (args.batch, *picture), args.drop)]
-        x0, classes, position = cache.batch(draw_rows(step), mirror)                # (B, C, H, W), (B, H, W), (B,)
-        onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)           # all zeros: no labels
+        # (B, C, H, W), (B, H, W), (B,)
+        x0, classes, position = cache.batch(draw_rows(step), mirror)
+        # all zeros: no labels
+        onehot = bs.one_hot(classes, len(names)) * keep.view(-1, 1, 1, 1)
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)              # (B, 1)
         weight = bs.lesion_weight(classes, first_lesion, args.lesion_weight)
         weight = weight * bs.min_snr_weight(alpha_bar, t, args.min_snr)             # (B, 1, H, W)
@@ -160,207 +190,253 @@ def learn_images(args, cache):
                 *bs.expected(its.prior, onehot, scalars[:, 0]))
 
     def draw(denoiser, step):
-        pictures = bs.sample_volume(denoiser, shown[1], shown[2], 1.0, (args.seed, "shown"), settings)
-        bs.draw_rows(Path(args.out) / f"sample_{step:06d}.png", [[c, *p] for c, p in zip(shown[1], pictures)],
-                     ["labels", *modalities], args.condition, f"SYNTHETIC, step {step}")
+        drawn = bs.sample_volume(denoiser, shown[1], shown[2], 1.0, (args.seed, "shown"), settings)
+        pictures.draw_rows(Path(args.out) / f"sample_{step:06d}.png",
+                           [[c, *p] for c, p in zip(shown[1], drawn)], ["labels", *modalities],
+                           args.condition, f"SYNTHETIC, step {step}")
 
     def close(denoiser, pace):
         held_out = np.concatenate([val, test])
         who = "held-out" if len(held_out) else "training"       # a split file may hold out nobody
         rows = pick_rows(cache, held_out if len(held_out) else train, first_lesion, 64)
         real, classes, position = cache.batch(rows)
-        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (args.seed, "closing"), settings)
+        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (args.seed, "closing"),
+                                   settings)
         few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
-        bs.draw_rows(Path(args.out) / "samples.png", [[classes[i], *real[i], None, *sampled[i]] for i in few],
-                     ["labels", *(f"{who}\n{n}" for n in modalities), "", *(f"SYNTHETIC\n{n}" for n in modalities)],
-                     args.condition)
+        pictures.draw_rows(Path(args.out) / "samples.png",
+                           [[classes[i], *real[i], None, *sampled[i]] for i in few],
+                           ["labels", *(f"{who}\n{n}" for n in modalities), "",
+                            *(f"SYNTHETIC\n{n}" for n in modalities)], args.condition)
         print(f"--- slices of {who} cases, sampled from their label maps")
-        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "slices": f"{len(rows)} {who}",
-                      "sampler_calls": settings["steps"],
-                      **bs.judge_slices(real, sampled, classes, args.condition)})
+        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2),
+                      "slices": f"{len(rows)} {who}", "sampler_calls": settings["steps"],
+                      **judging.judge_slices(real, sampled, classes, args.condition)})
 
-    its = SimpleNamespace(
-        network={"channels": len(modalities), "classes": len(names)}, draw_batch=draw_batch, draw=draw, close=close,
-        prior=bs.measure_prior(cache, train, args.condition), cache=cache,
-        who=lambda step: cache.names(draw_rows(step)),
-        words=f"{len(train)} training slices ({len(tumour)} with tumour) of {args.resolution}x{args.resolution}, "
-              f"{len(val) + len(test)} held out")
+    its = SimpleNamespace(network={"channels": len(modalities), "classes": len(names)},
+                          draw_batch=draw_batch, draw=draw, close=close,
+                          prior=bs.measure_prior(cache, train, args.condition), cache=cache,
+                          who=lambda step: cache.names(draw_rows(step)),
+                          words=f"{len(train)} training slices ({len(tumour)} with tumour) of "
+                          f"{args.resolution}x{args.resolution}, {len(val) + len(test)} held out")
     return its
 
 
 def label_maps(args, outlines, held, step_mm, hashes):
-    """The maps of --label-maps in outlines (M, D, R, R) of training cases, without those that show a tumour of the
-    cases held out (N, D, R, R) -> (volumes, names, hashes of the maps and of the outlines' cases)."""
-    volumes, names, its, lost = bs.read_label_maps(args.label_maps, outlines, step_mm, args.seed)
-    near, _ = bs.nearest_tumour(volumes, held, args.condition)
+    """The maps of --label-maps in outlines (M, D, R, R) of training cases, without those that show
+    a tumour of the cases held out (N, D, R, R) -> (volumes, names, hashes of the maps and of the
+    outlines' cases)."""
+    volumes, names, its, lost = requests.read_label_maps(args.label_maps, outlines, step_mm,
+                                                         args.seed)
+    near, _ = requests.nearest_tumour(volumes, held, args.condition)
     keep = ~(near > 0.9)
-    print(f"label maps: {len(names)} in outlines of {len(outlines)} training cases, {lost:.1%} of the tumours cut off; "
-          f"{int((~keep).sum())} show the tumour of a validation or test case (Dice above 0.9): left out", flush=True)
+    print(f"label maps: {len(names)} in outlines of {len(outlines)} training cases, {lost:.1%} of "
+          f"the tumours cut off; {int((~keep).sum())} show the tumour of a validation or test case "
+          "(Dice above 0.9): left out", flush=True)
     kept = [i for i in range(len(names)) if keep[i]]
     return volumes[keep], [names[i] for i in kept], sorted({*hashes, *(its[i] for i in kept)})
 
 
 def heads_to_learn(args, cache):
-    """What both networks of labels learn from: relatives of the training volumes, made once, what they could be asked
-    for, their blocks; and who they are."""
+    """What both networks of labels learn from: relatives of the training volumes, made once, what
+    they could be asked for, their blocks; and who they are."""
     names, depth, step_mm = bs.CONDITIONS[args.condition], args.resolution * 3 // 4, args.fov / args.resolution
-    train, held = [bs.label_volumes(cache, parts, depth) for parts in (("train",), ("val", "test"))]
-    cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes("train")
+    train, held = [requests.label_volumes(cache, parts, depth)
+                   for parts in (("train",), ("val", "test"))]
+    cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes(
+        "train")
     tall = [its["case"] for its in cache.cases if its["count"] * its["thickness"] > depth * step_mm]
     if tall:
-        print(f"note: {len(tall)} heads ({tall[0]} for one) are taller than {depth * step_mm:.0f} mm, three quarters "
-              "of --fov; their ends are cut off")
+        print(f"note: {len(tall)} heads ({tall[0]} for one) are taller than {depth * step_mm:.0f} "
+              "mm, three quarters of --fov; their ends are cut off")
     if args.label_maps:
         train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
     if not len(train):
-        raise bs.BadInput(f"{args.label_maps}: every map shows the tumour of a validation or test case; none is left")
+        raise bs.BadInput(f"{args.label_maps}: every map shows the tumour of a validation or test "
+                          "case; none is left")
     times = max(1, args.relatives // len(train))
-    heads = torch.cat([bs.move_volumes(train, (args.seed, "moves", i)) if i else train for i in range(times)])
+    heads = torch.cat([requests.move_volumes(train, (args.seed, "moves", i)) if i else train
+                       for i in range(times)])
     shown, who = (held[:12], "held-out") if len(held) else (train[:12], "training")
-    measure = lambda volumes: torch.stack([bs.characteristics(its.long(), args.condition, step_mm) for its in volumes])
-    return SimpleNamespace(names=names, step_mm=step_mm, train=train, cases=cases, hashes=hashes, heads=heads,
-                           asked=measure(heads), shares=bs.block_shares(heads, len(names)), shown=shown, who=who,
+    measure = lambda volumes: torch.stack([requests.characteristics(its.long(), args.condition,
+                                                                    step_mm) for its in volumes])
+    return SimpleNamespace(names=names, step_mm=step_mm, train=train, cases=cases, hashes=hashes,
+                           heads=heads, asked=measure(heads),
+                           shares=requests.block_shares(heads, len(names)), shown=shown, who=who,
                            measure=measure)
 
 
 def learn_heads(args, data):
-    """The coarse network: blocks of a whole head from what is asked of it, as the loop sees them; see learn_images."""
+    """The coarse network: blocks of a whole head from what is asked of it, as the loop sees them;
+    see learn_images."""
     alpha_bar = bs.cosine_alpha_bar(args.shift)
-    x_all = bs.head_pictures(data.shares)                                           # (N, D' K, r, r)
+    # (N, D' K, r, r)
+    x_all = requests.head_pictures(data.shares)
     shown_asked = data.measure(data.shown)
 
     def draw_heads(step):
-        return bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * args.batch, args.batch)
+        return bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * args.batch,
+                          args.batch)
 
     def draw_batch(step):
-        t, eps, keep, _, mirror = bs.training_noise(args.seed, step, (args.batch, *x_all.shape[1:]), args.drop)
-        open_ = torch.rand(args.batch, 2 + len(bs.ASKED), generator=bs.generator(args.seed, "open", step))
+        t, eps, keep, _, mirror = bs.training_noise(args.seed, step, (args.batch, *x_all.shape[1:]),
+                                                    args.drop)
+        open_ = torch.rand(args.batch, 2 + len(requests.ASKED),
+                           generator=bs.generator(args.seed, "open", step))
         heads = draw_heads(step)
         x0 = torch.where(mirror.view(-1, 1, 1, 1), x_all[heads].flip(-1), x_all[heads])
         asked = data.asked[heads]                                           # (B, len(ASKED))
-        asked[:, 3] *= torch.where(mirror, -1.0, 1.0)                               # x points the other way
-        asked[bs.open_entries(open_) | (keep == 0).unsqueeze(1)] = torch.nan
-        scalars = bs.head_scalars(asked)
+        # x points the other way
+        asked[:, 3] *= torch.where(mirror, -1.0, 1.0)
+        asked[requests.open_entries(open_) | (keep == 0).unsqueeze(1)] = torch.nan
+        scalars = requests.head_scalars(asked)
         return (t, x0, eps, x0[:, :0], scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
                 *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
 
     def sample(denoiser, count):
         settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([bs.sample_shares(denoiser, args.condition, data.step_mm, asked, (args.seed, "shown", i),
-                                             settings) for i, asked in enumerate(shown_asked[:count])])
+        return torch.stack([requests.sample_shares(denoiser, args.condition, data.step_mm, asked,
+                                                   (args.seed, "shown", i), settings) for i,
+                            asked in enumerate(shown_asked[:count])])
 
     def draw(denoiser, step):
-        bs.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[its.argmax(1)] for its in sample(denoiser, 3)],
-                       [f"SYNTHETIC blocks, step {step}"], args.condition)
+        pictures.draw_planes(Path(args.out) / f"sample_{step:06d}.png",
+                             [[its.argmax(1)] for its in sample(denoiser, 3)],
+                             [f"SYNTHETIC blocks, step {step}"], args.condition)
 
     def close(denoiser, pace):
-        made, real = sample(denoiser, len(data.shown)), bs.block_shares(data.shown, len(data.names))
-        bs.draw_planes(Path(args.out) / "samples.png", [[a.argmax(1), b.argmax(1)] for a, b in zip(real, made)][:6],
-                       [f"{data.who}, blocks", "SYNTHETIC blocks"], args.condition)
-        figures, ml = {}, (bs.BLOCK * data.step_mm) ** 3 / 1000
+        made, real = sample(denoiser, len(data.shown)), requests.block_shares(data.shown,
+                                                                              len(data.names))
+        pictures.draw_planes(Path(args.out) / "samples.png",
+                             [[a.argmax(1), b.argmax(1)] for a, b in zip(real, made)][:6],
+                             [f"{data.who}, blocks", "SYNTHETIC blocks"], args.condition)
+        figures, ml = {}, (requests.BLOCK * data.step_mm) ** 3 / 1000
         for name in bs.LABELS:
             a, b = [its[:, :, data.names.index(name)].sum((1, 2, 3)) * ml for its in (real, made)]
             figures |= {f"{name}_error": (a - b).abs().mean().item(),
-                        f"{name}_rank_correlation": bs.rank_correlation(a.tolist(), b.tolist())}
+                        f"{name}_rank_correlation": metrics.rank_correlation(a.tolist(),
+                                                                             b.tolist())}
         print(f"--- blocks as asked for by what {data.who} cases have")
-        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "heads": f"{len(made)} {data.who}",
-                      "sampler_calls": bs.SAMPLING["steps"], **figures})
+        report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2),
+                      "heads": f"{len(made)} {data.who}", "sampler_calls": bs.SAMPLING["steps"],
+                      **figures})
 
-    its = SimpleNamespace(
-        network={"channels": x_all.shape[1], "classes": 0, "scalars": 1 + len(bs.ASKED), "patch": 1, "fine": 48},
-        prior=bs.label_prior(data.shares), draw_batch=draw_batch, draw=draw, close=close,
-        who=lambda step: [data.cases[i % len(data.cases)] for i in draw_heads(step)],
-        words=f"blocks of {len(data.train)} training heads and of {len(data.heads) - len(data.train)} relatives")
+    its = SimpleNamespace(network={"channels": x_all.shape[1], "classes": 0, "scalars": 1
+                                   + len(requests.ASKED), "patch": 1, "fine": 48},
+                          prior=requests.label_prior(data.shares), draw_batch=draw_batch, draw=draw,
+                          close=close, who=lambda step: [data.cases[i % len(data.cases)]
+                                                         for i in draw_heads(step)],
+                          words=f"blocks of {len(data.train)} training heads and of "
+                          f"{len(data.heads) - len(data.train)} relatives")
     return its
 
 
 def learn_voxels(args, data):
-    """The fine network: voxels of a slab from what the blocks say, as the loop sees them; see learn_images."""
+    """The fine network: voxels of a slab from what the blocks say, as the loop sees them; see
+    learn_images."""
     count, slabs, k = *data.shares.shape[:2], len(data.names)
     alpha_bar, out = bs.cosine_alpha_bar(args.shift), Path(args.out)
-    rows = np.where((data.shares[:, :, 0].mean((2, 3)) < 0.99).flatten())[0]        # head * D' + slab, those with brain
-    ill = (data.shares[:, :, data.names.index(bs.LABELS[0]):].sum((2, 3, 4)) > 0).flatten().numpy()[rows]
+    # head * D' + slab, those with brain
+    rows = np.where((data.shares[:, :, 0].mean((2, 3)) < 0.99).flatten())[0]
+    ill = (data.shares[:, :, data.names.index(bs.LABELS[0]):].sum((2, 3, 4)) > 0).flatten().numpy()[
+        rows]
 
     def draw_slabs(step):
         return bs.batch_rows(rows[ill], rows[~ill], args.tumour_share, args.seed, step, args.batch)
 
     def draw_batch(step):
         size = data.heads.shape[-1]
-        t, eps, _, _, mirror = bs.training_noise(args.seed, step, (args.batch, bs.BLOCK * k, size, size), 0.0)
+        t, eps, _, _, mirror = bs.training_noise(args.seed, step,
+                                                 (args.batch, requests.BLOCK * k, size, size), 0.0)
         heads, which = [torch.from_numpy(its) for its in np.divmod(draw_slabs(step), slabs)]
-        voxels = data.heads.unflatten(1, (slabs, bs.BLOCK))[heads, which].long()    # (B, BLOCK, R, R)
-        x0 = 2 * bs.one_hot(voxels.flatten(0, 1), k).unflatten(0, (-1, bs.BLOCK)).flatten(1, 2) - 1
-        onehot = bs.slab_shares(data.shares[heads], which)                          # (B, BLOCK K, R, R)
-        x0, onehot = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part) for part in (x0, onehot)]
-        open_ = torch.rand(args.batch, len(bs.ASKED), generator=bs.generator(args.seed, "open", step)) < 0.3
-        scalars = bs.slab_scalars(which, slabs, torch.where(open_, torch.nan, data.asked[heads]))
+        # (B, BLOCK, R, R)
+        voxels = data.heads.unflatten(1, (slabs, requests.BLOCK))[heads, which].long()
+        x0 = 2 * bs.one_hot(voxels.flatten(0, 1), k).unflatten(0, (-1, requests.BLOCK)).flatten(1, 2) - 1
+        # (B, BLOCK K, R, R)
+        onehot = requests.slab_shares(data.shares[heads], which)
+        x0, onehot = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part)
+                      for part in (x0, onehot)]
+        open_ = torch.rand(args.batch, len(requests.ASKED),
+                           generator=bs.generator(args.seed, "open", step)) < 0.3
+        scalars = requests.slab_scalars(which, slabs, torch.where(open_, torch.nan,
+                                                                  data.asked[heads]))
         return (t, x0, eps, onehot, scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
                 *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, onehot, scalars[:, 0]))
 
     def sample(denoiser, count):
-        coarse, _ = bs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
-        model = bs.LabelGenerator(coarse, denoiser, args.condition, data.step_mm, data.asked)
+        coarse, _ = runs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
+        model = requests.LabelGenerator(coarse, denoiser, args.condition, data.step_mm, data.asked)
         settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([bs.sample_labels(model, asked, (args.seed, "shown", i), settings, drafts=1)
-                            for i, asked in enumerate(data.measure(data.shown[:count]))])
+        return torch.stack([requests.sample_labels(model, asked, (args.seed, "shown", i), settings,
+                                                   drafts=1) for i,
+                            asked in enumerate(data.measure(data.shown[:count]))])
 
     def draw(denoiser, step):
-        bs.draw_planes(out / f"sample_{step:06d}.png", [[volume] for volume in sample(denoiser, 3)],
-                       [f"SYNTHETIC, step {step}"], args.condition)
+        pictures.draw_planes(out / f"sample_{step:06d}.png",
+                             [[volume] for volume in sample(denoiser, 3)],
+                             [f"SYNTHETIC, step {step}"], args.condition)
 
     def close(denoiser, pace):
         made, asked = sample(denoiser, len(data.shown)), data.measure(data.shown)
-        bs.draw_planes(out / "samples.png", list(zip(data.shown, made))[:6], [data.who, "SYNTHETIC"], args.condition)
-        figures = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2), "volumes": f"{len(made)} {data.who}",
-                   "sampler_calls": bs.SAMPLING["steps"]}
-        for name, a, b in zip(bs.ASKED, asked.T, data.measure(made).T):
+        pictures.draw_planes(out / "samples.png", list(zip(data.shown, made))[:6],
+                             [data.who, "SYNTHETIC"], args.condition)
+        figures = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2),
+                   "volumes": f"{len(made)} {data.who}", "sampler_calls": bs.SAMPLING["steps"]}
+        for name, a, b in zip(requests.ASKED, asked.T, data.measure(made).T):
             both = ~torch.isnan(a + b)
             if both.any():
                 figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
-                            f"{name}_rank_correlation": bs.rank_correlation(a[both].tolist(), b[both].tolist())}
-        near, own = [bs.nearest_tumour(its, data.heads, args.condition)[0] for its in (made, data.shown)]
+                            f"{name}_rank_correlation": metrics.rank_correlation(a[both].tolist(),
+                                                                                 b[both].tolist())}
+        near, own = [requests.nearest_tumour(its, data.heads, args.condition)[0]
+                     for its in (made, data.shown)]
         print(f"--- label maps as asked for by what {data.who} cases have")
-        report(args, {**figures, **bs.judge_labels(made, data.shown, args.condition, data.step_mm),
+        report(args, {**figures, **judging.judge_labels(made, data.shown, args.condition,
+                                                        data.step_mm),
                       "nearest_training_tumour_dice": near.nanmean().item(),
-                      "the_same_of_held_out_cases": own.nanmean().item() if data.who == "held-out" else float("nan"),
-                      "copies": int((near > 0.9).sum())})
+                      "the_same_of_held_out_cases": own.nanmean().item() if data.who == "held-out"
+                      else float("nan"), "copies": int((near > 0.9).sum())})
 
-    its = SimpleNamespace(
-        network={"channels": bs.BLOCK * k, "classes": bs.BLOCK * k, "scalars": 1 + len(bs.UNSEEN)},
-        prior={"shares": torch.tensor(0.1)},
-        draw_batch=draw_batch, draw=draw, close=close,
-        who=lambda step: [data.cases[i % len(data.cases)] for i in draw_slabs(step) // slabs],
-        words=f"{len(rows)} slabs of {count} heads")
+    its = SimpleNamespace(network={"channels": requests.BLOCK * k, "classes": requests.BLOCK * k,
+                                   "scalars": 1 + len(requests.UNSEEN)},
+                          prior={"shares": torch.tensor(0.1)}, draw_batch=draw_batch, draw=draw,
+                          close=close, who=lambda step: [data.cases[i % len(data.cases)]
+                                                         for i in draw_slabs(step) // slabs],
+                          words=f"{len(rows)} slabs of {count} heads")
     return its
 
 
 def train(args, device):
     """All that --generate asks for: one network for images, two for labels."""
-    cases, split = bs.find_data(args)
-    cache = bs.in_turn(lambda: bs.build_cache(cases, Path(args.out).parent / "cache", args.resolution, args.fov,
-                                              args.condition, split))
-    phantoms = not args.label_maps and all(bs.phantom_seed(case.case) is not None for case in split["train"])
+    cases, split = checks.find_data(args)
+    cache = devices.in_turn(lambda: slices.build_cache(cases, Path(args.out).parent / "cache",
+                                                       args.resolution, args.fov, args.condition,
+                                                       split))
+    only_phantoms = not args.label_maps and all(phantoms.phantom_seed(case.case) is not None
+                                                for case in split["train"])
     facts = {"condition": args.condition, "classes": list(bs.CONDITIONS[args.condition]),
-             "modalities": list(cache.meta["modalities"]), "resolution": args.resolution, "fov": args.fov,
-             "data": "phantoms" if phantoms else "patients"}
+             "modalities": list(cache.meta["modalities"]), "resolution": args.resolution,
+             "fov": args.fov, "data": "phantoms" if only_phantoms else "patients"}
     patients = len({its["patient"] for its in cache.cases if its["part"] == "train"})
     if args.generate == "images":
         facts |= {"trained_on": cache.hashes("train"), "patients": patients}
         return learn(args, device, "ddpm", learn_images(args, cache), facts)
     data = heads_to_learn(args, cache)
     order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
-    measured = [[round(value, 2 if name == "sphericity" else 1) for name, value in zip(bs.ASKED, row)]
-                for row in data.asked[order].tolist()]                              # nobody's row, nor to the voxel
+    # nobody's row, nor to the voxel
+    measured = [[round(value, 2 if name == "sphericity" else 1) for name,
+                 value in zip(requests.ASKED, row)] for row in data.asked[order].tolist()]
     facts |= {"trained_on": data.hashes, "measured": measured,
               "patients": patients + (len(data.cases) if args.label_maps else 0)}
     for part, usual in PARTS.items():
         print(f"--- {part} network")
         its = argparse.Namespace(**{**vars(args), "out": str(Path(args.out) / part),
-                                    "shift": args.shift or usual["shift"], "width": args.width or usual["width"],
-                                    "steps": args.steps and max(1, round(args.steps * usual["steps"])),
+                                    "shift": args.shift or usual["shift"], "width": args.width
+                                    or usual["width"], "steps": args.steps
+                                    and max(1, round(args.steps * usual["steps"])),
                                     "minutes": args.minutes and args.minutes * usual["minutes"]})
         Path(its.out).mkdir(parents=True, exist_ok=True)
-        learn(its, device, "labels", (learn_heads if part == "coarse" else learn_voxels)(its, data), facts)
+        learn(its, device, "labels", (learn_heads if part == "coarse" else learn_voxels)(its, data),
+              facts)
 
 
 def close(its, denoiser, pace):
@@ -369,39 +445,43 @@ def close(its, denoiser, pace):
 
 
 def learn(args, device, kind, its, facts):
-    """One training run, start to end, resumed where one was begun. its: what learn_images and its like return;
-    facts: what a checkpoint says of the data."""
+    """One training run, start to end, resumed where one was begun. its: what learn_images and its
+    like return; facts: what a checkpoint says of the data."""
     alpha_bar = bs.cosine_alpha_bar(args.shift)
     torch.manual_seed(args.seed)
-    network = {"width": args.width, "mults": args.mults, "blocks": args.blocks, "patch": args.patch, **its.network}
-    net = bs.place_network(bs.UNet(**network), device)
-    ema = bs.EMA(net, args.ema)
+    network = {"width": args.width, "mults": args.mults, "blocks": args.blocks, "patch": args.patch,
+               **its.network}
+    net = devices.place_network(bs.UNet(**network), device)
+    ema = bs.EMA(net, args.ema, to_host=devices.to_host)
     optimizer = bs.make_optimizer(net, args.lr, device, args.precision,
                                   net.hidden() if args.optimizer == "muon" else ())
-    state = bs.resume(args, kind, facts["trained_on"], net, ema, optimizer)
+    state = runs.resume(args, kind, facts["trained_on"], net, ema, optimizer)
     if state:
         its.prior = state["prior"]              # not as measured again: that may differ by rounding
-    trained = bs.prepare_training(net, optimizer, device, args.compile)
-    pace = bs.Pace(args, state["step"], state["seconds"]) if state else bs.Pace(args)
-    book, guard = bs.LogBook(args.out, pace.step), bs.Guard()
+    trained = devices.prepare_training(net, optimizer, device, args.compile)
+    pace = runs.Pace(args, state["step"], state["seconds"]) if state else runs.Pace(args)
+    book, guard = runs.LogBook(args.out, pace.step), runs.Guard()
     print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {its.words}", flush=True)
 
     def denoiser():
-        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device)
+        return bs.Denoiser(ema.copy_of(net, pace.step), its.prior, alpha_bar, device,
+                           to_device=devices.to_device)
 
     def save():
-        bs.save_checkpoint(args.out, {
+        runs.save_checkpoint(args.out, {
             "kind": kind, "version": bs.__version__, "step": pace.step, "seconds": pace.seconds,
-            "args": bs.kept_arguments(args),
+            "args": runs.kept_arguments(args),
             "network": network, "weights": net.state_dict(), "ema": ema.weights,
             "optimizer": optimizer.state_dict(), "prior": its.prior, "shift": args.shift, **facts})
 
-    stop = bs.catch_signals()
+    stop = files.catch_signals()
 
-    while pace.progress() < 1 and not bs.agreed(len(stop)):
+    while pace.progress() < 1 and not devices.agreed(len(stop)):
         # ------------------------------------------------------------------ one training step ---
         levels, *batch = its.draw_batch(pace.step)
-        t, x0, eps, onehot, scalars, weight, signal, sigma, mean, std = bs.to_device(device, levels, *batch)
+        t, x0, eps, onehot, scalars, weight, signal, sigma, mean, std = devices.to_device(device,
+                                                                                          levels,
+                                                                                          *batch)
         x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
         for group in optimizer.param_groups:
             group["lr"] = lr = bs.learning_rate(args.lr, pace.progress(), pace.step)
@@ -412,52 +492,56 @@ def learn(args, device, kind, its, facts):
         losses = (weight * ((v_hat - v) / unit) ** 2).mean((1, 2, 3))               # (B,)
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        finite = bs.step_if_finite(device, optimizer, losses, norm)
+        finite = devices.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
-        bs.end_step(device, losses, finite)
-        finite = bool(bs.to_host(finite))
+        devices.end_step(device, losses, finite)
+        finite = bool(devices.to_host(finite))
         pace.tick()
-        if finite and bs.first_process():
+        if finite and devices.first_process():
             ema.update(net, pace.step)
         # ---------------------------------------------------------------------------------------
         if guard.sound(finite, pace.step, lambda: its.who(pace.step - 1)):
             book.add(losses, levels)
         elif guard.go_back(pace.step):
-            pace.step = bs.resume(args, kind, facts["trained_on"], net, ema, optimizer)["step"]
-            trained, book = bs.prepare_training(net, optimizer, device, args.compile), bs.LogBook(args.out, pace.step)
+            pace.step = runs.resume(args, kind, facts["trained_on"], net, ema, optimizer)["step"]
+            trained, book = devices.prepare_training(net, optimizer, device,
+                                                     args.compile), runs.LogBook(args.out,
+                                                                                 pace.step)
             continue
-        if not bs.first_process():
+        if not devices.first_process():
             continue
         if pace.due("log", 5) or pace.progress() >= 1:
             pace.say(book.line(pace.step, lr, args.batch, pace.seconds)[1])
         if args.sample_every and pace.step % args.sample_every == 0:
-            bs.attempt("the sample pictures", lambda: its.draw(denoiser(), pace.step))
+            files.attempt("the sample pictures", lambda: its.draw(denoiser(), pace.step))
         if pace.step == 1:
             save()                              # finds a full or read-only disk at once
         elif pace.due("save", 60):
-            bs.attempt("the checkpoint", save)
+            files.attempt("the checkpoint", save)
     del trained
-    if not bs.leave_processes():
+    if not devices.leave_processes():
         return
-    if not state or pace.step > state["step"]:  # a run that was at its end stays as it is, and so does its hash
+    # a run that was at its end stays as it is, and so does its hash
+    if not state or pace.step > state["step"]:
         save()
     if stop:
         print(f"stopped by signal {stop[0]} after step {pace.step}; the same command continues")
         sys.exit(128 + stop[0])
     close(its, denoiser(), pace)
-    if stop:                                    # while it closed: there may be another network to learn
+    # while it closed: there may be another network to learn
+    if stop:
         sys.exit(128 + stop[0])
 
 
 def main(argv=None):
     """The command line: device, lock, training."""
     args = parse_arguments(argv)
-    device = bs.pick_device(args.device, several=args.generate == "images")
-    print(bs.describe(device, args.precision), flush=True)
-    bs.require_divisible(args.batch, device)
-    with bs.sole_writer(args.out):
+    device = devices.pick_device(args.device, several=args.generate == "images")
+    print(devices.describe(device, args.precision), flush=True)
+    devices.require_divisible(args.batch, device)
+    with files.sole_writer(args.out):
         train(args, device)
 
 
 if __name__ == "__main__":
-    bs.run_script(main)
+    files.run_script(main)

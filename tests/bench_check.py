@@ -3,8 +3,9 @@
     python tests/bench_check.py                 five phantoms
     python tests/bench_check.py DIR
 
-Rows      nibabel reads the five files of a case as float32, without verifying checksums; read_case; check_case,
-          which reads and then looks at what reading does not show. A ratio is the median over cases and rounds.
+Rows      nibabel reads the five files of a case as float32, without verifying checksums; read_case;
+          check_case, which reads and then looks at what reading does not show. A ratio is the
+          median over cases and rounds.
 """
 import argparse
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import brainsyn as bs
+from kit import checks, nifti, phantoms
 
 
 def plain(case):
@@ -35,12 +36,12 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         if not args.folder:
-            bs.make_phantoms(scratch, 5)
-        cases, rows = bs.find_cases(args.folder or scratch)[:5], {}
+            phantoms.make_phantoms(scratch, 5)
+        cases, rows = nifti.find_cases(args.folder or scratch)[:5], {}
         for _ in range(args.rounds):
             for case in cases:
                 times = []
-                for function in (plain, bs.read_case, bs.check_case):
+                for function in (plain, nifti.read_case, checks.check_case):
                     start = time.perf_counter()
                     function(case)
                     times.append(time.perf_counter() - start)

@@ -1,28 +1,37 @@
-"""Quality after the same minutes: our generator, changes of it one at a time, and other libraries' in their recipe.
+"""Quality after the same minutes: our generator, changes of it one at a time, and other libraries'
+in their recipe.
 
     pip install -r requirements-bench.txt                           for the others
-    python tests/bench_quality.py ours --minutes 2 5 15             one run for each (the rate falls with the length)
-    python tests/bench_quality.py monai ddp --minutes 2 5 15        one run, looked at on the way; also monai-tuned,
-                                                                    ddp-tuned; --lr for another learning rate
-    python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run each
-    python tests/bench_quality.py changes "width 96" "batch 8"      these alone
-    python tests/bench_quality.py changes "batch 8" --words="--width 128 --optimizer adamw"
+    python tests/bench_quality.py ours --minutes 2 5 15             one run for each (the rate falls
+    with the length) python tests/bench_quality.py monai ddp --minutes 2 5 15        one run, looked
+    at on the way; also monai-tuned,
+                                                                    ddp-tuned; --lr for another
+                                                                    learning rate
+    python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run
+    each python tests/bench_quality.py changes "width 96" "batch 8"      these alone python
+    tests/bench_quality.py changes "batch 8" --words="--width 128 --optimizer adamw"
                                                                     the same from another default
-    python tests/bench_quality.py samplers --minutes 5              samplers and numbers of calls, with the generator
+    python tests/bench_quality.py samplers --minutes 5              samplers and numbers of calls,
+    with the generator
                                                                     that "ours" left
-    python tests/bench_quality.py show                              tables and curves of all that lies in --out
+    python tests/bench_quality.py show                              tables and curves of all that
+    lies in --out
 
-Every run gets the same phantoms (or --data), slices, held-out slices and noise, on a machine that does nothing
-else meanwhile; minutes are those in the training loop, looking not counted. Results are added to results.jsonl in
---out, pictures lie beside it.
+Every run gets the same phantoms (or --data), slices, held-out slices and noise, on a machine that
+does nothing else meanwhile; minutes are those in the training loop, looking not counted. Results
+are added to results.jsonl in --out, pictures lie beside it.
 
 Figures (192 slices with tumour of held-out test cases, 20 calls of DDIM each)
-    x0 at .9 .5 .1 .01   mean squared error of x0_hat where that share of signal power is left, same noise for all
-    Dice                 mean over WT, TC, ET of what a segmenter finds in the samples; on the scans themselves it is
-                         printed once, beside them
-    Frechet              distance in that segmenter's features, and the same between training and held-out slices
-    texture              sliced Wasserstein distance of small patches, and the same between training and held-out slices
-    fine, ET             fine_power of samples over that of scans; slices in which ET is brighter than brain on T1ce
+    x0 at .9 .5 .1 .01   mean squared error of x0_hat where that share of signal power is left, same
+    noise for all
+    Dice                 mean over WT, TC, ET of what a segmenter finds in the samples; on the scans
+                         themselves it is printed once, beside them
+    Frechet              distance in that segmenter's features, and the same between training and
+                         held-out slices
+    texture              sliced Wasserstein distance of small patches, and the same between training
+                         and held-out slices
+    fine, ET             fine_power of samples over that of scans; slices in which ET is brighter
+    than brain on T1ce
 The segmenter is trained once, by train_seg.py, into --out.
 """
 from __future__ import annotations
@@ -44,26 +53,29 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bench_peers
 import brainsyn as bs
+from kit import checks, devices, files, judging, pictures, runs, slices
 import train_ddpm
 import train_seg
 
 LEVELS = (0.9, 0.5, 0.1, 0.01)
 # what runs are compared by: 1 where less is better, -1 where more is
-SIGNS = {"x0 at .9": 1, "x0 at .5": 1, "x0 at .1": 1, "x0 at .01": 1, "Dice": -1, "Frechet": 1, "texture": 1}
+SIGNS = {"x0 at .9": 1, "x0 at .5": 1, "x0 at .1": 1, "x0 at .01": 1, "Dice": -1, "Frechet": 1,
+         "texture": 1}
 
 
 # ------------------------------------------------------------------------------------ looking ---
 
 
 def some_slices(cache, part, count, condition):
-    """`count` slices with tumour, spread evenly over a part of the cases: (x0, classes, position)."""
+    """`count` slices with tumour, spread evenly over a part of the cases: (x0, classes,
+    position)."""
     first_lesion = bs.CONDITIONS[condition].index(bs.LABELS[0])
     return cache.batch(train_ddpm.pick_rows(cache, cache.part(part), first_lesion, count))
 
 
 def x0_errors(denoiser, x0, classes, position):
-    """{"x0 at .9": mean squared error, ...}. denoiser: function (x_t, t, onehot, scalars) -> v_hat with .alpha_bar
-    and .net.classes."""
+    """{"x0 at .9": mean squared error, ...}. denoiser: function (x_t, t, onehot, scalars) -> v_hat
+    with .alpha_bar and .net.classes."""
     onehot, out = bs.one_hot(classes, denoiser.net.classes), {}
     for level in LEVELS:
         t = (denoiser.alpha_bar - level).abs().argmin().expand(len(x0))
@@ -76,27 +88,31 @@ def x0_errors(denoiser, x0, classes, position):
 
 
 def look(denoiser, cache, args, condition="tumour", settings=None, picture=None):
-    """All figures of a generator -> dict. Recorded rows are of 20 DDIM calls; settings: what to change in that."""
+    """All figures of a generator -> dict. Recorded rows are of 20 DDIM calls; settings: what to
+    change in that."""
     x0, classes, position = some_slices(cache, "test", args.held, condition)
     figures = x0_errors(denoiser, x0, classes, position)
     settings = {**bs.SAMPLING, "sampler": "ddim", "coherence": 0.0, **(settings or {})}
     made = bs.sample_volume(denoiser, classes, position, 1.0, (0, "quality"), settings)
-    segmenter = bs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
+    segmenter = runs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
     labels = bs.tumour_labels(classes, condition)
     real, ours = [segmenter.features(its) for its in (x0, made)]
     trained, trained_classes, _ = some_slices(cache, "train", args.held, condition)
     figures["Dice"] = float(np.mean(segmenter.slice_dice(made, labels)))
     figures["Dice on scans"] = float(np.mean(segmenter.slice_dice(x0, labels)))
-    figures["Frechet"] = bs.frechet_distance(real, ours)
-    figures["Frechet floor"] = bs.frechet_distance(real, segmenter.features(trained))
+    figures["Frechet"] = judging.frechet_distance(real, ours)
+    figures["Frechet floor"] = judging.frechet_distance(real, segmenter.features(trained))
     scans = {"images": x0, "classes": classes}
-    figures["texture"] = bs.texture_distance(scans, {"images": made, "classes": classes})
-    figures["texture floor"] = bs.texture_distance(scans, {"images": trained, "classes": trained_classes})
-    figures["fine"] = (bs.fine_power(made, classes) / bs.fine_power(x0, classes)).mean().item()
-    figures["ET"], _ = bs.lesion_contrast(made, classes, condition, "t1ce", "ET")
+    figures["texture"] = judging.texture_distance(scans, {"images": made, "classes": classes})
+    figures["texture floor"] = judging.texture_distance(scans,
+                                                        {"images": trained,
+                                                         "classes": trained_classes})
+    figures["fine"] = (judging.fine_power(made, classes) / judging.fine_power(x0, classes)).mean(
+        ).item()
+    figures["ET"], _ = judging.lesion_contrast(made, classes, condition, "t1ce", "ET")
     if picture:
         few = np.linspace(0, len(x0) - 1, 6).astype(int)
-        bs.draw_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
+        pictures.draw_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
                      ["labels", *(f"held-out\n{n}" for n in bs.MODALITIES), "",
                       *(f"SYNTHETIC\n{n}" for n in bs.MODALITIES)], condition, Path(picture).stem)
     return figures
@@ -115,19 +131,22 @@ def keep(args, name, minutes, steps, figures):
 def common_words(args):
     """What all runs are called with."""
     data = ["--data", args.data] if args.data else ["--phantoms", str(args.phantoms)]
-    return [*data, *(["--split", args.split] if args.split else []), "--resolution", str(args.resolution),
-            "--device", "cpu", "--seed", str(args.seed)]
+    return [*data, *(["--split", args.split] if args.split else []), "--resolution",
+            str(args.resolution), "--device", "cpu", "--seed", str(args.seed)]
 
 
 def prepare(args):
     """The data of all runs: cache, and the segmenter that judges, trained once."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    wanted = train_ddpm.parse_arguments([*common_words(args), "--out", str(Path(args.out) / "ours")])
-    cases, split = bs.find_data(wanted)
-    cache = bs.build_cache(cases, Path(args.out) / "cache", args.resolution, wanted.fov, "tumour", split)
+    wanted = train_ddpm.parse_arguments([*common_words(args), "--out",
+                                         str(Path(args.out) / "ours")])
+    cases, split = checks.find_data(wanted)
+    cache = slices.build_cache(cases, Path(args.out) / "cache", args.resolution, wanted.fov,
+                               "tumour", split)
     if not (Path(args.out) / "seg" / "best.pt").exists():
         with mock.patch.object(train_seg, "close", lambda *_: None):
-            train_seg.main([*common_words(args), "--out", str(Path(args.out) / "seg"), "--steps", str(args.seg_steps)])
+            train_seg.main([*common_words(args), "--out", str(Path(args.out) / "seg"), "--steps",
+                            str(args.seg_steps)])
     return cache
 
 
@@ -146,7 +165,8 @@ class AttendingBlock(bs.ResBlock):
 
 
 def middle_levels(t):
-    """Noise levels drawn with density 6 u (1 - u) of u = t / T, from evenly drawn ones: its quantile."""
+    """Noise levels drawn with density 6 u (1 - u) of u = t / T, from evenly drawn ones: its
+    quantile."""
     u = t.double() / bs.T
     return ((0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)) * bs.T).round().long().clamp(1, bs.T)
 
@@ -157,7 +177,8 @@ def chance(**fixed):
 
     def changed(*inputs):
         got = dict(zip(("t", "eps", "keep", "given", "mirror"), original(*inputs)))
-        return tuple({**got, **{name: change(got[name]) for name, change in fixed.items()}}.values())
+        return tuple({**got, **{name: change(got[name]) for name,
+                                change in fixed.items()}}.values())
     return {"training_noise": changed}
 
 
@@ -167,7 +188,8 @@ def plain_prior(*inputs, original=bs.measure_prior):
 
 
 def without_outline(classes, n, original=bs.one_hot):
-    """Label maps that show tumours and nothing else; where there is none the prior knows nothing either."""
+    """Label maps that show tumours and nothing else; where there is none the prior knows nothing
+    either."""
     onehot = original(classes, n)
     onehot[:, :2] = 0
     return onehot
@@ -194,8 +216,9 @@ def faster(factor, original=bs.orthogonal):
 
 
 class AskedTwice(bs.UNet):
-    """Also gets its own first answer at the same x_t: half of all training batches, and every call in sampling, ask
-    twice. Near to self-conditioning (Chen et al. 2022, arXiv 2208.04202), which takes the answer of the step before."""
+    """Also gets its own first answer at the same x_t: half of all training batches, and every call
+    in sampling, ask twice. Near to self-conditioning (Chen et al. 2022, arXiv 2208.04202), which
+    takes the answer of the step before."""
 
     def __init__(self, channels=4, **words):
         super().__init__(channels=2 * channels, out_channels=channels, **words)
@@ -205,14 +228,15 @@ class AskedTwice(bs.UNet):
         first, self.calls = torch.zeros_like(x_t), self.calls + 1
         if not self.training or self.calls % 2:
             with torch.no_grad():
-                first = super().forward(torch.cat([x_t, first], 1), t, onehot, scalars).to(x_t.dtype)
+                first = super().forward(torch.cat([x_t, first], 1), t, onehot, scalars).to(
+                    x_t.dtype)
         return super().forward(torch.cat([x_t, first], 1), t, onehot, scalars)
 
 
 def early(share, what):
-    """Names of brainsyn.py replaced so that the first `share` of a run sees halved pictures, or a quarter of every
-    batch, as `what` says."""
-    so_far, rows, rate, move = [0.0], [], bs.learning_rate, bs.to_device
+    """Names of brainsyn.py replaced so that the first `share` of a run sees halved pictures, or a
+    quarter of every batch, as `what` says."""
+    so_far, rows, rate, move = [0.0], [], bs.learning_rate, devices.to_device
 
     def noted(peak, progress, step):
         if so_far[0] < share <= progress:
@@ -221,9 +245,10 @@ def early(share, what):
         return rate(peak, progress, step)
 
     def halved(device, *tensors):
-        if so_far[0] < share:                   # means, but for noise (the third): that keeps its spread
-            tensors = [its if its.ndim < 4 or its.shape[-1] == 1 else its[..., ::2, ::2] if i == 2 else
-                       F.avg_pool2d(its, 2) for i, its in enumerate(tensors)]
+        # means, but for noise (the third): that keeps its spread
+        if so_far[0] < share:
+            tensors = [its if its.ndim < 4 or its.shape[-1] == 1 else its[..., ::2, ::2] if i == 2
+                       else F.avg_pool2d(its, 2) for i, its in enumerate(tensors)]
         return move(device, *tensors)
 
     def quarter(batch):
@@ -233,7 +258,7 @@ def early(share, what):
     return {"learning_rate": noted, **names[what]}
 
 
-class MovedCache(bs.Cache):
+class MovedCache(slices.Cache):
     """Training slices are turned, scaled and shifted at random, as the segmenter's are."""
 
     def batch(self, rows, mirror=None):
@@ -245,7 +270,7 @@ class MovedCache(bs.Cache):
         return x0, classes, position
 
 
-class PlacelessCache(bs.Cache):
+class PlacelessCache(slices.Cache):
     """Slices do not say where in the brain they lie, neither in training nor when looked at."""
 
     def __init__(self, path):
@@ -254,79 +279,70 @@ class PlacelessCache(bs.Cache):
 
 
 # A change of the default: (words added to the command line, names of brainsyn.py replaced).
-CHANGES = {
-    "default": ("", {}),
-    "AdamW": ("--optimizer adamw", {}),
-    "AdamW, betas 0.9 0.95": ("--optimizer adamw", optimiser(betas=(0.9, 0.95))),
-    "width 128, AdamW": ("--width 128 --optimizer adamw", {}),
-    "width 96, AdamW": ("--width 96 --optimizer adamw", {}),
-    "width 48": ("--width 48", {}),
-    "width 96": ("--width 96", {}),
-    "width 128": ("--width 128", {}),
-    "one level more (1 2 2 2)": ("--mults 1 2 2 2", {}),
-    "one level less (1 2)": ("--mults 1 2", {}),
-    "two blocks a level": ("--blocks 2", {}),
-    "nothing folded, width 32 64 128": ("--patch 1 --width 32 --mults 1 2 4", {}),
-    "patch 2, width 48 96 192 192": ("--patch 2 --width 48 --mults 1 2 4 4", {}),
-    "patch 2, width 32 64 128 128": ("--patch 2 --width 32 --mults 1 2 4 4", {}),
-    "patch 2, width 64 128 256": ("--patch 2 --width 64 --mults 1 2 4", {}),
-    "no attention": ("", {"Attention": nn.Identity}),
-    "attention after every block": ("", {"ResBlock": AttendingBlock}),
-    "lr 1e-3": ("--lr 1e-3", {}),
-    "lr 4e-3": ("--lr 4e-3", {}),
-    "lr constant": ("", {"learning_rate": lambda peak, progress, step, warmup=50: peak * min(1, (step + 1) / warmup)}),
-    "Muon half as fast": ("", faster(0.5)),
-    "Muon twice as fast": ("", faster(2)),
-    "batch 8": ("--batch 8", {}),
-    "batch 32": ("--batch 32", {}),
-    "shift 1": ("--shift 1", {}),
-    "shift 4": ("--shift 4", {}),
-    "levels in the middle": ("", chance(t=middle_levels)),
-    "min-SNR 5": ("--min-snr 5", {}),
-    "plain loss": ("--loss v", {}),
-    "lesion weight 5": ("--lesion-weight 5", {}),
-    "EMA 0.99": ("--ema 0.99", {}),
-    "EMA 0.9999": ("--ema 0.9999", {}),
-    "no position, so no mean brain": ("", {"Cache": PlacelessCache}),
-    "no mirroring": ("", chance(mirror=lambda it: it & False)),
-    "nothing dropped": ("--drop 0", {}),
-    "no outline": ("", {"one_hot": without_outline}),
-    "no mean brain": ("", {"measure_prior": plain_prior}),
-    "plain loss, no preconditioning": ("--loss v", {"precondition": plain_output}),
-    "all slices alike (tumour share 0.37)": ("--tumour-share 0.37", {}),
-    "asked twice": ("", {"UNet": AskedTwice}),
-    "first 0.4 of the time at half size": ("", early(0.4, "halved pictures")),
-    "first 0.25 of the time with batches of 4": ("", early(0.25, "quarter batch")),
-    "slices moved": ("", {"Cache": MovedCache}),
-    "tissue labels": ("--condition tissue", {}),
-}
+CHANGES = {"default": ("", {}), "AdamW": ("--optimizer adamw", {}),
+           "AdamW, betas 0.9 0.95": ("--optimizer adamw", optimiser(betas=(0.9, 0.95))),
+           "width 128, AdamW": ("--width 128 --optimizer adamw", {}),
+           "width 96, AdamW": ("--width 96 --optimizer adamw", {}), "width 48": ("--width 48", {}),
+           "width 96": ("--width 96", {}), "width 128": ("--width 128", {}),
+           "one level more (1 2 2 2)": ("--mults 1 2 2 2", {}),
+           "one level less (1 2)": ("--mults 1 2", {}), "two blocks a level": ("--blocks 2", {}),
+           "nothing folded, width 32 64 128": ("--patch 1 --width 32 --mults 1 2 4", {}),
+           "patch 2, width 48 96 192 192": ("--patch 2 --width 48 --mults 1 2 4 4", {}),
+           "patch 2, width 32 64 128 128": ("--patch 2 --width 32 --mults 1 2 4 4", {}),
+           "patch 2, width 64 128 256": ("--patch 2 --width 64 --mults 1 2 4", {}),
+           "no attention": ("", {"Attention": nn.Identity}),
+           "attention after every block": ("", {"ResBlock": AttendingBlock}),
+           "lr 1e-3": ("--lr 1e-3", {}), "lr 4e-3": ("--lr 4e-3", {}),
+           "lr constant": ("", {"learning_rate": lambda peak, progress, step, warmup=50: peak
+                                * min(1, (step + 1) / warmup)}),
+           "Muon half as fast": ("", faster(0.5)), "Muon twice as fast": ("", faster(2)),
+           "batch 8": ("--batch 8", {}), "batch 32": ("--batch 32", {}),
+           "shift 1": ("--shift 1", {}), "shift 4": ("--shift 4", {}),
+           "levels in the middle": ("", chance(t=middle_levels)), "min-SNR 5": ("--min-snr 5", {}),
+           "plain loss": ("--loss v", {}), "lesion weight 5": ("--lesion-weight 5", {}),
+           "EMA 0.99": ("--ema 0.99", {}), "EMA 0.9999": ("--ema 0.9999", {}),
+           "no position, so no mean brain": ("", {"Cache": PlacelessCache}),
+           "no mirroring": ("", chance(mirror=lambda it: it & False)),
+           "nothing dropped": ("--drop 0", {}), "no outline": ("", {"one_hot": without_outline}),
+           "no mean brain": ("", {"measure_prior": plain_prior}),
+           "plain loss, no preconditioning": ("--loss v", {"precondition": plain_output}),
+           "all slices alike (tumour share 0.37)": ("--tumour-share 0.37", {}),
+           "asked twice": ("", {"UNet": AskedTwice}), "first 0.4 of the time at half size": ("",
+                                                                                             early(
+    0.4, "halved pictures")), "first 0.25 of the time with batches of 4": ("",
+                                                                           early(0.25,
+                                                                                 "quarter batch")),
+           "slices moved": ("", {"Cache": MovedCache}),
+           "tissue labels": ("--condition tissue", {}),}
 
 
 def run_ours(args, name, minutes, words="", names=None, loud=True):
-    """Train by train_ddpm.py with these words, these names of brainsyn.py replaced; look; keep. Only loud runs leave
-    checkpoints."""
+    """Train by train_ddpm.py with these words, these names of brainsyn.py replaced; look; keep.
+    Only loud runs leave checkpoints."""
     condition = "tissue" if "--condition tissue" in f"{args.words} {words}" else "tumour"
     name = f"{name} {args.words}".strip()
     seed = f"-seed{args.seed}" if args.seed else ""
     out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}{seed}"
-    shutil.rmtree(out, ignore_errors=True)      # a run of before would be resumed, that is, not run at all
+    # a run of before would be resumed, that is, not run at all
+    shutil.rmtree(out, ignore_errors=True)
 
     def close(its, denoiser, pace):
         picture = Path(args.out) / f"{name.replace(' ', '_')}_{minutes:g}.png"
-        keep(args, name, pace.seconds / 60, pace.step, look(denoiser, its.cache, args, condition, picture=picture))
+        keep(args, name, pace.seconds / 60, pace.step,
+             look(denoiser, its.cache, args, condition, picture=picture))
 
-    names = {**(names or {}), "save_checkpoint": bs.save_checkpoint if loud else lambda *_: None}
+    names = {**(names or {}), "save_checkpoint": runs.save_checkpoint if loud else lambda *_: None}
     with mock.patch.multiple(bs, **names), mock.patch.object(train_ddpm, "close", close):
-        train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes", str(minutes),
-                         *args.words.split(), *words.split()])
+        train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes",
+                         str(minutes), *args.words.split(), *words.split()])
 
 
 # -------------------------------------------------------------------------------------- peers ---
 
 
 class PeerDenoiser:
-    """Another library's network as our samplers want one. alpha_bar (T + 1,): theirs, with 1 in front.
-    predicts: "v" or "eps"."""
+    """Another library's network as our samplers want one. alpha_bar (T + 1,): theirs, with 1 in
+    front. predicts: "v" or "eps"."""
 
     def __init__(self, net, alpha_bar, predicts, fast):
         self.net, self.alpha_bar, self.predicts, self.fast = net, alpha_bar, predicts, fast
@@ -335,9 +351,11 @@ class PeerDenoiser:
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars, batch=32):
         out = []
-        for x, its_t, its_onehot, its_scalars in zip(*(its.split(batch) for its in (x_t, t, onehot, scalars))):
+        for x, its_t, its_onehot, its_scalars in zip(*(its.split(batch)
+                                                       for its in (x_t, t, onehot, scalars))):
             with self.fast():
-                out.append(self.net(conditioned(x, its_onehot, its_scalars[:, 0]), (its_t - 1).clamp(min=0)).float())
+                out.append(self.net(conditioned(x, its_onehot, its_scalars[:, 0]),
+                                    (its_t - 1).clamp(min=0)).float())
         out = torch.cat(out)
         if self.predicts == "v":
             return out
@@ -351,12 +369,14 @@ def conditioned(x_t, onehot, position):
 
 
 def monai_recipe(args, tuned):
-    """MONAI's network of 3.9 M parameters. As its 2-D tutorials train it: DDPMScheduler, noise predicted, Adam
-    (1e-4 where they have 2.5e-5, which learns next to nothing in minutes), float32. Tuned: v predicted, 16 channels a
-    norm group, channels last, bfloat16, AdamW with warm-up and half a cosine, EMA."""
+    """MONAI's network of 3.9 M parameters. As its 2-D tutorials train it: DDPMScheduler, noise
+    predicted, Adam (1e-4 where they have 2.5e-5, which learns next to nothing in minutes), float32.
+    Tuned: v predicted, 16 channels a norm group, channels last, bfloat16, AdamW with warm-up and
+    half a cosine, EMA."""
     from monai.networks.schedulers import DDPMScheduler
     scheduler = DDPMScheduler(bs.T, prediction_type="v_prediction" if tuned else "epsilon")
-    net = bench_peers.monai(2 if tuned else 32, inputs=bench_peers.CHANNELS + bench_peers.CLASSES + 1)
+    net = bench_peers.monai(2 if tuned else 32, inputs=bench_peers.CHANNELS + bench_peers.CLASSES
+                            + 1)
     alpha_bar = torch.cat([torch.ones(1), scheduler.alphas_cumprod]).double()
 
     def loss(net, x0, onehot, position, fast):
@@ -370,12 +390,14 @@ def monai_recipe(args, tuned):
 
 
 def ddp_recipe(args, tuned):
-    """denoising-diffusion-pytorch: its GaussianDiffusion and the settings of its Trainer (v predicted, sigmoid
-    schedule, Adam 1e-4, batch 16, its EMA). Tuned: every noise level weighs the same (its own weight is the share of
-    signal power, which hardly trains noisy levels), channels last, bfloat16, AdamW with warm-up and half a cosine."""
+    """denoising-diffusion-pytorch: its GaussianDiffusion and the settings of its Trainer (v
+    predicted, sigmoid schedule, Adam 1e-4, batch 16, its EMA). Tuned: every noise level weighs the
+    same (its own weight is the share of signal power, which hardly trains noisy levels), channels
+    last, bfloat16, AdamW with warm-up and half a cosine."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
-    net = bench_peers.denoising_diffusion_pytorch(inputs=bench_peers.CHANNELS + bench_peers.CLASSES + 1)
+    net = bench_peers.denoising_diffusion_pytorch(inputs=bench_peers.CHANNELS + bench_peers.CLASSES
+                                                  + 1)
 
     class Conditioned(nn.Module):               # GaussianDiffusion knows pictures only
         channels = out_dim = bench_peers.CHANNELS
@@ -408,8 +430,8 @@ RECIPES = {"monai": (monai_recipe, False, 1e-4), "monai-tuned": (monai_recipe, T
 
 
 def run_peer(args, name, cache):
-    """Train another library's network for the longest of the minutes, looking at the others on the way. Tuned runs
-    have a rate that falls: one run for each of the minutes."""
+    """Train another library's network for the longest of the minutes, looking at the others on the
+    way. Tuned runs have a rate that falls: one run for each of the minutes."""
     recipe, tuned, lr = RECIPES[name]
     lr = args.lr or lr
     for minutes in [[m] for m in args.minutes] if tuned else [sorted(args.minutes)]:
@@ -418,12 +440,13 @@ def run_peer(args, name, cache):
         net, alpha_bar, predicts, loss, average = recipe(args, tuned)
         fast = (lambda: bs.fast_math(device)) if tuned else nullcontext
         if tuned:
-            net = bs.place_network(net, device)
+            net = devices.place_network(net, device)
             optimizer, ours = bs.make_optimizer(net, lr, device), bs.EMA(net)
         else:
-            optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99) if average else (0.9, 0.999))
+            optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99) if average
+                                         else (0.9, 0.999))
         rows, seconds, step, left = cache.part("train"), 0.0, 0, list(minutes)
-        ill = bs.has_label(cache, rows, 2)
+        ill = slices.has_label(cache, rows, 2)
         print(f"{name}: {bs.count_parameters(net) / 1e6:.1f} M parameters, lr {lr:g}", flush=True)
         while left:
             started = time.time()
@@ -456,15 +479,18 @@ def run_peer(args, name, cache):
 
 
 def samplers(args, cache):
-    """Quality of the generator that "ours" trained for --minutes, over samplers, calls and guidance."""
-    denoiser, state = bs.load_generator(Path(args.out) / f"run-ours-{args.minutes[0]:g}", torch.device("cpu"))
+    """Quality of the generator that "ours" trained for --minutes, over samplers, calls and
+    guidance."""
+    denoiser, state = runs.load_generator(Path(args.out) / f"run-ours-{args.minutes[0]:g}",
+                                          torch.device("cpu"))
     grid = [{"sampler": sampler, "steps": steps, "eta": 0.0} for steps in (5, 10, 20, 50, 250)
             for sampler in ("ddim", "dpmpp", "ddpm")]
     grid += [{"guidance": scale} for scale in (1.5, 2.0, 3.0)]
     for settings in grid:
         name = "sampler " + " ".join(str(its) for its in settings.values() if its != 0.0)
-        keep(args, name, state["seconds"] / 60, state["step"], look(denoiser, cache, args, settings=settings,
-                                                                  picture=Path(args.out) / f"{name.replace(' ', '_')}.png"))
+        keep(args, name, state["seconds"] / 60, state["step"],
+             look(denoiser, cache, args, settings=settings, picture=Path(args.out)
+                  / f"{name.replace(' ', '_')}.png"))
 
 
 def show(args):
@@ -472,14 +498,18 @@ def show(args):
     rows = [json.loads(line) for line in open(Path(args.out) / "results.jsonl")]
     for row in rows:
         row["name"] += f", seed {row['seed']}" if row["seed"] else ""
-    print(f"| what | minutes | steps | x0 error x 10^4 at {' / '.join(str(level)[1:] for level in LEVELS)} | Dice | Frechet "
-          "| texture | fine | ET |\n" + "|---" * 9 + "|")
-    for row in sorted(rows, key=lambda row: (row["name"].startswith("sampler"), round(row["minutes"]), row["x0 at .1"])):
+    print("| what | minutes | steps | x0 error x 10^4 at "
+          f"{' / '.join(str(level)[1:] for level in LEVELS)} | Dice | Frechet | texture | fine | "
+          "ET |\n" + "|---" * 9 + "|")
+    for row in sorted(rows, key=lambda row: (row["name"].startswith("sampler"),
+                                             round(row["minutes"]), row["x0 at .1"])):
         errors = " / ".join(f"{1e4 * row[f'x0 at {str(level)[1:]}']:.1f}" for level in LEVELS)
         print(f"| {row['name']} | {row['minutes']:.0f} | {row['steps']} | {errors} | "
-              + " | ".join(f"{row[name]:.3f}" for name in ("Dice", "Frechet", "texture", "fine", "ET")) + " |")
-    print(f"on the scans themselves: Dice {rows[0]['Dice on scans']:.3f}; training against held-out slices: Frechet "
-          f"{rows[0]['Frechet floor']:.3f}, texture {rows[0]['texture floor']:.3f}")
+              + " | ".join(f"{row[name]:.3f}" for name in ("Dice", "Frechet", "texture", "fine",
+                                                           "ET")) + " |")
+    print(f"on the scans themselves: Dice {rows[0]['Dice on scans']:.3f}; training against "
+          f"held-out slices: Frechet {rows[0]['Frechet floor']:.3f}, texture "
+          f"{rows[0]['texture floor']:.3f}")
     curves = {}
     for row in sorted(rows, key=lambda row: row["minutes"]):
         if row["name"] in ("ours", *RECIPES):
@@ -488,16 +518,19 @@ def show(args):
     for who, line in curves.items():
         if who != "ours" and mine:
             best = line[-1]
-            print(f"{who} after {best['minutes']:.0f} minutes; the first run of ours that is no worse: " + ", ".join(
-                f"{name}: {its[0]:.0f} minutes" if its else f"{name}: none" for name, its in (
-                    (name, [row["minutes"] for row in mine if sign * row[name] <= sign * best[name]])
-                    for name, sign in SIGNS.items())))
+            print(f"{who} after {best['minutes']:.0f} minutes; the first run of ours that is no "
+                  "worse: " + ", ".join(f"{name}: {its[0]:.0f} minutes" if its else f"{name}: none"
+                                        for name, its in ((name,
+                                                           [row["minutes"] for row in mine if sign
+                                                            * row[name] <= sign * best[name]])
+                                                          for name, sign in SIGNS.items())))
     curves = {who: line for who, line in curves.items() if len(line) > 1}
-    panels = [(name, "log" if sign > 0 else "linear",
-               {who: ([its["minutes"] for its in line], [its[name] for its in line]) for who, line in curves.items()})
-              for name, sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
+    panels = [(name, "log" if sign > 0 else "linear", {who: ([its["minutes"] for its in line],
+                                                             [its[name] for its in line]) for who,
+                                                       line in curves.items()}) for name,
+              sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
     if curves:
-        bs.draw_lines(Path(args.out) / "curves.png", panels, "minutes")
+        pictures.draw_lines(Path(args.out) / "curves.png", panels, "minutes")
         print(f"wrote: {Path(args.out) / 'curves.png'}")
 
 
@@ -505,8 +538,8 @@ def main():
     """What is asked for, in turn."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", nargs="+", help="ours, " + ", ".join(RECIPES) + ", samplers, show; or changes, and names "
-                        "of changes")
+    parser.add_argument("what", nargs="+", help="ours, " + ", ".join(RECIPES)
+                        + ", samplers, show; or changes, and names " "of changes")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2.0], help="of training")
     parser.add_argument("--out", default="runs/quality", help="output folder")
     parser.add_argument("--data", help="folder of BraTS cases in place of phantoms")
@@ -514,19 +547,21 @@ def main():
     parser.add_argument("--phantoms", type=int, default=60, help="how many phantoms")
     parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
     parser.add_argument("--lr", type=float, help="learning rate of the other libraries' networks")
-    parser.add_argument("--words", default="", help="for train_ddpm.py in every run of ours, one string")
+    parser.add_argument("--words", default="", help="for train_ddpm.py in every run of ours, one "
+                        "string")
     parser.add_argument("--held", type=int, default=192, help="held-out slices looked at")
     parser.add_argument("--seg-steps", type=int, default=1200, help="of the segmenter that judges")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == ["show"]:
         return show(args)
-    bs.pick_device("cpu")
+    devices.pick_device("cpu")
     cache, first = prepare(args), args.what[0]
     if first == "changes":
         unknown = set(args.what[1:]) - set(CHANGES)
         if unknown:
-            raise bs.BadInput(f"no such change: {sorted(unknown)[0]}; there are {', '.join(CHANGES)}")
+            raise bs.BadInput(f"no such change: {sorted(unknown)[0]}; there are "
+                              f"{', '.join(CHANGES)}")
         for name in args.what[1:] or CHANGES:
             for minutes in args.minutes:
                 run_ours(args, name, minutes, *CHANGES[name], loud=False)
@@ -544,4 +579,4 @@ def main():
 
 
 if __name__ == "__main__":
-    bs.run_script(main)
+    files.run_script(main)

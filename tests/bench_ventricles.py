@@ -1,13 +1,16 @@
 """Ventricles: does a generator of labels whose volumes can be chosen help to measure them?
 
-    python tests/bench_ventricles.py                    generators of labels and of images, both with ventricles,
-                                                        two synthetic sets, segmenters of ventricles on each
+    python tests/bench_ventricles.py                    generators of labels and of images, both
+    with ventricles,
+                                                        two synthetic sets, segmenters of ventricles
+                                                        on each
 
-Phantoms, whose ventricles are known exactly. Cases have the ventricles that the condition knows (brainsyn.deep_fluid),
-as a person with no more than scans and tumour labels would; synthetic cases have those they were made from. "flat" asks
-for volumes spread evenly from the least to the most of the training cases. Each segmenter is trained as in train_seg.py
---study, of which half of every batch is synthetic where both are there, and measures the ventricles of held-out heads.
-Errors are against the exact volumes and against those the condition finds in the held-out scans.
+Phantoms, whose ventricles are known exactly. Cases have the ventricles that the condition knows
+(brainsyn.deep_fluid), as a person with no more than scans and tumour labels would; synthetic cases
+have those they were made from. "flat" asks for volumes spread evenly from the least to the most of
+the training cases. Each segmenter is trained as in train_seg.py --study, of which half of every
+batch is synthetic where both are there, and measures the ventricles of held-out heads. Errors are
+against the exact volumes and against those the condition finds in the held-out scans.
 """
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
+from kit import checks, devices, files, metrics, nifti, phantoms, slices, writing
 import sample
 import train_ddpm
 import train_seg
@@ -30,33 +34,37 @@ import train_seg
 ARMS = {"real, exact": ("exact", None), "real": ("found", None), "generated": (None, "natural"),
         "generated, flat": (None, "flat"), "real + generated": ("found", "natural"),
         "real + generated, flat": ("found", "flat")}
-LIKE_ET = torch.tensor([0, 1, 4])               # of air, brain, ventricles, as classes of the condition tumour
+# of air, brain, ventricles, as classes of the condition tumour
+LIKE_ET = torch.tensor([0, 1, 4])
 
 
 class Slices:
-    """Slices of cases in memory with ventricles where train_seg.py looks for tumour; it is used like a brainsyn.Cache.
-    whose: "exact", those of the phantom; "found", those of the condition; "made", those the case was made from."""
+    """Slices of cases in memory with ventricles where train_seg.py looks for tumour; it is used
+    like a brainsyn.Cache. whose: "exact", those of the phantom; "found", those of the condition;
+    "made", those the case was made from."""
 
     def __init__(self, cases, resolution, fov, whose):
         rows, first, self.cases, self.meta = [], 0, [], {"modalities": list(bs.MODALITIES)}
         for case in cases:
-            got = bs.prepare_case(case, resolution, fov, "ventricles")
-            fluid, grid = (got["classes"] == 2).astype(np.float32), got["grid"]     # shares of (D, R, R)
-            voxel = (fov / resolution) ** 2 * bs.spacing_of(grid.affine)[2] / 1000
+            got = slices.prepare_case(case, resolution, fov, "ventricles")
+            # shares of (D, R, R)
+            fluid, grid = (got["classes"] == 2).astype(np.float32), got["grid"]
+            voxel = (fov / resolution) ** 2 * nifti.spacing_of(grid.affine)[2] / 1000
             if whose != "found":
                 if whose == "exact":
-                    share = bs.phantom(bs.phantom_seed(case.case))[2]["ventricles"]
+                    share = phantoms.phantom(phantoms.phantom_seed(case.case))[2]["ventricles"]
                 else:
-                    path = case.folder / bs.CLASSES_NAME.format(case.case)
+                    path = case.folder / writing.CLASSES_NAME.format(case.case)
                     share = np.asanyarray(nib.load(path).dataobj) == 2
-                fluid = grid.shrink(bs.to_slices(share))
+                fluid = grid.shrink(slices.to_slices(share))
             classes = np.where(fluid >= 0.5, 2, got["classes"] > 0).astype(np.uint8)
             keep = (classes > 0).mean((1, 2)) > 0.01
             rows.append(np.concatenate([got["images"], classes[:, None]], 1)[keep])
-            self.cases.append({"case": case.case, "first": first, "count": int(keep.sum()), "voxel": float(voxel),
-                               "ml": float(fluid.sum() * voxel)})
+            self.cases.append({"case": case.case, "first": first, "count": int(keep.sum()),
+                               "voxel": float(voxel), "ml": float(fluid.sum() * voxel)})
             first += int(keep.sum())
-        self.rows = np.concatenate(rows)                                            # uint8 (N, C + 1, R, R)
+        # uint8 (N, C + 1, R, R)
+        self.rows = np.concatenate(rows)
 
     def batch(self, rows):
         """See brainsyn.Cache.batch; of position there is none."""
@@ -69,11 +77,11 @@ class Slices:
         return sorted({self.cases[i]["case"] for i in np.searchsorted(first, rows, "right") - 1})
 
 
-def measure(segmenter, slices):
+def measure(segmenter, test):
     """mL and Dice of the ventricles a segmenter finds in every case of Slices, (N,) each."""
     ml, dices = [], []
-    for its in slices.cases:
-        images, classes, _ = slices.batch(np.arange(its["first"], its["first"] + its["count"]))
+    for its in test.cases:
+        images, classes, _ = test.batch(np.arange(its["first"], its["first"] + its["count"]))
         found, true = segmenter.slice_labels(images) == 3, classes == 4
         ml.append(its["voxel"] * int(found.sum()))
         dices.append(bs.dice(found, true))
@@ -83,20 +91,22 @@ def measure(segmenter, slices):
 def make_sets(args, out, fov, low, high):
     """Train both generators and make both sets of cases, where they are not there yet (whatever
     their settings were: another study, another --out) -> {name: Slices of them}."""
-    common = ["--phantoms", args.phantoms, "--resolution", args.resolution, "--condition", "ventricles",
-              "--sample-every", 0, "--device", args.device, *args.words.split()]
+    common = ["--phantoms", args.phantoms, "--resolution", args.resolution, "--condition",
+              "ventricles", "--sample-every", 0, "--device", args.device, *args.words.split()]
     for part, words in (("ddpm", ["--steps", args.image_steps]),
                         ("labels", ["--generate", "labels", "--steps", args.label_steps])):
         if not (out / part / ("closing.json" if part == "ddpm" else "fine/closing.json")).exists():
             train_ddpm.main([str(word) for word in (*common, *words, "--out", out / part)])
     sets = {}
     for name, request in (("natural", ""), ("flat", f"ventricles={low:.1f}..{high:.1f}")):
-        sample.main([str(word) for word in (
-            "--request", request, "--label-checkpoint", out / "labels", "--checkpoint", out / "ddpm", "--count",
-            args.count, "--steps", args.calls, "--device", args.device, "--out", out / name)])
-        sets[name] = Slices(bs.find_cases(out / name), args.resolution, fov, "made")
+        sample.main([str(word) for word in ("--request", request, "--label-checkpoint", out
+                                            / "labels", "--checkpoint", out / "ddpm", "--count",
+                                            args.count, "--steps", args.calls, "--device",
+                                            args.device, "--out", out / name)])
+        sets[name] = Slices(nifti.find_cases(out / name), args.resolution, fov, "made")
     facts = [json.loads(path.read_text()) for path in (out / "flat").glob("*/*.json")]
-    asked, came = np.array([(its["Requested"]["ventricles"], its["VolumesML"]["ventricles"]) for its in facts]).T
+    asked, came = np.array([(its["Requested"]["ventricles"], its["VolumesML"]["ventricles"])
+                            for its in facts]).T
     print(f"ventricles asked for, {asked.min():.1f} to {asked.max():.1f} mL: mean error "
           f"{np.abs(asked - came).mean():.2f} mL, correlation {np.corrcoef(asked, came)[0, 1]:.3f}")
     return sets
@@ -104,31 +114,38 @@ def make_sets(args, out, fov, low, high):
 
 def main():
     """Read flags and go."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phantoms", type=int, default=60)
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--image-steps", type=int, default=train_ddpm.STEPS, help="training of the image generator")
-    parser.add_argument("--label-steps", type=int, default=train_ddpm.LABEL_STEPS, help="of the label generator")
+    parser.add_argument("--image-steps", type=int, default=train_ddpm.STEPS,
+                        help="training of the image generator")
+    parser.add_argument("--label-steps", type=int, default=train_ddpm.LABEL_STEPS,
+                        help="of the label generator")
     parser.add_argument("--words", default="", help="more words for train_ddpm.py")
     parser.add_argument("--count", type=int, default=24, help="synthetic cases a set")
     parser.add_argument("--calls", type=int, default=10, help="network calls a slice")
-    parser.add_argument("--seg-steps", type=int, default=train_seg.STUDY_STEPS, help="training of every segmenter")
+    parser.add_argument("--seg-steps", type=int, default=train_seg.STUDY_STEPS,
+                        help="training of every segmenter")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every kind")
-    parser.add_argument("--device", default="auto", choices=bs.DEVICES)
+    parser.add_argument("--device", default="auto", choices=devices.DEVICES)
     parser.add_argument("--out", default="runs/ventricles")
     args = parser.parse_args()
     out = Path(args.out)
-    its = train_seg.parse_arguments(["--phantoms", str(args.phantoms), "--steps", str(args.seg_steps), "--resolution",
-                                     str(args.resolution), "--device", args.device, "--out", str(out / "seg")])
-    _, split = bs.find_data(argparse.Namespace(**{**vars(its), "out": str(out / "ddpm")}))
-    real = {whose: Slices(split["train"], args.resolution, its.fov, whose) for whose in ("exact", "found")}
+    its = train_seg.parse_arguments(["--phantoms", str(args.phantoms), "--steps",
+                                     str(args.seg_steps), "--resolution", str(args.resolution),
+                                     "--device", args.device, "--out", str(out / "seg")])
+    _, split = checks.find_data(argparse.Namespace(**{**vars(its), "out": str(out / "ddpm")}))
+    real = {whose: Slices(split["train"], args.resolution, its.fov, whose)
+            for whose in ("exact", "found")}
     held = {whose: Slices([*split["val"], *split["test"]], args.resolution, its.fov, whose)
             for whose in ("exact", "found")}
     truth = {whose: np.array([case["ml"] for case in its.cases]) for whose, its in held.items()}
     volumes = [case["ml"] for case in real["found"].cases]
-    print(f"ventricles of {len(volumes)} training cases: {min(volumes):.1f} to {max(volumes):.1f} mL, median "
-          f"{np.median(volumes):.1f}; of {len(truth['exact'])} held-out ones exactly {truth['exact'].min():.1f} to "
-          f"{truth['exact'].max():.1f}, found {np.abs(truth['exact'] - truth['found']).mean():.2f} mL off")
+    print(f"ventricles of {len(volumes)} training cases: {min(volumes):.1f} to {max(volumes):.1f} "
+          f"mL, median {np.median(volumes):.1f}; of {len(truth['exact'])} held-out ones exactly "
+          f"{truth['exact'].min():.1f} to {truth['exact'].max():.1f}, found "
+          f"{np.abs(truth['exact'] - truth['found']).mean():.2f} mL off")
     sets, rows = make_sets(args, out, its.fov, min(volumes), max(volumes)), []
     for arm, (whose, made) in ARMS.items():
         sources = [train_seg.source(its, np.arange(len(its.rows)), 0.5)
@@ -136,31 +153,36 @@ def main():
         errors = {"exact": [], "found": []}, []
         for seed in range(args.seeds):
             asked = argparse.Namespace(**{**vars(its), "seed": seed})
-            segmenter, _ = train_seg.fit(asked, sources, sources[0].cache, bs.pick_device(args.device))
+            segmenter, _ = train_seg.fit(asked, sources, sources[0].cache,
+                                         devices.pick_device(args.device))
             ml, dices = measure(segmenter, held["exact"])
             errors[1].append(dices)
             for name in truth:
                 errors[0][name].append(ml - truth[name])
-        errors = {name: np.stack(values) for name, values in errors[0].items()} | {"dice": np.stack(errors[1])}
+        errors = {name: np.stack(values) for name, values in errors[0].items()} | {
+            "dice": np.stack(errors[1])}
         rows.append({"arm": arm, **{name: values.tolist() for name, values in errors.items()}})
         print(f"{arm}: mean error {np.abs(errors['exact']).mean():.2f} mL", flush=True)
     report(out, rows)
 
 
 def report(out, rows):
-    """The table, and differences of errors from those of real cases with intervals over held-out cases."""
-    print("\n| trained on | error, mL | bias, mL | error against those found, mL | Dice | error less that of real |\n"
-          "|" + "---|" * 6)
-    base = np.abs(np.array(rows[1]["exact"])).mean(0)                               # of "real", (N,)
+    """The table, and differences of errors from those of real cases with intervals over held-out
+    cases."""
+    print("\n| trained on | error, mL | bias, mL | error against those found, mL | Dice | error "
+          "less that of real |\n|" + "---|" * 6)
+    # of "real", (N,)
+    base = np.abs(np.array(rows[1]["exact"])).mean(0)
     for row in rows:
         exact, found = np.array(row["exact"]), np.array(row["found"])               # (seeds, N)
         per_seed = np.abs(exact).mean(1)
-        mean, low, high = bs.bootstrap_interval((np.abs(exact).mean(0) - base).tolist())
-        print(f"| {row['arm']} | {per_seed.mean():.2f} ± {per_seed.std(ddof=1) if len(per_seed) > 1 else 0:.2f} | "
-              f"{exact.mean():+.2f} | {np.abs(found).mean():.2f} | {np.mean(row['dice']):.3f} | {mean:+.2f} "
-              f"[{low:+.2f}, {high:+.2f}] |")
-    bs.write_json(out / "ventricles.json", {"rows": rows})
+        mean, low, high = metrics.bootstrap_interval((np.abs(exact).mean(0) - base).tolist())
+        print(f"| {row['arm']} | {per_seed.mean():.2f} ± "
+              f"{per_seed.std(ddof=1) if len(per_seed) > 1 else 0:.2f} | {exact.mean():+.2f} | "
+              f"{np.abs(found).mean():.2f} | {np.mean(row['dice']):.3f} | {mean:+.2f} [{low:+.2f}, "
+              f"{high:+.2f}] |")
+    files.write_json(out / "ventricles.json", {"rows": rows})
 
 
 if __name__ == "__main__":
-    bs.run_script(main)
+    files.run_script(main)

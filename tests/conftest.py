@@ -1,4 +1,5 @@
-"""What several test files share: phantom cases on disk, made once, and a cache of them; hand-ins put in place."""
+"""What several test files share: phantom cases on disk, made once, and a cache of them; hand-ins
+put in place."""
 import os
 import re
 import shutil
@@ -7,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import brainsyn as bs
-from blank import ASSIGNMENTS, hand_in
+from kit import nifti, phantoms, slices
+from blank import ASSIGNMENTS, hand_in, home
 
 
 def pytest_addoption(parser):
     """For hand-ins, see blank.py."""
-    parser.addoption("--impl", help="a hand-in: its functions take the place of brainsyn's, of the assignment named by -m")
-    parser.addoption("--blank-rest", action="store_true", help="functions that the hand-in lacks are blank, not brainsyn's")
+    parser.addoption("--impl", help="a hand-in: its functions take the place of brainsyn's, of the "
+                     "assignment named by -m")
+    parser.addoption("--blank-rest", action="store_true", help="functions that the hand-in lacks "
+                     "are blank, not brainsyn's")
     parser.addoption("--student", help="student number, for the exercise that differs by it")
 
 
@@ -29,7 +32,7 @@ def pytest_configure(config):
         except (Exception, SystemExit) as error:
             raise pytest.UsageError(f"{path} does not run: {type(error).__name__}: {error}") from error
         for name, its in found.items():
-            setattr(bs, name, its)
+            setattr(home(name), name, its)
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +45,17 @@ def fixed_chance():
 def phantom_folder(tmp_path_factory):
     """Twelve phantom cases, both naming generations, both header orientations."""
     folder = tmp_path_factory.mktemp("phantoms")
-    bs.make_phantoms(folder, 12)
+    phantoms.make_phantoms(folder, 12)
     return folder
 
 
 @pytest.fixture(scope="session")
 def lay_phantoms(phantom_folder):
-    """lay_phantoms(folder, count) -> folder, with the first of them where scripts look that write into `runs` there: a
-    copy takes no time, making them a second each."""
+    """lay_phantoms(folder, count) -> folder, with the first of them where scripts look that write
+    into `runs` there: a copy takes no time, making them a second each."""
     def lay(folder, count, runs="runs"):
         for path in phantom_folder.iterdir():
-            if bs.phantom_seed(path.name) < count:
+            if phantoms.phantom_seed(path.name) < count:
                 shutil.copytree(path, folder / runs / "phantoms/A" / path.name)
         return folder
     return lay
@@ -62,14 +65,15 @@ def lay_phantoms(phantom_folder):
 def many_phantoms(phantom_folder, tmp_path_factory):
     """Forty-four, the twelve among them."""
     folder = shutil.copytree(phantom_folder, tmp_path_factory.mktemp("many") / "A")
-    bs.make_phantoms(folder, 44)
+    phantoms.make_phantoms(folder, 44)
     return folder
 
 
 @pytest.fixture(scope="session")
 def cache(phantom_folder, tmp_path_factory):
     """Their cache at 24 pixels a slice, without tissue clusters."""
-    return bs.build_cache(bs.find_cases(phantom_folder), tmp_path_factory.mktemp("cache"), 24, 192.0, "tumour")
+    return slices.build_cache(nifti.find_cases(phantom_folder), tmp_path_factory.mktemp("cache"),
+                              24, 192.0, "tumour")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
-"""Random bytes at random places of NIfTI files, for some minutes: the reader must say no or read rightly.
+"""Random bytes at random places of NIfTI files, for some minutes: the reader must say no or read
+rightly.
 
     python tests/fuzz_reader.py --minutes 3 --seed 0
 
-Three kinds of damage are tried in turn on the T2 file of a phantom: `packed` (bytes of the .nii.gz), `header` (bytes
-of the header, packed again with a right checksum) and `plain` (bytes of the header of an uncompressed file).
-Right is: read_case gives the same T2, up to the scale and offset that its header then says. Anything else that it
-does not refuse is silent.
+Three kinds of damage are tried in turn on the T2 file of a phantom: `packed` (bytes of the
+.nii.gz), `header` (bytes of the header, packed again with a right checksum) and `plain` (bytes of
+the header of an uncompressed file). Right is: read_case gives the same T2, up to the scale and
+offset that its header then says. Anything else that it does not refuse is silent.
 """
 import argparse
 import gzip
@@ -21,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
+from kit import nifti, phantoms
 
 
 def main():
@@ -33,9 +35,9 @@ def main():
     warnings.simplefilter("ignore")
     rng, counts, wrong = np.random.default_rng(args.seed), Counter(), []
     with tempfile.TemporaryDirectory() as scratch:
-        bs.write_phantom(scratch, 0)
-        case = bs.find_cases(scratch)[0]
-        path, before = case.files["t2"], bs.read_case(case)[0][2]
+        phantoms.write_phantom(scratch, 0)
+        case = nifti.find_cases(scratch)[0]
+        path, before = case.files["t2"], nifti.read_case(case)[0][2]
         packed, end = path.read_bytes(), time.time() + 60 * args.minutes
         plain = gzip.decompress(packed)
         few = (slice(None, None, 3),) * 3
@@ -46,7 +48,7 @@ def main():
                 raw[rng.integers(len(raw) if kind == "packed" else 352)] = rng.integers(256)
             path.write_bytes(gzip.compress(bytes(raw), 1) if kind == "header" else raw)
             try:
-                after = bs.read_case(case)[0][2]
+                after = nifti.read_case(case)[0][2]
                 if np.corrcoef(before[few].ravel(), after[few].ravel())[0, 1] ** 2 > 0.9999:
                     counts[kind, "right"] += 1
                 else:
@@ -56,7 +58,8 @@ def main():
                 counts[kind, "refused"] += 1
     for kind in ("packed", "header", "plain"):
         its = {name: counts[kind, name] for name in ("refused", "right", "silent")}
-        print(f"{kind:8} {sum(its.values()):6} files: " + ", ".join(f"{n} {name}" for name, n in its.items()))
+        print(f"{kind:8} {sum(its.values()):6} files: "
+              + ", ".join(f"{n} {name}" for name, n in its.items()))
     for its in wrong[:10]:
         print(f"silent: header bytes {its}")
 

@@ -1,10 +1,11 @@
 """Runs notebooks as plain Python, each in a process of its own, without Jupyter.
 
-    python tests/notebook.py notebooks/0*.ipynb                     do they run, and how long do they take
-    python tests/notebook.py --save notebooks/02_noise.ipynb        keep what the cells print and draw
+    python tests/notebook.py notebooks/0*.ipynb                     do they run, and how long do
+    they take python tests/notebook.py --save notebooks/02_noise.ipynb        keep what the cells
+    print and draw
 
-Every code cell is run in turn in the notebook's folder. What it prints, its last expression where that is no
-statement, and figures are its output, as in Jupyter.
+Every code cell is run in turn in the notebook's folder. What it prints, its last expression where
+that is no statement, and figures are its output, as in Jupyter.
 """
 from __future__ import annotations
 
@@ -26,15 +27,19 @@ ROOT = Path(__file__).parents[1]
 def code_cells(path):
     """[(cell, its source)] of a notebook's code, and the notebook."""
     book = json.loads(Path(path).read_text())
-    return [(cell, "".join(cell["source"])) for cell in book["cells"] if cell["cell_type"] == "code"], book
+    return [(cell, "".join(cell["source"])) for cell in book["cells"] if cell["cell_type"]
+            == "code"], book
 
 
 def picture(figure):
-    """A figure as a notebook's output: 128 colours, a third of the size and no difference to the eye."""
+    """A figure as a notebook's output: 128 colours, a third of the size and no difference to the
+    eye."""
     from PIL import Image                       # matplotlib brings it
     drawn, kept = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=72, bbox_inches="tight")       # as Jupyter does
-    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(kept, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(kept,
+                                                                                    format="png",
+                                                                                    optimize=True)
     return {"output_type": "display_data", "metadata": {}, "data": {
         "image/png": base64.b64encode(kept.getvalue()).decode() + "\n", "text/plain": ["<Figure>"]}}
 
@@ -50,7 +55,8 @@ def run_cell(source, names, where):
             value = eval(compile(ast.Expression(last.value), where, "eval"), names)
     outputs = []
     if printed.getvalue():
-        outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
+        outputs.append({"output_type": "stream", "name": "stdout",
+                        "text": printed.getvalue().splitlines(keepends=True)})
     outputs += [picture(plt.figure(number)) for number in plt.get_fignums()]
     plt.close("all")
     if value is not None and not source.rstrip().endswith(";"):
@@ -81,8 +87,9 @@ def run_here(path, save):
 def run(path, save=False, seconds=None):
     """Run a notebook in a fresh process -> (exit status, what it said, seconds)."""
     started = time.time()
-    done = subprocess.run([sys.executable, __file__, "--here", *(["--save"] if save else []), str(path)], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+    done = subprocess.run([sys.executable, __file__, "--here", *(["--save"] if save else []),
+                           str(path)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          timeout=seconds)
     return done.returncode, done.stdout, time.time() - started
 
 
@@ -100,7 +107,8 @@ def main():
             continue
         status, said, seconds = run(path, args.save)
         failed += status != 0
-        print(f"{path}: {'runs' if not status else 'FAILS'}, {seconds:.0f} s, {Path(path).stat().st_size / 1000:.0f} kB")
+        print(f"{path}: {'runs' if not status else 'FAILS'}, {seconds:.0f} s, "
+              f"{Path(path).stat().st_size / 1000:.0f} kB")
         if status:
             print(said)
     sys.exit(bool(failed))

@@ -1,8 +1,8 @@
 """Runs scripts as processes of their own without paying four seconds of imports for each.
 
-One process imports what all scripts import and does nothing else; it forks a child for every run, which gets its
-working directory, environment, arguments and output file and then runs the script as __main__. It needs fork, which
-Windows has not.
+One process imports what all scripts import and does nothing else; it forks a child for every run,
+which gets its working directory, environment, arguments and output file and then runs the script as
+__main__. It needs fork, which Windows has not.
 """
 import json
 import subprocess
@@ -47,14 +47,16 @@ mothers = []
 
 
 def run_script(folder, script, *words, environments=({},)):
-    """Run a script of the repository, or one by its full path, in `folder` -> (exit status, what it printed, errors
-    among it). environments: what to add to the environment, one dict for each of several processes at once."""
+    """Run a script of the repository, or one by its full path, in `folder` -> (exit status, what it
+    printed, errors among it). environments: what to add to the environment, one dict for each of
+    several processes at once."""
     words = [str(ROOT / script), *map(str, words)]
     if not mothers or mothers[0].poll() is not None:
-        mothers[:] = [subprocess.Popen([sys.executable, "-c", MOTHER, str(ROOT)], text=True, stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE)]
+        mothers[:] = [subprocess.Popen([sys.executable, "-c", MOTHER, str(ROOT)], text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)]
     with tempfile.NamedTemporaryFile() as out:
-        job = {"folder": str(folder), "out": out.name, "words": words, "environments": list(environments)}
+        job = {"folder": str(folder), "out": out.name, "words": words,
+               "environments": list(environments)}
         print(json.dumps(job), file=mothers[0].stdin, flush=True)
         status = mothers[0].stdout.readline()
         return int(status), Path(out.name).read_text()

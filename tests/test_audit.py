@@ -1,9 +1,11 @@
-"""Section 14: an audit that cannot fail is worth nothing, so most of these plant a leak and want it named."""
+"""Section 14: an audit that cannot fail is worth nothing, so most of these plant a leak and want it
+named."""
 import numpy as np
 import pytest
 import torch
 
 import brainsyn as bs
+from kit import audit, nifti, slices
 
 TUMOUR = "tumour"
 
@@ -11,27 +13,32 @@ TUMOUR = "tumour"
 @pytest.fixture(scope="module")
 def pool(many_phantoms):
     """Slices of 44 phantoms, as the audit compares them: (images, classes, positions)."""
-    return bs.audit_slices([bs.prepare_case(case, 32, 192.0, TUMOUR) for case in bs.find_cases(many_phantoms)])
+    return audit.audit_slices([slices.prepare_case(case, 32, 192.0, TUMOUR)
+                               for case in nifti.find_cases(many_phantoms)])
 
 
 @pytest.fixture(scope="module")
 def alike(pool):
     """Similarity of all phantoms to each other, (44, 10, 44)."""
-    views = bs.audit_views(*pool[:2], TUMOUR)
-    return bs.similarity(views, views, bs.mean_head(*views))
+    views = audit.audit_views(*pool[:2], TUMOUR)
+    return audit.similarity(views, views, audit.mean_head(*views))
 
 
 def deal(seed, sizes=(12, 12, 20)):
-    """Numbers of training cases, decoys and synthetic cases, drawn from the pool without overlap."""
+    """Numbers of training cases, decoys and synthetic cases, drawn from the pool without
+    overlap."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(44))
-    return order[:sizes[0]], order[sizes[0]:sizes[0] + sizes[1]], order[sizes[0] + sizes[1]:sum(sizes)]
+    return order[:sizes[0]], order[sizes[0]:sizes[0] + sizes[1]], order[sizes[0]
+                                                                        + sizes[1]:sum(sizes)]
 
 
 def finder_of(alike, training, decoys, made):
-    """A CopyFinder for cases of the pool in these parts; real cases in the order training, decoys."""
-    real, known = torch.cat([training, decoys]), torch.arange(len(training) + len(decoys)) < len(training)
+    """A CopyFinder for cases of the pool in these parts; real cases in the order training,
+    decoys."""
+    real, known = torch.cat([training, decoys]), torch.arange(len(training) + len(decoys)) < len(
+        training)
     own = torch.zeros(len(made), len(real), dtype=torch.bool)
-    return bs.CopyFinder(alike[made][:, :, real], alike[real][:, :, real], known, own)
+    return audit.CopyFinder(alike[made][:, :, real], alike[real][:, :, real], known, own)
 
 
 def take(pool, rows):
@@ -40,10 +47,11 @@ def take(pool, rows):
 
 @pytest.mark.a5
 def test_fresh_heads_raise_no_alarm(alike):
-    """Sixty times other phantoms are dealt as training cases, decoys and synthetic cases: none is ever named."""
+    """Sixty times other phantoms are dealt as training cases, decoys and synthetic cases: none is
+    ever named."""
     for seed in range(60):
         scores = finder_of(alike, *deal(seed)).found["score"]
-        assert scores.max() < bs.LIMIT, f"deal {seed}: {scores.max():.1f}"
+        assert scores.max() < audit.LIMIT, f"deal {seed}: {scores.max():.1f}"
 
 
 @pytest.mark.a5
@@ -53,25 +61,27 @@ def test_shares_of_fresh_heads_are_chance(alike):
     for seed in range(12):
         training, decoys, made = deal(seed)
         real, known = torch.cat([training, decoys]), torch.arange(24) < 12
-        share, p = bs.nearer_share(alike[made][:, :, real], known, permutations=100)
+        share, p = audit.nearer_share(alike[made][:, :, real], known, permutations=100)
         shares.append(share)
         ps.append(p)
-    assert abs(np.mean(shares) - 0.5) < 0.05 and 0.3 < np.mean(ps) < 0.7 and min(ps) > bs.CHANCE, (shares, ps)
+    assert abs(np.mean(shares) - 0.5) < 0.05 and 0.3 < np.mean(ps) < 0.7 and min(
+        ps) > audit.CHANCE, (shares, ps)
 
 
 def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
-    """One deal with training cases copied, as `kind`, into the synthetic ones. where: [(synthetic case, slices,
-    training case)], numbers within their parts -> what the finder says of all synthetic cases."""
+    """One deal with training cases copied, as `kind`, into the synthetic ones. where: [(synthetic
+    case, slices, training case)], numbers within their parts -> what the finder says of all
+    synthetic cases."""
     training, decoys, made = deal(seed, sizes)
     real, its = take(pool, torch.cat([training, decoys])), [t.clone() for t in take(pool, made)]
-    for to, slices, number in where:
-        copy = bs.canary(kind, real[0][number], real[1][number], its[0][to].clone(), seed)
+    for to, rows, number in where:
+        copy = audit.canary(kind, real[0][number], real[1][number], its[0][to].clone(), seed)
         for mine, theirs in zip(its, copy):
-            mine[to, slices] = theirs[slices]
-    known, views = torch.arange(sum(sizes[:2])) < sizes[0], bs.audit_views(*real[:2], TUMOUR)
-    head = bs.mean_head(*views)
-    finder = bs.CopyFinder(bs.similarity(bs.audit_views(*its[:2], TUMOUR), views, head),
-                           bs.similarity(views, views, head), known,
+            mine[to, rows] = theirs[rows]
+    known, views = torch.arange(sum(sizes[:2])) < sizes[0], audit.audit_views(*real[:2], TUMOUR)
+    head = audit.mean_head(*views)
+    finder = audit.CopyFinder(audit.similarity(audit.audit_views(*its[:2], TUMOUR), views, head),
+                           audit.similarity(views, views, head), known,
                            torch.zeros(len(made), len(known), dtype=torch.bool))
     return finder.found
 
@@ -79,73 +89,84 @@ def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
 @pytest.mark.a5
 @pytest.mark.parametrize("seed", range(5))
 def test_one_copied_slice_in_two_hundred_is_named(pool, seed):
-    """A single slice, copied exactly, among 200: the case, the slice and the training case are named, nothing else."""
+    """A single slice, copied exactly, among 200: the case, the slice and the training case are
+    named, nothing else."""
     found = planted(pool, seed, "copy", [(7, [4], 3)])
-    assert found["score"][7] > bs.LIMIT and found["slice"][7] == 4 and found["pair"][7] == 3
-    assert (torch.cat([found["score"][:7], found["score"][8:]]) < bs.LIMIT).all()
+    assert found["score"][7] > audit.LIMIT and found["slice"][7] == 4 and found["pair"][7] == 3
+    assert (torch.cat([found["score"][:7], found["score"][8:]]) < audit.LIMIT).all()
 
 
-@pytest.mark.parametrize("kind", bs.CANARIES)
+@pytest.mark.parametrize("kind", audit.CANARIES)
 @pytest.mark.parametrize("seed", range(2))
 def test_copies_are_found_under_what_hides_them(pool, kind, seed):
-    """5% of the set are copies with noise, shifted by a pixel, mirrored, with another gamma, blended with another
-    case: named, and named right."""
+    """5% of the set are copies with noise, shifted by a pixel, mirrored, with another gamma,
+    blended with another case: named, and named right."""
     found = planted(pool, seed, kind, [(11, slice(None), 5)])
-    assert found["score"][11] > bs.LIMIT and found["pair"][11] == 5
-    assert (found["score"] > bs.LIMIT).sum() == 1
+    assert found["score"][11] > audit.LIMIT and found["pair"][11] == 5
+    assert (found["score"] > audit.LIMIT).sum() == 1
 
 
 def test_canaries_are_what_they_are_called(pool):
-    """Nothing, noise of 0.15, a shift of a 32nd of the picture (a pixel at least), a mirror, a gamma, a blend."""
+    """Nothing, noise of 0.15, a shift of a 32nd of the picture (a pixel at least), a mirror, a
+    gamma, a blend."""
     images, classes, other = pool[0][0], pool[1][0], pool[0][1]
-    made = {kind: bs.canary(kind, images, classes, other, 0) for kind in bs.CANARIES}
-    assert all(torch.equal(its[1], classes) for kind, its in made.items() if kind not in ("shift", "flip"))
-    assert torch.equal(made["copy"][0], images) and abs((made["noise"][0] - images).std() - 0.15) < 0.01
+    made = {kind: audit.canary(kind, images, classes, other, 0) for kind in audit.CANARIES}
+    assert all(torch.equal(its[1], classes) for kind, its in made.items()
+               if kind not in ("shift", "flip"))
+    assert torch.equal(made["copy"][0], images) and abs((made["noise"][0] - images).std()
+                                                        - 0.15) < 0.01
     for its, original in zip(made["shift"], (images, classes)):
-        assert torch.equal(its[..., 1:, 1:], original[..., :-1, :-1]) and not torch.equal(its, original)
-    small = bs.canary("shift", images[..., ::2, ::2], classes[..., ::2, ::2], None, 0)[0]
+        assert torch.equal(its[..., 1:, 1:], original[..., :-1, :-1]) and not torch.equal(its,
+                                                                                          original)
+    small = audit.canary("shift", images[..., ::2, ::2], classes[..., ::2, ::2], None, 0)[0]
     assert torch.equal(small[..., 1:, 1:], images[..., ::2, ::2][..., :-1, :-1])
-    assert torch.equal(made["flip"][0], images.flip(-1)) and torch.equal(made["flip"][1], classes.flip(-1))
+    assert torch.equal(made["flip"][0], images.flip(-1)) and torch.equal(made["flip"][1],
+                                                                         classes.flip(-1))
     assert torch.allclose(made["gamma"][0][images == 0], torch.tensor(2 * 0.5 ** 1.6 - 1))
     assert torch.allclose(made["blend"][0], images * 0.6 + other * 0.4)
 
 
 def test_a_set_that_is_mostly_copies_is_named(pool):
-    """Where the median case, real ones counted, is a copy, nothing stands out of the set: what does is how near it is
-    beside the distances among real cases."""
+    """Where the median case, real ones counted, is a copy, nothing stands out of the set: what does
+    is how near it is beside the distances among real cases."""
     found = planted(pool, 0, "noise", [(i, slice(None), i % 8) for i in range(28)], (8, 8, 28))
-    assert (found["score"] > bs.LIMIT).all() and (found["pair"] == torch.arange(28) % 8).all()
+    assert (found["score"] > audit.LIMIT).all() and (found["pair"] == torch.arange(28) % 8).all()
 
 
 @pytest.mark.a5
 def test_swapping_who_was_trained_on_mirrors_the_share(pool, alike):
-    """The share and that of decoys are one, but for which cases were drawn: nothing prefers a group but the data."""
+    """The share and that of decoys are one, but for which cases were drawn: nothing prefers a group
+    but the data."""
     training, decoys, made = deal(1, (16, 8, 20))
     values, known = alike[made][:, :, torch.cat([training, decoys])].clone(), torch.arange(24) < 16
-    values[:10, :, 3] = 0.9                                     # half of them are copies of training case 3
-    shares = [bs.nearer_share(values, labels, permutations=1)[0] for labels in (known, ~known)]
+    # half of them are copies of training case 3
+    values[:10, :, 3] = 0.9
+    shares = [audit.nearer_share(values, labels, permutations=1)[0] for labels in (known, ~known)]
     assert abs(sum(shares) - 1) < 0.03 and shares[0] > 0.6
 
 
 def test_gain_and_offset_do_not_hide_a_copy(pool):
     """Any brightness and contrast of a modality give the same view."""
     images, classes, _ = take(pool, torch.arange(3))
-    gain, offset = torch.tensor([0.5, 1, 2, 0.7]).view(4, 1, 1), torch.tensor([0.3, -0.2, 0.1, 0.0]).view(4, 1, 1)
-    view, mask = bs.audit_views(images, classes, TUMOUR)
-    other, same = bs.audit_views(images * gain + offset, classes, TUMOUR)
+    gain, offset = torch.tensor([0.5, 1, 2, 0.7]).view(4, 1, 1), torch.tensor(
+        [0.3, -0.2, 0.1, 0.0]).view(4, 1, 1)
+    view, mask = audit.audit_views(images, classes, TUMOUR)
+    other, same = audit.audit_views(images * gain + offset, classes, TUMOUR)
     assert torch.equal(mask, same) and (view - other).abs().max() < 0.05 and view.abs().max() > 1
 
 
 def test_what_a_label_map_demands_is_no_copy(pool, alike):
-    """A synthetic case is compared with all but the case that lent it its outline: alike that must be."""
+    """A synthetic case is compared with all but the case that lent it its outline: alike that must
+    be."""
     training, decoys, made = deal(2)
     made = torch.cat([made[:-1], training[4:5]])                # its own training case, exactly
     found = finder_of(alike, training, decoys, made).found
-    assert found["score"][-1] > bs.LIMIT and found["pair"][-1] == 4
+    assert found["score"][-1] > audit.LIMIT and found["pair"][-1] == 4
     real, own = torch.cat([training, decoys]), torch.zeros(20, 24, dtype=torch.bool)
     own[-1, 4] = True
-    finder = bs.CopyFinder(alike[made][:, :, real], alike[real][:, :, real], torch.arange(24) < 12, own)
-    assert finder.found["score"][-1] < bs.LIMIT
+    finder = audit.CopyFinder(alike[made][:, :, real], alike[real][:, :, real], torch.arange(24)
+                              < 12, own)
+    assert finder.found["score"][-1] < audit.LIMIT
 
 
 @pytest.mark.a5
@@ -153,49 +174,55 @@ def test_the_larger_group_does_not_win_by_its_size():
     """20 training cases and 8 decoys, likenesses drawn by lot: half, and not 20 in 28."""
     alike, known = torch.rand(20, 10, 28, generator=bs.generator("lot")), torch.arange(28) < 20
     for training in (known, ~known):
-        assert abs(bs.nearer_share(alike, training, permutations=1)[0] - 0.5) < 0.06
+        assert abs(audit.nearer_share(alike, training, permutations=1)[0] - 0.5) < 0.06
 
 
 def test_the_same_cases_are_drawn_whoever_was_trained_on():
-    """The library's own draws do not ask which group is which: both shares are one exactly. Other right answers may
-    draw otherwise, so this is no test of a5."""
+    """The library's own draws do not ask which group is which: both shares are one exactly. Other
+    right answers may draw otherwise, so this is no test of a5."""
     alike, known = torch.rand(20, 10, 28, generator=bs.generator("lot")), torch.arange(28) < 20
-    assert abs(sum(bs.nearer_share(alike, its, permutations=1)[0] for its in (known, ~known)) - 1) < 1e-9
+    assert abs(sum(audit.nearer_share(alike, its, permutations=1)[0] for its in (known, ~known))
+               - 1) < 1e-9
 
 
 @pytest.mark.a5
 def test_the_mean_head_by_hand():
-    """Two heads of two pixels, left and right: the left one covered by both, the right one by one of them."""
+    """Two heads of two pixels, left and right: the left one covered by both, the right one by one
+    of them."""
     view = torch.tensor([[1.0, 3], [5, 7]]).view(2, 1, 1, 1, 2)
     mask = torch.tensor([[1.0, 0], [1, 1]]).view(2, 1, 1, 1, 2)
-    assert torch.equal(bs.mean_head(view, mask), torch.full((1, 1, 1, 2), (1 + 5 + 7) / (2 + 1 + 1)))
+    assert torch.equal(audit.mean_head(view, mask), torch.full((1, 1, 1, 2), (1 + 5 + 7)
+                                                               / (2 + 1 + 1)))
 
 
 @pytest.mark.a5
 def test_one_wild_value_moves_neither_middle_nor_spread():
     """Median 2, and distances from it 2, 1, 0, 1 and 98."""
-    middle, spread = bs.robust(torch.tensor([0.0, 1, 2, 3, 100]))
+    middle, spread = audit.robust(torch.tensor([0.0, 1, 2, 3, 100]))
     assert middle == 2 and abs(spread - 1.4826) < 1e-4
 
 
 @pytest.mark.a5
 def test_auc_by_hand():
-    """Two above two is 1, mixed evenly 0.5, ties count half; p of the best of three against three is 1 in 20."""
-    assert bs.membership(np.array([3.0, 4]), np.array([1.0, 2]))[0] == 1
-    assert bs.membership(np.array([1.0, 4]), np.array([2.0, 3]))[0] == 0.5
-    assert bs.membership(np.array([1.0, 2]), np.array([1.0, 2]))[0] == 0.5
-    assert abs(bs.membership(np.array([4.0, 5, 6]), np.array([1.0, 2, 3]))[1] - 1 / 20) < 0.015
+    """Two above two is 1, mixed evenly 0.5, ties count half; p of the best of three against three
+    is 1 in 20."""
+    assert audit.membership(np.array([3.0, 4]), np.array([1.0, 2]))[0] == 1
+    assert audit.membership(np.array([1.0, 4]), np.array([2.0, 3]))[0] == 0.5
+    assert audit.membership(np.array([1.0, 2]), np.array([1.0, 2]))[0] == 0.5
+    assert abs(audit.membership(np.array([4.0, 5, 6]), np.array([1.0, 2, 3]))[1] - 1 / 20) < 0.015
 
 
 def learn(pool, rows, steps, every):
-    """A generator of a few hundred thousand weights, trained on every so many slices of these cases of the pool."""
+    """A generator of a few hundred thousand weights, trained on every so many slices of these cases
+    of the pool."""
     x0, classes, position = [its[rows][:, ::every].flatten(0, 1) for its in pool]
 
     class Slices:
         rows = np.zeros((len(x0), 5, 32, 32), np.uint8)
         batch = staticmethod(lambda at: (x0[at], classes[at], position[at]))
 
-    prior, alpha_bar = bs.measure_prior(Slices, np.arange(len(x0)), TUMOUR), bs.cosine_alpha_bar(2.0)
+    prior, alpha_bar = bs.measure_prior(Slices, np.arange(len(x0)), TUMOUR), bs.cosine_alpha_bar(
+        2.0)
     torch.manual_seed(0)
     net = bs.UNet(width=32, mults=(1, 2), patch=4)
     optimizer, ema = bs.make_optimizer(net, 2e-3, torch.device("cpu")), bs.EMA(net, 0.99)
@@ -207,7 +234,8 @@ def learn(pool, rows, steps, every):
         for group in optimizer.param_groups:
             group["lr"] = bs.learning_rate(2e-3, step / steps, step)
         x_t = bs.add_noise(x0[at], eps, signal, sigma)
-        v_hat = bs.precondition(net(x_t, t, onehot, position[at][:, None]), x_t, signal, sigma, mean, std)
+        v_hat = bs.precondition(net(x_t, t, onehot, position[at][:, None]), x_t, signal, sigma,
+                                mean, std)
         ((v_hat - bs.v_target(x0[at], eps, signal, sigma)) ** 2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -219,7 +247,8 @@ def untrained():
     """A generator that has learned nothing."""
     torch.manual_seed(0)
     prior = {"classes": torch.stack([torch.zeros(6, 4), torch.full((6, 4), 0.5)])}
-    return bs.Denoiser(bs.UNet(width=16, mults=(1,), patch=4).eval(), prior, bs.cosine_alpha_bar(), torch.device("cpu"))
+    return bs.Denoiser(bs.UNet(width=16, mults=(1,), patch=4).eval(), prior, bs.cosine_alpha_bar(),
+                       torch.device("cpu"))
 
 
 SETTINGS = {**bs.SAMPLING, "steps": 10, "coherence": 0.0}
@@ -227,48 +256,54 @@ SETTINGS = {**bs.SAMPLING, "steps": 10, "coherence": 0.0}
 
 def audited(pool, training, masks, denoiser, **more):
     """The audit of a set sampled from the label maps of these cases of the pool."""
-    made = [torch.stack([bs.sample_volume(denoiser, pool[1][i], pool[2][i], 1.0, (5, int(i)), SETTINGS) for i in masks]),
-            *take(pool, masks)[1:]]
+    made = [torch.stack([bs.sample_volume(denoiser, pool[1][i], pool[2][i], 1.0, (5, int(i)),
+                                          SETTINGS) for i in masks]), *take(pool, masks)[1:]]
     own = torch.zeros(len(masks), 44, dtype=torch.bool)
     own[torch.arange(len(masks)), masks] = True
     known = torch.zeros(44, dtype=torch.bool)
     known[training] = True
-    return bs.audit(made, own, pool, known, TUMOUR, denoiser=denoiser, settings=SETTINGS, **more)
+    return audit.audit(made, own, pool, known, TUMOUR, denoiser=denoiser, settings=SETTINGS, **more)
 
 
 def test_without_canaries_nothing_is_cleared(pool, monkeypatch):
-    """An untrained generator leaks nothing; but only if planted copies were found is that called so; and a share
-    above chance is a leak though no case is named."""
+    """An untrained generator leaks nothing; but only if planted copies were found is that called
+    so; and a share above chance is a leak though no case is named."""
     training, decoys, _ = deal(3, (24, 20, 0))
     denoiser, more = untrained(), {"few": 3}
     report, pairs = audited(pool, training, decoys[:8], denoiser, **more)
     assert report["verdict"] == "none found" and len(pairs) == 8, report
-    assert "below 37.5%" in bs.audit_words(report) and "private" not in bs.audit_words(report)
+    assert "below 37.5%" in audit.audit_words(report) and "private" not in audit.audit_words(report)
     report, _ = audited(pool, training, decoys[:8], denoiser, canaries=0, **more)
-    assert report["verdict"] == "underpowered" and "none were planted" in bs.audit_words(report)
-    monkeypatch.setattr(bs, "nearer_share", lambda *_: (0.7, bs.CHANCE / 2))
+    assert report["verdict"] == "underpowered" and "none were planted" in audit.audit_words(report)
+    monkeypatch.setattr(audit, "nearer_share", lambda *_: (0.7, audit.CHANCE / 2))
     report, _ = audited(pool, training, decoys[:8], denoiser, canaries=1, **more)
     assert report["verdict"] == "leak" and report["copies"] == 0
 
 
 def test_a_case_that_repeats_the_scan_of_its_label_map_is_named(pool):
-    """Parts A and B leave that pair out, part C does not: it is measured by how decoys come back from theirs."""
+    """Parts A and B leave that pair out, part C does not: it is measured by how decoys come back
+    from theirs."""
     training, decoys, made = deal(3, (12, 12, 8))
     real, its = torch.cat([training, decoys]), [t.clone() for t in take(pool, made)]
     for mine, theirs in zip(its, pool):
         mine[5] = theirs[training[2]]
     own = torch.zeros(8, 24, dtype=torch.bool)
     own[5, 2] = True
-    report, pairs = bs.audit(its, own, take(pool, real), torch.arange(24) < 12, TUMOUR, 1, untrained(), SETTINGS, 6)
-    assert report["copies"] == 1 and pairs[0][0] == 5 and pairs[0][2] == 2 and report["verdict"] == "leak"
+    report, pairs = audit.audit(its, own, take(pool, real), torch.arange(24) < 12, TUMOUR, 1,
+                                untrained(), SETTINGS, 6)
+    assert report["copies"] == 1 and pairs[0][0] == 5 and pairs[0][2] == 2 and report[
+        "verdict"] == "leak"
 
 
 @pytest.mark.slow
 def test_a_network_that_memorised_is_caught(pool):
-    """24 phantoms, two slices of each, 600 steps: their scans come back from their label maps, their loss is lower,
-    and the set is called a leak. (That the default generator is not is in test_learning.py.)"""
+    """24 phantoms, two slices of each, 600 steps: their scans come back from their label maps,
+    their loss is lower, and the set is called a leak. (That the default generator is not is in
+    test_learning.py.)"""
     training, decoys, _ = deal(4, (24, 20, 0))
-    report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]), learn(pool, training, 600, every=5))
-    print(bs.audit_words(report))
-    assert report["verdict"] == "leak" and report["reproduction_auc"] > 0.95 and report["loss_auc"] > 0.75, report
+    report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]),
+                        learn(pool, training, 600, every=5))
+    print(audit.audit_words(report))
+    assert report["verdict"] == "leak" and report["reproduction_auc"] > 0.95 and report[
+        "loss_auc"] > 0.75, report
     assert report["copies"] >= 1, report

@@ -15,15 +15,17 @@ def run(folder, script, *words):
 
 def test_speed_is_compared_with_a_plain_network_of_the_same_architecture(tmp_path):
     """The ratio that shows when a change makes our network slower than one written without care."""
-    text = run(tmp_path, "bench_peers.py", "--rounds", 1, "--scale", 4, "--steps", 3, "--only", "ours",
-               "plain, same architecture", "our segmenter")
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| plain U-Net of our arch")]
+    text = run(tmp_path, "bench_peers.py", "--rounds", 1, "--scale", 4, "--steps", 3, "--only",
+               "ours", "plain, same architecture", "our segmenter")
+    rows = [line.split("|")[1:-1] for line in text.splitlines()
+            if line.startswith("| plain U-Net of our arch")]
     assert len(rows) == 2 and all(float(row[3].split()[0]) > 0 for row in rows), text
     assert "share of our training loop outside the network:" in text
 
 
 def test_both_networks_of_that_ratio_do_the_same_work():
-    """As many multiplications, parameters but for the scalars' layers: else the ratio compares two designs."""
+    """As many multiplications, parameters but for the scalars' layers: else the ratio compares two
+    designs."""
     import bench_peers
     ours, plain = [bench_peers.Runner(name, 32, 2) for name in ("ours", "plain, same architecture")]
     assert ours.flops == pytest.approx(plain.flops, rel=0.01)
@@ -35,13 +37,15 @@ def test_quality_is_measured_after_minutes(tmp_path, lay_phantoms):
     words = ["--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
     run(lay_phantoms(tmp_path, 8, "q"), "bench_quality.py", "ours", *words, "--minutes", 0.01, 0.02)
     assert "resumed" not in run(tmp_path, "bench_quality.py", "ours", *words, "--minutes", 0.02)
-    run(tmp_path, "bench_quality.py", "changes", "batch 8", "--words=--width 16", *words, "--minutes", 0.01)
+    run(tmp_path, "bench_quality.py", "changes", "batch 8", "--words=--width 16", *words,
+        "--minutes", 0.01)
     rows = [json.loads(line) for line in (tmp_path / "q/results.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["ours", "ours", "ours", "batch 8 --width 16"]
     for row in rows:
         assert row["steps"] >= 1 and 0 < row["x0 at .01"] < 10 and 0 <= row["Dice"] <= 1
     text = run(tmp_path, "bench_quality.py", "show", "--out", "q")
-    assert "| ours |" in text and "| batch 8 --width 16 |" in text and (tmp_path / "q/curves.png").exists()
+    assert "| ours |" in text and "| batch 8 --width 16 |" in text and (tmp_path
+                                                                        / "q/curves.png").exists()
 
 
 def test_costs_of_whole_volumes_are_measured(tmp_path):

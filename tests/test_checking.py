@@ -1,4 +1,5 @@
-"""Section 3, checking: every fault of a long list is planted in a case, and none passes in silence."""
+"""Section 3, checking: every fault of a long list is planted in a case, and none passes in
+silence."""
 import gzip
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import brainsyn as bs
+from kit import checks, desk, nifti
 
 ROOT = Path(bs.__file__).parent
 
@@ -166,9 +168,10 @@ REJECTED = {
     "skull still there": ("t2w", lambda p: rewrite(p, lambda d: (d + np.random.default_rng(0).integers(
         1, 900, d.shape)).astype(np.int16)), "skull"),
 }
-REJECTED["hardly any brain"] = ("seg", lambda p: [rewrite(o, lambda d: d * (np.indices(d.shape).max(0) < 20)) if
-                                                  o != p else rewrite(o, lambda d: d * 0) for o in p.parent.iterdir()],
-                                "")
+REJECTED["hardly any brain"] = ("seg", lambda p: [rewrite(o, lambda d: d
+                                                          * (np.indices(d.shape).max(0) < 20))
+                                                  if o != p else rewrite(o, lambda d: d * 0)
+                                                  for o in p.parent.iterdir()], "")
 WARNED = {
     "empty mask": ("seg", lambda p: rewrite(p, lambda d: d * 0), "no tumour"),
     "labels 1 and 2 swapped": ("seg", lambda p: rewrite(p, swapped), "swapped"),
@@ -182,16 +185,21 @@ WARNED = {
     "cut scan": ("t2f", lambda p: rewrite(p, lambda d: d * (np.arange(d.shape[2]) < 34)), "of the brain"),
     "file of another name": ("t2w", lambda p: shutil.copy(p, p.parent / "notes_T2.nii.gz"), "no name of BraTS"),
 }
-NORMALISED = {
-    "orientation differs": ("t2w", lambda p: nib.save(nib.load(p).as_reoriented([[0, -1], [1, -1], [2, 1]]), p), "LPS"),
-    "label as scaled integers": ("seg", lambda p: nib.save(nib.Nifti1Image(
-        data(nib.load(p)).astype(np.float64) * 0.996, nib.load(p).affine, dtype=np.uint8), p), "scales the voxels"),
-    "plain, named .gz": ("t2w", lambda p: p.write_bytes(gzip.decompress(p.read_bytes())), "not packed"),
-    "trailing axis": ("t2w", lambda p: rewrite(p, lambda d: d[..., None]), "more than three axes"),
-    "big-endian": ("t2w", lambda p: nib.save(nib.Nifti1Image(data(nib.load(p)), nib.load(p).affine, nib.Nifti1Header(
-        endianness=">")), p), "other way round"),
-}
-FAULTS = {**{(k, "rejected"): v for k, v in REJECTED.items()}, **{(k, "warned"): v for k, v in WARNED.items()},
+NORMALISED = {"orientation differs": ("t2w", lambda p: nib.save(
+    nib.load(p).as_reoriented([[0, -1], [1, -1], [2, 1]]), p), "LPS"),
+              "label as scaled integers": ("seg", lambda p: nib.save(
+    nib.Nifti1Image(data(nib.load(p)).astype(np.float64) * 0.996, nib.load(p).affine,
+                    dtype=np.uint8), p), "scales the voxels"),
+              "plain, named .gz": ("t2w", lambda p: p.write_bytes(gzip.decompress(p.read_bytes())),
+                                   "not packed"), "trailing axis": ("t2w",
+                                                                    lambda p: rewrite(p,
+                                                                                      lambda d: d[
+    ..., None]), "more than three axes"), "big-endian": ("t2w",
+                                                         lambda p: nib.save(
+    nib.Nifti1Image(data(nib.load(p)), nib.load(p).affine, nib.Nifti1Header(endianness=">")), p),
+                                                         "other way round"),}
+FAULTS = {**{(k, "rejected"): v for k, v in REJECTED.items()},
+          **{(k, "warned"): v for k, v in WARNED.items()},
           **{(k, "normalised"): v for k, v in NORMALISED.items()}}
 
 
@@ -206,32 +214,37 @@ def one(phantom_folder, tmp_path):
 def check(folder, labelled=True):
     """All findings on a folder, and the cases that can be used."""
     findings = []
-    found, good = bs.check_cases(bs.find_cases(folder, labelled, findings))
+    found, good = checks.check_cases(nifti.find_cases(folder, labelled, findings))
     return findings + found, good
 
 
 @pytest.mark.parametrize("fault, kind", sorted(FAULTS))
 def test_no_fault_passes_in_silence(one, fault, kind):
-    """Each planted fault gives one finding of its kind, which names the file or folder and says what it is."""
+    """Each planted fault gives one finding of its kind, which names the file or folder and says
+    what it is."""
     what, plant, words = FAULTS[fault, kind]
     path = one / "BraTS-PHA-00000-000" / f"BraTS-PHA-00000-000-{what}.nii.gz"
-    before = bs.read_case(bs.find_cases(one)[0]) if kind == "normalised" else None
+    before = nifti.read_case(nifti.find_cases(one)[0]) if kind == "normalised" else None
     plant(path)
     findings, good = check(one)
     found = [its for its in findings if its.kind == kind]
     assert len(found) == 1 and words in found[0].text, findings
-    assert str(one) in found[0].where and (kind != "rejected" or "BraTS-PHA" in found[0].where or fault.startswith("name"))
+    assert str(one) in found[0].where and (kind != "rejected" or "BraTS-PHA" in found[0].where
+                                           or fault.startswith("name"))
     rejected = [its for its in findings if its.kind == "rejected"]
-    assert bool(rejected) == (kind == "rejected") and not (len(good) and kind == "rejected" and "twice" not in fault
+    assert bool(rejected) == (kind == "rejected") and not (len(good) and kind == "rejected"
+                                                           and "twice" not in fault
                                                            and "two names" not in fault)
     if before:                                  # normalised: the right voxels, in the right place
-        scans, labels, affine = bs.read_case(good[0])
-        assert np.array_equal(scans, before[0]) and np.array_equal(labels, before[1]) and np.allclose(affine, before[2])
+        scans, labels, affine = nifti.read_case(good[0])
+        assert np.array_equal(scans, before[0]) and np.array_equal(labels,
+                                                                   before[1]) and np.allclose(
+            affine, before[2])
 
 
 def test_a_sound_case_has_nothing_to_be_said_of(one):
     """Phantom 0 is RAS, of 2023 names and little-endian: no finding at all."""
-    assert check(one) == ([], bs.find_cases(one))
+    assert check(one) == ([], nifti.find_cases(one))
 
 
 def zscored(path):
@@ -239,28 +252,28 @@ def zscored(path):
     rewrite(path, lambda d: ((d - d[d > 0].mean()) / d[d > 0].std()).astype(np.float32))
 
 
-CONTROLS = {
-    "big-endian": lambda p: NORMALISED["big-endian"][1](p),
-    "z-scored, negative air": zscored,
-    "oblique": lambda p: [rewrite(o, affine=np.array([[.996, -.087, 0, 3], [.087, .996, 0, -8], [0, 0, 1, 1],
-                                                      [0, 0, 0, 1.0]]) @ nib.load(o).affine) for o in p.parent.iterdir()],
-    "NIfTI-2": lambda p: rewrite(p, kind=nib.Nifti2Image),
-    "several gzip members": lambda p: p.write_bytes(b"".join(gzip.compress(part) for part in (
-        gzip.decompress(p.read_bytes())[:9999], gzip.decompress(p.read_bytes())[9999:]))),
-    "float64": lambda p: rewrite(p, lambda d: d.astype(np.float64)),
-    "plain .nii": lambda p: (p.with_suffix("").write_bytes(gzip.decompress(p.read_bytes())), p.unlink()),
-}
+CONTROLS = {"big-endian": lambda p: NORMALISED["big-endian"][1](p),
+            "z-scored, negative air": zscored, "oblique": lambda p: [
+    rewrite(o, affine=np.array([[.996, -.087, 0, 3], [.087, .996, 0, -8], [0, 0, 1, 1],
+                                [0, 0, 0, 1.0]]) @ nib.load(o).affine) for o in p.parent.iterdir()],
+            "NIfTI-2": lambda p: rewrite(p, kind=nib.Nifti2Image),
+            "several gzip members": lambda p: p.write_bytes(b"".join(gzip.compress(part)
+                                                                     for part in (
+    gzip.decompress(p.read_bytes())[:9999], gzip.decompress(p.read_bytes())[9999:]))),
+            "float64": lambda p: rewrite(p, lambda d: d.astype(np.float64)),
+            "plain .nii": lambda p: (p.with_suffix("").write_bytes(gzip.decompress(p.read_bytes())),
+                                     p.unlink()),}
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_sound_oddities_pass_with_the_right_voxels(one, name):
     """A checker that refuses what is right is no better than one that lets wrong things pass."""
     path = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
-    before = bs.read_case(bs.find_cases(one)[0])
+    before = nifti.read_case(nifti.find_cases(one)[0])
     CONTROLS[name](path)
     findings, good = check(one)
     assert len(good) == 1 and {its.kind for its in findings} <= {"normalised"}, findings
-    scans, labels, _ = bs.read_case(good[0])
+    scans, labels, _ = nifti.read_case(good[0])
     expected = before[0]
     if name.startswith("z"):
         t2 = expected[2]
@@ -270,25 +283,25 @@ def test_sound_oddities_pass_with_the_right_voxels(one, name):
 
 def test_a_file_that_vanishes_is_named(one):
     """Deleted between listing and reading."""
-    cases = bs.find_cases(one)
+    cases = nifti.find_cases(one)
     cases[0].files["t2"].unlink()
-    findings, good = bs.check_cases(cases)
+    findings, good = checks.check_cases(cases)
     assert not good and "t2w" in findings[0].where and findings[0].kind == "rejected"
 
 
 def test_every_seventh_bit_of_a_header_is_read_rightly_or_refused(one):
-    """One bit of an uncompressed header flipped, where no checksum helps: a file either reads with the same
-    voxels (scaled as a whole at most, as its header then says) in the same place, or is refused, here or for its
-    place, which read_case compares."""
+    """One bit of an uncompressed header flipped, where no checksum helps: a file either reads with
+    the same voxels (scaled as a whole at most, as its header then says) in the same place, or is
+    refused, here or for its place, which read_case compares."""
     path = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
     raw, silent, refused = gzip.decompress(path.read_bytes()), [], 0
-    before, place = bs.read_nifti(path)
+    before, place = nifti.read_nifti(path)
     for bit in range(0, 348 * 8, 7):
         changed = bytearray(raw)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         try:
-            after, affine = bs.read_nifti(path)
+            after, affine = nifti.read_nifti(path)
             if after.shape != before.shape or not np.allclose(affine, place, atol=0.02):
                 refused += 1
             elif np.corrcoef(before[::3, ::3, ::3].ravel(), after[::3, ::3, ::3].ravel())[0, 1] < 0.9999:
@@ -299,17 +312,18 @@ def test_every_seventh_bit_of_a_header_is_read_rightly_or_refused(one):
 
 
 def test_many_findings_of_one_kind_are_one_line(tmp_path):
-    """A folder with many healthy cases gives one warning that counts them; each rejected file has its line."""
-    many = [bs.Finding("warned", f"case{i}", "has no tumour") for i in range(9)]
-    bad = [bs.Finding("rejected", f"file{i}", "is empty") for i in range(9)]
-    lines = bs.findings_text(many + bad)
+    """A folder with many healthy cases gives one warning that counts them; each rejected file has
+    its line."""
+    many = [nifti.Finding("warned", f"case{i}", "has no tumour") for i in range(9)]
+    bad = [nifti.Finding("rejected", f"file{i}", "is empty") for i in range(9)]
+    lines = checks.findings_text(many + bad)
     assert len(lines) == 10 and lines[-1] == "warned: 9 files (case0 for one): has no tumour" and "file0" in lines[0]
-    assert len(bs.findings_text(many[:3])) == 3
+    assert len(checks.findings_text(many[:3])) == 3
 
 
 def test_one_patient_under_two_names_is_warned_of(phantom_folder, tmp_path):
-    """The same head scanned again, with noise and another slice grid, is recognised among others; the others,
-    however alike, are not."""
+    """The same head scanned again, with noise and another slice grid, is recognised among others;
+    the others, however alike, are not."""
     folder = tmp_path / "data"
     shutil.copytree(phantom_folder, folder)
     twin = folder / "BraTS-PHA-99999-000"
@@ -320,20 +334,22 @@ def test_one_patient_under_two_names_is_warned_of(phantom_folder, tmp_path):
         voxels = np.roll(data(image), 2, 0)
         if "seg" not in path.name:
             voxels = np.where(voxels > 0, voxels * 1.3 + rng.normal(0, 15, voxels.shape), 0).clip(0)
-        nib.save(nib.Nifti1Image(voxels.astype(np.int16), image.affine), twin / path.name.replace("00006", "99999"))
+        nib.save(nib.Nifti1Image(voxels.astype(np.int16), image.affine), twin
+                 / path.name.replace("00006", "99999"))
     alike = [its for its in check(folder)[0] if "same patient" in its.text]
     assert len(alike) == 1 and "99999" in alike[0].where and "00006" in alike[0].text
 
 
 def test_real_cases_give_no_false_alarm(real_folder):
-    """Every sixth real case and phantoms: nothing rejected; warned is only of what is known to be odd."""
-    findings, good = bs.check_cases(bs.find_cases(real_folder)[::6])
+    """Every sixth real case and phantoms: nothing rejected; warned is only of what is known to be
+    odd."""
+    findings, good = checks.check_cases(nifti.find_cases(real_folder)[::6])
     assert len(good) == 10 and all(its.kind == "normalised" for its in findings), findings
 
 
 def test_the_command_says_what_it_found(one, capsys):
     """`python brainsyn.py DIR`: one line a finding, a count, exit 1 if anything is rejected."""
-    bs.main([str(one)])
+    desk.main([str(one)])
     assert capsys.readouterr().out.splitlines()[-1].endswith("0 rejected, 0 warned, 0 normalised")
     for fault in ("empty mask", "truncated"):
         what, plant, _ = {**REJECTED, **WARNED}[fault]
@@ -341,7 +357,8 @@ def test_the_command_says_what_it_found(one, capsys):
         for path in (one / fault).iterdir():
             path.rename(path.with_name(path.name.replace("00000", fault[:5])))
         plant(next((one / fault).glob(f"*-{what}.nii.gz")))
-    done = subprocess.run([sys.executable, ROOT / "brainsyn.py", one], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "brainsyn.py", one], text=True,
+                          capture_output=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == ["rejected", "rejected", "warned"], lines
@@ -352,18 +369,18 @@ def test_scans_alone_are_checked_without_labels(one, capsys):
     """--no-labels: labels are neither wanted nor looked at; without it their absence is a fault."""
     label = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-seg.nii.gz"
     label.write_bytes(b"rubbish")
-    bs.main([str(one), "--no-labels"])
+    desk.main([str(one), "--no-labels"])
     label.unlink()
-    bs.main([str(one), "--no-labels"])
+    desk.main([str(one), "--no-labels"])
     assert capsys.readouterr().out.count("1 cases can be used") == 2
     with pytest.raises(SystemExit) as left:
-        bs.main([str(one)])
+        desk.main([str(one)])
     assert left.value.code == 1
 
 
 def test_bad_cases_are_left_out_only_when_asked(phantom_folder, tmp_path):
-    """Without --skip-bad training does not begin; with it, they are named and counted. What was found is
-    remembered until a file changes."""
+    """Without --skip-bad training does not begin; with it, they are named and counted. What was
+    found is remembered until a file changes."""
     folder, said = tmp_path / "data", []
     shutil.copytree(phantom_folder, folder)
     paths = sorted(folder.glob("*/*t1ce*")) + sorted(folder.glob("*/*t1c.*"))
@@ -371,24 +388,25 @@ def test_bad_cases_are_left_out_only_when_asked(phantom_folder, tmp_path):
     paths[-1].unlink()
     say = lambda text, **_: said.append(text)
     with pytest.raises(bs.BadInput, match="2 rejected.*--skip-bad"):
-        bs.usable_cases(folder, False, tmp_path / "cache", say)
+        checks.usable_cases(folder, False, tmp_path / "cache", say)
     said.clear()
-    good = bs.usable_cases(folder, True, tmp_path / "cache", say)
+    good = checks.usable_cases(folder, True, tmp_path / "cache", say)
     assert len(good) == 10 and "left out: 2 rejected, 10 cases are used" in said and "checking" not in said[0]
-    assert any(str(paths[0]) in line for line in said) and any(str(paths[-1].parent) in line for line in said)
+    assert any(str(paths[0]) in line for line in said) and any(str(paths[-1].parent) in line
+                                                               for line in said)
     os.utime(paths[1], (1, 1))
     said.clear()
-    bs.usable_cases(folder, True, tmp_path / "cache", say)
+    checks.usable_cases(folder, True, tmp_path / "cache", say)
     assert "checking 11 cases" in said
 
 
 @pytest.mark.parametrize("mark", ["name", "header", "sidecar", "description"])
 def test_one_mark_of_synthetic_data_is_enough(one, mark):
-    """Of name, header, sidecar and description of the set, any single one tells a synthetic case; none does
-    not."""
+    """Of name, header, sidecar and description of the set, any single one tells a synthetic case;
+    none does not."""
     folder = one / "BraTS-PHA-00000-000"
     file = folder / "BraTS-PHA-00000-000-t1n.nii.gz"
-    assert not bs.is_synthetic(folder) and not bs.is_synthetic(file)
+    assert not checks.is_synthetic(folder) and not checks.is_synthetic(file)
     if mark == "name":
         file = file.rename(folder / "BraTS-SYN-00000-000-t1n.nii.gz")
         folder = folder.rename(one / "BraTS-SYN-00000-000")
@@ -400,6 +418,6 @@ def test_one_mark_of_synthetic_data_is_enough(one, mark):
         (folder / "BraTS-PHA-00000-000.json").write_text('{"SyntheticData": "YES"}')
     else:
         (one / "dataset_description.json").write_text('{"GeneratedBy": [{"Name": "brainsyn"}]}')
-    assert bs.is_synthetic(folder) and bs.is_synthetic(file)
+    assert checks.is_synthetic(folder) and checks.is_synthetic(file)
     with pytest.raises(bs.BadInput, match="synthetic"):
-        bs.refuse_synthetic([bs.Case("x", {"t1": folder / "x.nii.gz"}, True)])
+        checks.refuse_synthetic([nifti.Case("x", {"t1": folder / "x.nii.gz"}, True)])

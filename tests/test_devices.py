@@ -1,7 +1,8 @@
 """Section 6: one loop on every device, and the same numbers from any number of them.
 
-Several processes are tested with gloo on the CPU; XLA on torch_xla's CPU client, where torch_xla is installed
-(PJRT_DEVICE=CPU, CPU_NUM_DEVICES=4 makes four devices of one CPU). What needs a TPU or a GPU is not tested.
+Several processes are tested with gloo on the CPU; XLA on torch_xla's CPU client, where torch_xla is
+installed (PJRT_DEVICE=CPU, CPU_NUM_DEVICES=4 makes four devices of one CPU). What needs a TPU or a
+GPU is not tested.
 """
 import importlib.util
 import os
@@ -16,57 +17,66 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import devices, nifti, runs
 from nursery import run_script
 
 ROOT = Path(bs.__file__).parent
-DDPM = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch", "4",
-        "--sample-every", "0", "--seed", "3", "--steps", "12", "--precision", "float32"]
+DDPM = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch",
+        "4", "--sample-every", "0", "--seed", "3", "--steps", "12", "--precision", "float32"]
 SEG = ["--phantoms", "8", "--resolution", "32", "--batch", "8", "--seed", "3", "--steps", "4",
        "--validate-every", "4", "--precision", "float32"]
-needs_xla = pytest.mark.skipif(not importlib.util.find_spec("torch_xla"), reason="torch_xla is not installed here")
-# Runs a script and says after every step what its loss was and how many graphs XLA has compiled so far.
+needs_xla = pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
+                               reason="torch_xla is not installed here")
+# Runs a script and says after every step what its loss was and how many graphs XLA has compiled so
+# far.
 WATCH = """
 import sys, brainsyn as bs
-add = bs.LogBook.add
+add = runs.LogBook.add
 def watched(book, losses, *more):
     if "torch_xla" in sys.modules:
         import torch_xla.debug.metrics as met
         print("compiled", met.metric_data("CompileTime")[0], flush=True)
     add(book, losses, *more)
-    if bs.first_process():
-        print("loss was", bs.to_host(book.losses[-1][0]).mean().item(), flush=True)
-bs.LogBook.add = watched
-bs.run_script(__import__(sys.argv.pop(1)).main)
+    if xla_cores.first_process():
+        print("loss was", devices.to_host(book.losses[-1][0]).mean().item(), flush=True)
+runs.LogBook.add = watched
+files.run_script(__import__(sys.argv.pop(1)).main)
 """
 
 
-def start(folder, program, *words, processes=1, devices=None, status=0, torchrun=False):
-    """Run Python text as a process of its own, or as several (with torchrun, or as torchrun would start them), or on
-    so many XLA devices of the CPU; returns what it printed."""
+def start(folder, program, *words, processes=1, xla_cores=None, status=0, torchrun=False):
+    """Run Python text as a process of its own, or as several (with torchrun, or as torchrun would
+    start them), or on so many XLA devices of the CPU; returns what it printed."""
     (folder / "program.py").write_text(program)
-    if devices or torchrun:
-        shared = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if torchrun else []
-        more = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices),
-                "XLA_FLAGS": "--xla_backend_optimization_level=0"} if devices else {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *shared, "program.py", *map(str, words)], cwd=folder, text=True,
-                              timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT), **more},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if xla_cores or torchrun:
+        shared = ["-m", "torch.distributed.run",
+                  f"--nproc-per-node={processes}"] if torchrun else []
+        more = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(xla_cores),
+                "XLA_FLAGS": "--xla_backend_optimization_level=0"} if xla_cores else {
+            "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *shared, "program.py", *map(str, words)], cwd=folder,
+                              text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT),
+                                                           **more}, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
         left, text = done.returncode, done.stdout
     else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1",
-                      "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+                      "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
+                      "LOCAL_WORLD_SIZE": str(processes)}
+        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                 for rank in range(processes)]
         left, text = run_script(folder, folder / "program.py", *words,
                                 environments=ranks if processes > 1 else [{"OMP_NUM_THREADS": "1"}])
     assert (left == 0) == (status == 0), text
     return text
 
 
-def run(folder, *words, devices=None, **how):
+def run(folder, *words, xla_cores=None, **how):
     """A script of the repository with its arguments, watched."""
-    return start(folder, WATCH, *words, "--device", "xla" if devices else "cpu", devices=devices, **how)
+    return start(folder, WATCH, *words, "--device", "xla" if xla_cores else "cpu",
+                 xla_cores=xla_cores, **how)
 
 
 def losses(text):
@@ -76,14 +86,15 @@ def losses(text):
 
 def furthest(one, other, part="weights"):
     """Largest difference of any number in two runs' checkpoints."""
-    a, b = bs.load_checkpoint(one), bs.load_checkpoint(other)
+    a, b = runs.load_checkpoint(one), runs.load_checkpoint(other)
     assert a["step"] == b["step"] and a[part].keys() == b[part].keys()
     return max((a[part][k].double() - b[part][k].double()).abs().max().item() for k in a[part])
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, lay_phantoms):
-    """A folder with twelve steps of train_ddpm.py in one process on the CPU, in runs/plain; what it printed."""
+    """A folder with twelve steps of train_ddpm.py in one process on the CPU, in runs/plain; what it
+    printed."""
     folder = lay_phantoms(tmp_path_factory.mktemp("devices"), 8)
     return folder, run(folder, "train_ddpm", *DDPM, "--out", "runs/plain")
 
@@ -98,24 +109,26 @@ def test_a_device_that_is_not_there_is_said():
     """Asked for by name and missing: one sentence, never a silent fall-back."""
     if not importlib.util.find_spec("torch_xla"):
         with pytest.raises(bs.BadInput, match="requirements-tpu.txt"):
-            bs.pick_device("xla")
-    for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+            devices.pick_device("xla")
+    for name, there in (("cuda", torch.cuda.is_available()),
+                        ("mps", torch.backends.mps.is_available())):
         if not there:
             with pytest.raises(bs.BadInput, match=f"--device {name}"):
-                bs.pick_device(name)
+                devices.pick_device(name)
 
 
 def test_parts_are_joined_in_order():
     """However many rows a call takes, each row's answer lands in its place."""
     rows = torch.arange(7.0)
     for batch in (1, 3, 7, 10):
-        assert torch.equal(bs.in_parts(torch.device("cpu"), lambda a, b: a * b, batch, rows, rows), rows ** 2)
+        assert torch.equal(bs.in_parts(torch.device("cpu"), lambda a, b: a * b, batch, rows, rows),
+                           rows ** 2)
 
 
 def test_what_is_saved_keeps_its_form_and_no_graph():
     """Nested dicts, lists and tuples keep their shape; what is no tensor passes."""
     tree = {"a": [torch.ones(2, requires_grad=True), 3], "b": {0: (torch.zeros(1), "x", None)}}
-    out = bs.to_host(tree)
+    out = devices.to_host(tree)
     assert not out["a"][0].requires_grad and out["a"][1] == 3 and out["b"][0][1:] == ("x", None)
 
 
@@ -130,9 +143,10 @@ def test_asked_precision_is_what_layers_compute_in():
 def test_a_compiled_network_is_the_same_network(monkeypatch):
     """--compile: same output, same parameters, checkpoints under the same names."""
     whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: whole(net, backend="eager"))      # no C++ compiler needed
+    # no C++ compiler needed
+    monkeypatch.setattr(torch, "compile", lambda net: whole(net, backend="eager"))
     net, cpu = bs.UNet(width=16, mults=(1, 2)), torch.device("cpu")
-    trained = bs.prepare_training(net, bs.make_optimizer(net, 1e-3, cpu), cpu, compiled=True)
+    trained = devices.prepare_training(net, bs.make_optimizer(net, 1e-3, cpu), cpu, compiled=True)
     torch.nn.init.normal_(net.conv_out.weight)
     asked = [torch.randn(2, 4, 16, 24), torch.tensor([3, 700]), torch.zeros(2, 5, 16, 24),
              torch.tensor([[0.5], [torch.nan]])]
@@ -141,19 +155,24 @@ def test_a_compiled_network_is_the_same_network(monkeypatch):
 
 
 def test_the_bench_times_a_step(tmp_path):
-    """The README's line, shortened: one row with the size of the default network and rates above 0."""
-    done = subprocess.run([sys.executable, ROOT / "tests/bench_devices.py", "--device", "cpu", "--resolutions", "16",
-                           "--batch", "1", "--steps", "1"], cwd=tmp_path, text=True, timeout=300, capture_output=True)
+    """The README's line, shortened: one row with the size of the default network and rates above
+    0."""
+    done = subprocess.run([sys.executable, ROOT / "tests/bench_devices.py", "--device", "cpu",
+                           "--resolutions", "16", "--batch", "1", "--steps", "1"], cwd=tmp_path,
+                          text=True, timeout=300, capture_output=True)
     row = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:-1]]
-    assert done.returncode == 0 and row[:3:2] == ["ours", "16"] and row[3] == "3.5", done.stdout + done.stderr
+    assert done.returncode == 0 and row[:3:2] == ["ours", "16"] and row[
+        3] == "3.5", done.stdout + done.stderr
     assert float(row[4]) > 0 and float(row[8]) > 0
 
 
 def test_two_processes_give_the_weights_of_one(plain):
-    """The same global batch, half of it each: the same weights, EMA and losses up to the order of sums."""
+    """The same global batch, half of it each: the same weights, EMA and losses up to the order of
+    sums."""
     folder, alone = plain
     text = run(folder, "train_ddpm", *DDPM, "--out", "runs/two", processes=2, torchrun=True)
-    assert text.count("device cpu x 2, float32") == 1 and text.count("wrote: runs/two/samples.png") == 1
+    assert text.count("device cpu x 2, float32") == 1 and text.count(
+        "wrote: runs/two/samples.png") == 1
     for part in ("weights", "ema"):
         assert furthest(folder / "runs/plain", folder / "runs/two", part) < 1e-5
     assert len(losses(text)) == 12 and losses(text) == pytest.approx(losses(alone), abs=1e-5)
@@ -166,14 +185,16 @@ def test_one_process_and_two_continue_each_other(plain):
     shutil.copytree(folder / "runs/plain", folder / "runs/one_two")
     run(folder, "train_ddpm", *DDPM, "--out", "runs/two_one", processes=2)
     for out, processes in (("runs/two_one", 1), ("runs/one_two", 2)):
-        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, processes=processes)
+        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out,
+                                                   processes=processes)
     assert furthest(folder / "runs/two_one", folder / "runs/one_two") < 1e-5
 
 
 def test_two_processes_stop_together(plain):
     """Clocks differ: the first process's counts, or one would wait for the other for ever."""
     short = [*DDPM[:DDPM.index("--steps")], "--minutes", "0.02"]
-    assert "wrote: runs/short/samples.png" in run(plain[0], "train_ddpm", *short, "--out", "runs/short", processes=2)
+    assert "wrote: runs/short/samples.png" in run(plain[0], "train_ddpm", *short, "--out",
+                                                  "runs/short", processes=2)
 
 
 def test_two_processes_segment_like_one(plain_seg):
@@ -186,12 +207,12 @@ def test_two_processes_segment_like_one(plain_seg):
 
 ALONE_AND_SHARED = """
 import torch, torch.distributed as dist, brainsyn as bs
-bs.pick_device("cpu", several=True)
+devices.pick_device("cpu", several=True)
 torch.manual_seed(0)
 x, target = torch.randn(8, 3, 4, 5) + 2, (torch.rand(8, 3, 4, 5) > 0.7).float()
-mine, results = bs.share_of(8), []
+mine, results = devices.share_of(8), []
 assert (mine.start, mine.stop) == (4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-for norm, part, total in ((torch.nn.BatchNorm2d(3), slice(0, 8), lambda s: s), (bs.BatchNorm(3), mine, bs.summed)):
+for norm, part, total in ((torch.nn.BatchNorm2d(3), slice(0, 8), lambda s: s), (devices.BatchNorm(3), mine, bs.all_sum)):
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
     some = x[part].clone().requires_grad_(True)
     out = norm(some)
@@ -202,13 +223,14 @@ for norm, part, total in ((torch.nn.BatchNorm2d(3), slice(0, 8), lambda s: s), (
     results.append((out.detach()[its], loss.detach(), norm.running_mean, norm.running_var, some.grad[its]))
 for whole, shared in zip(*results):
     assert torch.allclose(whole, shared, atol=1e-6, rtol=1e-5), (whole, shared)
-assert torch.equal(bs.gathered(x[mine]), x) and bs.agreed(5 + dist.get_rank()) == 5
-bs.leave_processes()
+assert torch.equal(devices.gathered(x[mine]), x) and devices.agreed(5 + dist.get_rank()) == 5
+devices.leave_processes()
 """
 
 
 def test_norms_and_dice_of_a_shared_batch(tmp_path):
-    """Output, running statistics, loss and gradients of half a batch each are those of the whole batch."""
+    """Output, running statistics, loss and gradients of half a batch each are those of the whole
+    batch."""
     start(tmp_path, ALONE_AND_SHARED, processes=2)
 
 
@@ -226,74 +248,79 @@ def test_what_cannot_be_shared_is_said(tmp_path, script, arguments, words):
 
 @pytest.fixture(scope="module")
 def on_xla(plain):
-    """Function: number of XLA devices -> what twelve steps on them printed, in runs/xla1 and so on; run once."""
+    """Function: number of XLA devices -> what twelve steps on them printed, in runs/xla1 and so on;
+    run once."""
     printed = {}
 
-    def train(devices):
-        if devices not in printed:
-            printed[devices] = run(plain[0], "train_ddpm", *DDPM, "--out", f"runs/xla{devices}", devices=devices)
-        return printed[devices]
+    def train(xla_cores):
+        if xla_cores not in printed:
+            printed[xla_cores] = run(plain[0], "train_ddpm", *DDPM, "--out", f"runs/xla{xla_cores}",
+                                     xla_cores=xla_cores)
+        return printed[xla_cores]
 
     return train
 
 
 @needs_xla
-@pytest.mark.parametrize("devices", [1, 2])
-def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, devices):
-    """Twelve steps on any number of devices: the same weights and EMA; the step is compiled once, and sampling
-    adds one graph; nothing runs on the CPU instead."""
-    (folder, alone), text = plain, on_xla(devices)
-    assert f"device xla (CPU){f' x {devices}' if devices > 1 else ''}, float32" in text
+@pytest.mark.parametrize("xla_cores", [1, 2])
+def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, xla_cores):
+    """Twelve steps on any number of devices: the same weights and EMA; the step is compiled once,
+    and sampling adds one graph; nothing runs on the CPU instead."""
+    (folder, alone), text = plain, on_xla(xla_cores)
+    assert f"device xla (CPU){f' x {xla_cores}' if xla_cores > 1 else ''}, float32" in text
     for part in ("weights", "ema"):
-        assert furthest(folder / "runs/plain", folder / f"runs/xla{devices}", part) < 1e-5, part
+        assert furthest(folder / "runs/plain", folder / f"runs/xla{xla_cores}", part) < 1e-5, part
     assert losses(text) == pytest.approx(losses(alone), abs=1e-5)
     compiled = [int(n) for n in re.findall(r"compiled (\d+)\n", text)]
     assert len(compiled) == 12 and len(set(compiled)) == 1, f"compiled again after step 1: {compiled}"
-    total = re.search(r"XLA compiled (\d+) graphs in [\d.]+ s; run on the CPU instead: nothing\n", text)
+    total = re.search(r"XLA compiled (\d+) graphs in [\d.]+ s; run on the CPU instead: nothing\n",
+                      text)
     assert total and int(total[1]) <= compiled[0] + 2, text
 
 
 SHOW_SHARDING = """
 import torch, torch_xla, brainsyn as bs
-device, show = bs.pick_device("xla"), torch_xla._XLAC._get_xla_sharding_spec
-print([show(its) for its in bs.to_device(device, torch.zeros(8, 3), torch.zeros(6, 3))])
-print(show(bs.place_network(torch.nn.Linear(3, 8), device).weight))
+device, show = devices.pick_device("xla"), torch_xla._XLAC._get_xla_sharding_spec
+print([show(its) for its in devices.to_device(device, torch.zeros(8, 3), torch.zeros(6, 3))])
+print(show(devices.place_network(torch.nn.Linear(3, 8), device).weight))
 """
 
 
 @needs_xla
 def test_xla_splits_a_batch_over_all_devices(tmp_path):
-    """Of four devices each holds a quarter of the batch and all of the weights; a batch that does not divide
-    is whole everywhere."""
-    text = start(tmp_path, SHOW_SHARDING, devices=4)
+    """Of four devices each holds a quarter of the batch and all of the weights; a batch that does
+    not divide is whole everywhere."""
+    text = start(tmp_path, SHOW_SHARDING, xla_cores=4)
     assert "{devices=[4,1]0,1,2,3}" in text and text.count("{replicated}") == 2, text
 
 
 SPOIL = """
 import torch, brainsyn as bs
-device = bs.pick_device("xla")
-net = bs.place_network(torch.nn.Linear(2, 2), device)
+device = devices.pick_device("xla")
+net = devices.place_network(torch.nn.Linear(2, 2), device)
 optimizer = bs.make_optimizer(net, 0.1, device)
-bs.prepare_training(net, optimizer, device)
+devices.prepare_training(net, optimizer, device)
 held = lambda: [its.cpu().clone() for its in (*net.parameters(), *(t for s in optimizer.state.values() for t in s.values()))]
 for norm in (1.0, float("nan"), 1.0):
     before = held()
-    batch, norm = bs.to_device(device, torch.ones(2, 2), torch.tensor([norm]))
+    batch, norm = devices.to_device(device, torch.ones(2, 2), torch.tensor([norm]))
     losses = net(batch).sum(1)
     losses.mean().backward()
-    finite = bs.step_if_finite(device, optimizer, losses, norm.sum())
+    finite = devices.step_if_finite(device, optimizer, losses, norm.sum())
     optimizer.zero_grad()
-    bs.end_step(device, finite)
-    print(bool(bs.to_host(finite)), all(torch.equal(a, b) for a, b in zip(held(), before)))
+    devices.end_step(device, finite)
+    print(bool(devices.to_host(finite)), all(torch.equal(a, b) for a, b in zip(held(), before)))
 """
 
 
 @needs_xla
 def test_xla_leaves_out_a_step_that_is_not_finite(tmp_path):
-    """Weights, moments and step count are what they were; the sound steps before and after change them."""
+    """Weights, moments and step count are what they were; the sound steps before and after change
+    them."""
     done = subprocess.run([sys.executable, "-c", SPOIL], cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "PJRT_DEVICE": "CPU"})
-    assert done.stdout.split()[-6:] == ["True", "False", "False", "True", "True", "False"], done.stdout + done.stderr
+    assert done.stdout.split()[-6:] == ["True", "False", "False", "True", "True",
+                                        "False"], done.stdout + done.stderr
 
 
 @needs_xla
@@ -303,32 +330,37 @@ def test_xla_and_the_cpu_continue_each_other(plain, on_xla):
     on_xla(2)
     for name, copy in (("plain", "here"), ("xla2", "there")):
         shutil.copytree(folder / "runs" / name, folder / "runs" / copy)
-    for out, devices in (("runs/there", None), ("runs/here", 2)):
-        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out, devices=devices)
+    for out, xla_cores in (("runs/there", None), ("runs/here", 2)):
+        assert f"resumed: {out} at step 12" in run(folder, "train_ddpm", *longer, "--out", out,
+                                                   xla_cores=xla_cores)
     assert furthest(folder / "runs/there", folder / "runs/here") < 1e-5
 
 
 @needs_xla
 def test_xla_samples_with_two_graphs_at_most(plain):
-    """One graph for a call of the network, guided or not, whatever the number of steps and slices; the same
-    volume as on the CPU up to rounding."""
+    """One graph for a call of the network, guided or not, whatever the number of steps and slices;
+    the same volume as on the CPU up to rounding."""
     folder, counts = plain[0], {}
     for steps, guidance in ((3, 1), (6, 1), (6, 2)):
-        words = ["sample", "--checkpoint", "runs/plain", "--labels", "runs/phantoms/A", "--count", "2",
-                 "--steps", steps, "--guidance", guidance, "--interval", "0", "1"]
-        text = run(folder, *words, "--out", f"xla_{steps}_{guidance}", devices=2)
-        counts[steps, guidance] = int(re.search(r"XLA compiled (\d+) graphs .* instead: nothing", text)[1])
-    assert counts[3, 1] == counts[6, 1] <= 2 and counts[6, 2] <= 3, counts      # one more puts the weights there
+        words = ["sample", "--checkpoint", "runs/plain", "--labels", "runs/phantoms/A", "--count",
+                 "2", "--steps", steps, "--guidance", guidance, "--interval", "0", "1"]
+        text = run(folder, *words, "--out", f"xla_{steps}_{guidance}", xla_cores=2)
+        counts[steps, guidance] = int(re.search(r"XLA compiled (\d+) graphs .* instead: nothing",
+                                                text)[1])
+    # one more puts the weights there
+    assert counts[3, 1] == counts[6, 1] <= 2 and counts[6, 2] <= 3, counts
     run(folder, *words, "--out", "cpu_6_2")
-    a, b = [bs.read_case(bs.find_cases(folder / name)[1])[0].astype(int) for name in ("xla_6_2", "cpu_6_2")]
+    a, b = [nifti.read_case(nifti.find_cases(folder / name)[1])[0].astype(int)
+            for name in ("xla_6_2", "cpu_6_2")]
     assert abs(a - b).max() <= 0.02 * b.max() and b.max() > 100
 
 
 @needs_xla
 def test_xla_segments_like_the_cpu(plain_seg):
-    """The same losses to a hundredth (ReLUs turn rounding into flips); the step is compiled once."""
+    """The same losses to a hundredth (ReLUs turn rounding into flips); the step is compiled
+    once."""
     folder, alone = plain_seg
-    text = run(folder, "train_seg", *SEG, "--out", "runs/xla_seg", devices=2)
+    text = run(folder, "train_seg", *SEG, "--out", "runs/xla_seg", xla_cores=2)
     assert losses(text)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
     assert losses(text) == pytest.approx(losses(alone), rel=1e-2)
     compiled = [int(n) for n in re.findall(r"compiled (\d+)\n", text)]
@@ -339,9 +371,10 @@ def test_xla_segments_like_the_cpu(plain_seg):
 def test_xla_without_a_tpu_is_said(tmp_path):
     """XLA on the CPU is only for those who ask for it."""
     environment = {k: v for k, v in os.environ.items() if k != "PJRT_DEVICE"}
-    for more, words in (({}, "there is no TPU here"), ({"PJRT_DEVICE": "TPU"}, "XLA cannot use a TPU")):
-        done = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--device", "xla"], cwd=tmp_path, text=True,
-                              env={**environment, **more}, timeout=60,
+    for more, words in (({}, "there is no TPU here"), ({"PJRT_DEVICE": "TPU"},
+                                                       "XLA cannot use a TPU")):
+        done = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--device", "xla"],
+                              cwd=tmp_path, text=True, env={**environment, **more}, timeout=60,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout, done.stdout
         assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import brainsyn as bs
+from kit import edits, nifti, slices
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 AFFINE[:3, 3] = [-40, -30, -20]
@@ -27,8 +28,8 @@ def centre(labels, affine=AFFINE):
 def edited(words, labels=None, brain=None):
     """edit_labels as the command line asks for it."""
     mine = head()
-    return bs.edit_labels(mine[0] if labels is None else labels, AFFINE, mine[1] if brain is None else brain,
-                          bs.parse_edit(words), np.random.default_rng(0))
+    return edits.edit_labels(mine[0] if labels is None else labels, AFFINE, mine[1] if brain is None
+                             else brain, edits.parse_edit(words), np.random.default_rng(0))
 
 
 def test_no_edit_changes_nothing():
@@ -46,7 +47,7 @@ def test_scale_is_a_factor_on_lengths(factor):
     """Volume goes with its cube, the centre stays, ET stays inside."""
     labels, out = head()[0], edited([f"scale={factor}"])
     for name in ("WT", "TC"):
-        ratio = bs.volume_ml(out, AFFINE, name) / bs.volume_ml(labels, AFFINE, name)
+        ratio = edits.volume_ml(out, AFFINE, name) / edits.volume_ml(labels, AFFINE, name)
         assert ratio == pytest.approx(factor ** 3, rel=0.15), name
     assert np.abs(centre(out) - centre(labels)).max() < 0.5
 
@@ -60,32 +61,39 @@ def test_mirror_swaps_left_and_right_about_the_middle_of_the_brain():
     mean = lambda volume: np.argwhere(volume > 0)[:, 0].mean()
     assert mean(once) - middle == pytest.approx(middle - mean(labels)) and mean(once) < middle
     assert np.array_equal(once[across[0]:across[-1] + 1], labels[across[0]:across[-1] + 1][::-1])
-    assert np.array_equal(bs.edit_labels(once, AFFINE, brain, {"mirror": True}, np.random.default_rng(0)), labels)
+    assert np.array_equal(edits.edit_labels(once, AFFINE, brain, {"mirror": True},
+                                            np.random.default_rng(0)), labels)
 
 
 def test_rotation_turns_right_to_front():
-    """Seen from the head, counter-clockwise: what lay to the right lies in front after 90 degrees."""
+    """Seen from the head, counter-clockwise: what lay to the right lies in front after 90
+    degrees."""
     labels, brain = np.zeros((44, 34, 26), np.uint8), np.ones((44, 34, 26), bool)
     labels[20:30, 15:17, 10:14] = 2                         # a bar along left-right ...
     labels[29, 15:17, 10:14] = 3                            # ... whose right end is marked
     out = edited(["rotate=90"], labels, brain)
     bar, end = np.argwhere(out > 0), np.argwhere(out == 3)
-    assert np.ptp(bar[:, 1]) == 9 and np.ptp(bar[:, 0]) <= 2 and end[:, 1].mean() > bar[:, 1].mean() + 3
+    assert np.ptp(bar[:, 1]) == 9 and np.ptp(bar[:, 0]) <= 2 and end[:, 1].mean() > bar[:, 1].mean(
+        ) + 3
 
 
 def test_elastic_bends_and_follows_its_seed():
-    """Smooth displacements of a few mm: another shape of about the same volume, the same for the same seed."""
+    """Smooth displacements of a few mm: another shape of about the same volume, the same for the
+    same seed."""
     labels, brain = head()
-    a, b, c = [bs.edit_labels(labels, AFFINE, brain, {"elastic": 3.0}, np.random.default_rng(s)) for s in (1, 1, 2)]
+    a, b, c = [edits.edit_labels(labels, AFFINE, brain, {"elastic": 3.0}, np.random.default_rng(s))
+               for s in (1, 1, 2)]
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     overlap = 2 * ((a > 0) & (labels > 0)).sum() / ((a > 0).sum() + (labels > 0).sum())
     assert 0.6 < overlap < 0.99
 
 
 def test_labels_are_dropped_and_added():
-    """Dropped necrosis enhances, dropped ET is necrosis, dropped oedema is brain; added ones come back."""
+    """Dropped necrosis enhances, dropped ET is necrosis, dropped oedema is brain; added ones come
+    back."""
     values = lambda words, **kw: set(np.unique(edited(words, **kw)).tolist())
-    assert values(["drop=NCR"]) == {0, 2, 3} and values(["drop=ET"]) == {0, 1, 2} and values(["drop=ED"]) == {0, 1, 3}
+    assert values(["drop=NCR"]) == {0, 2, 3} and values(["drop=ET"]) == {0, 1, 2} and values(
+        ["drop=ED"]) == {0, 1, 3}
     assert np.array_equal(edited(["drop=NCR"]) == 3, np.isin(head()[0], (1, 3)))
     core = edited(["drop=ED"])
     rim = edited(["add=ED"], labels=core)
@@ -102,58 +110,72 @@ def test_tumours_stay_inside_the_brain():
     labels, brain = head()
     out = edited(["shift=40,0,0", "scale=1.5"])
     assert out.any() and not out[~brain].any()
-    assert not bs.edit_labels(labels * 0, AFFINE, brain, {"scale": 2.0}, np.random.default_rng(0)).any()
+    assert not edits.edit_labels(labels * 0, AFFINE, brain, {"scale": 2.0},
+                                 np.random.default_rng(0)).any()
 
 
 def test_pasting_keeps_the_place_relative_to_the_outline():
-    """Into a brain of another size and grid: the same share of the way from its middle to its edge."""
+    """Into a brain of another size and grid: the same share of the way from its middle to its
+    edge."""
     labels, brain = head()
     other = np.zeros((30, 40, 30), bool)
     other[5:25, 4:36, 3:27] = True
     home = np.diag([3.0, 1.5, 3.0, 1.0])
-    place = bs.relative_place(labels, AFFINE, brain, other, home)
-    out = bs.edit_labels(labels, AFFINE, other, {"place": place.tolist()}, np.random.default_rng(0), home)
+    place = edits.relative_place(labels, AFFINE, brain, other, home)
+    out = edits.edit_labels(labels, AFFINE, other, {"place": place.tolist()},
+                            np.random.default_rng(0), home)
 
     def share(volume, mask, affine):
         at = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
-        return (centre(volume, affine) - (at.min(0) + at.max(0)) / 2) / ((at.max(0) - at.min(0)) / 2)
+        return (centre(volume, affine) - (at.min(0) + at.max(0)) / 2) / ((at.max(0) - at.min(0))
+                                                                         / 2)
 
     assert np.abs(share(out, other, home) - share(labels, brain, AFFINE)).max() < 0.05
-    assert bs.volume_ml(out, home, "WT") == pytest.approx(bs.volume_ml(labels, AFFINE, "WT"), rel=0.1)
+    assert edits.volume_ml(out, home, "WT") == pytest.approx(edits.volume_ml(labels, AFFINE, "WT"),
+                                                             rel=0.1)
 
 
 def test_balanced_targets_are_even_and_every_first_part_is():
-    """Sorted they are equally spaced over the range; the first five of twenty already reach both thirds."""
-    targets = [bs.balanced_target(i, 20, 2.0, 42.0) for i in range(20)]
-    assert np.allclose(np.diff(sorted(targets)), 2.0) and min(targets) == 3.0 and max(targets) == 41.0
+    """Sorted they are equally spaced over the range; the first five of twenty already reach both
+    thirds."""
+    targets = [edits.balanced_target(i, 20, 2.0, 42.0) for i in range(20)]
+    assert np.allclose(np.diff(sorted(targets)), 2.0) and min(targets) == 3.0 and max(
+        targets) == 41.0
     assert min(targets[:5]) < 15 and max(targets[:5]) > 29
 
 
 def test_a_tumour_is_scaled_to_the_volume_asked_for(phantom_folder):
-    """Within 5 percent although the brain's edge cuts some of it off; the edit that did it is given back."""
-    case = bs.find_cases(phantom_folder)[0]
-    scans, labels, affine = bs.read_case(case)
-    brain = bs.brain_mask(scans)
-    away = np.sign(bs.to_mm(np.argwhere(labels > 0).mean(0), affine)[0])
+    """Within 5 percent although the brain's edge cuts some of it off; the edit that did it is given
+    back."""
+    case = nifti.find_cases(phantom_folder)[0]
+    scans, labels, affine = nifti.read_case(case)
+    brain = slices.brain_mask(scans)
+    away = np.sign(edits.to_mm(np.argwhere(labels > 0).mean(0), affine)[0])
     for target in (5.0, 25.0):
-        out, edit = bs.edit_to_volume(labels, affine, brain, "ET", target, {"shift": [12 * away, 0, 0]}, 0)
-        assert bs.volume_ml(out, affine, "ET") == pytest.approx(target, rel=0.05)
-        assert np.array_equal(out, bs.edit_labels(labels, affine, brain, edit, np.random.default_rng(0)))
+        out, edit = edits.edit_to_volume(labels, affine, brain, "ET", target,
+                                         {"shift": [12 * away, 0, 0]}, 0)
+        assert edits.volume_ml(out, affine, "ET") == pytest.approx(target, rel=0.05)
+        assert np.array_equal(out, edits.edit_labels(labels, affine, brain, edit,
+                                                     np.random.default_rng(0)))
 
 
-@pytest.mark.parametrize("word", ["scale=0", "scale=x", "shift=1,2", "drop=WT", "mirror=1", "wave=2", "rotate=nan", "drop=NCR drop=ET"])
+@pytest.mark.parametrize("word", ["scale=0", "scale=x", "shift=1,2", "drop=WT", "mirror=1",
+                                  "wave=2", "rotate=nan", "drop=NCR drop=ET"])
 def test_unknown_edits_are_one_sentence(word):
     """What an edit may be is said where it is refused."""
     with pytest.raises(bs.BadInput, match="expected scale=1.2"):
-        bs.parse_edit(word.split())
+        edits.parse_edit(word.split())
 
 
 def test_uncovered_tissue_is_that_of_the_other_side(phantom_folder):
-    """Where an edit takes a tumour away, the tissue condition shows the mirrored tissue, not fluid."""
-    case = next(c for c in bs.find_cases(phantom_folder) if (bs.read_labels(c)[0] > 0).sum() > 3000)
-    before = bs.prepare_case(case, 48, 192.0, "tissue")
-    after = bs.prepare_case(case, 48, 192.0, "tissue", lambda labels, brain, affine: labels * 0)
+    """Where an edit takes a tumour away, the tissue condition shows the mirrored tissue, not
+    fluid."""
+    case = next(c for c in nifti.find_cases(phantom_folder) if (nifti.read_labels(c)[0] > 0).sum()
+                > 3000)
+    before = slices.prepare_case(case, 48, 192.0, "tissue")
+    after = slices.prepare_case(case, 48, 192.0, "tissue", lambda labels, brain, affine: labels * 0)
     uncovered = before["classes"] >= 4
     share = np.bincount(after["classes"][uncovered], minlength=7) / uncovered.sum()
-    assert share[4:].sum() == 0 and share[0] < 0.05 and share[1] < 0.35 and share[2] + share[3] > 0.6 and share[3] > 0.15, share
+    assert share[4:].sum() == 0 and share[0] < 0.05 and share[1] < 0.35 and share[2] + share[
+        3] > 0.6 and share[3] > 0.15, share
     assert before["hashes"] == after["hashes"] and not after["labels"].any()

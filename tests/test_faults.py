@@ -1,5 +1,6 @@
-"""Section 10, when things go wrong: killed, full disks, flipped bits, numbers that are not finite. Nothing is lost,
-nothing damaged is used in silence, and the run that comes through ends where the undisturbed one does."""
+"""Section 10, when things go wrong: killed, full disks, flipped bits, numbers that are not finite.
+Nothing is lost, nothing damaged is used in silence, and the run that comes through ends where the
+undisturbed one does."""
 import json
 import os
 import shutil
@@ -13,26 +14,28 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import desk, devices, files, nifti, runs, slices
 import sample
 import train_ddpm
 import train_seg
 
 ROOT = Path(bs.__file__).parent
-SHORT = ["--phantoms", "8", "--resolution", "16", "--width", "16", "--mults", "1", "--batch", "4", "--sample-every", "0",
-         "--device", "cpu", "--steps", "30"]
-# Runs main() of a script in a child of a process that has done nothing but import: a kill every second or so
-# costs no import. argv: what the child runs, then how often it is killed.
+SHORT = ["--phantoms", "8", "--resolution", "16", "--width", "16", "--mults", "1", "--batch", "4",
+         "--sample-every", "0", "--device", "cpu", "--steps", "30"]
+# Runs main() of a script in a child of a process that has done nothing but import: a kill every
+# second or so costs no import. argv: what the child runs, then how often it is killed.
 NURSE = """
 import os, random, signal, sys, time
-import brainsyn as bs, sample, train_ddpm
+import sample, train_ddpm
+from kit import files, runs
 what, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 main = {"train_ddpm": train_ddpm.main, "sample": sample.main}[what]
-due, chance, killed = bs.Pace.due, random.Random(seed), 0
-bs.Pace.due = lambda pace, name, every: name == "save" or due(pace, name, every)     # a checkpoint every step
+due, chance, killed = runs.Pace.due, random.Random(seed), 0
+runs.Pace.due = lambda pace, name, every: name == "save" or due(pace, name, every)     # a checkpoint every step
 while True:
     child = os.fork()
     if not child:
-        bs.run_script(lambda: main(sys.argv[4:]))
+        files.run_script(lambda: main(sys.argv[4:]))
         os._exit(0)
     if killed < kills:
         time.sleep(chance.uniform(0.05, 1.3))
@@ -46,10 +49,12 @@ while True:
 
 
 def nursed(folder, what, kills, *arguments):
-    """Run a script in `folder`, killed so often at random times and begun again; what it printed."""
-    done = subprocess.run([sys.executable, "-c", NURSE, what, str(kills), "1", *map(str, arguments)], cwd=folder,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, timeout=300, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    """Run a script in `folder`, killed so often at random times and begun again; what it
+    printed."""
+    done = subprocess.run([sys.executable, "-c", NURSE, what, str(kills), "1",
+                           *map(str, arguments)], cwd=folder,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -64,13 +69,16 @@ def same_state(a, b):
 
 
 def learned(folder):
-    state = bs.load_checkpoint(folder)
-    return {"moments": state["optimizer"]["state"], **{k: state[k] for k in ("step", "weights", "ema", "trained_on")}}
+    state = runs.load_checkpoint(folder)
+    return {"moments": state["optimizer"]["state"], **{k: state[k]
+                                                       for k in ("step", "weights", "ema",
+                                                                 "trained_on")}}
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, phantom_folder):
-    """An empty folder to work in, where the phantoms are there already; signal handlers are put back."""
+    """An empty folder to work in, where the phantoms are there already; signal handlers are put
+    back."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/phantoms").mkdir(parents=True)
     os.symlink(phantom_folder, tmp_path / "runs/phantoms/A")
@@ -91,61 +99,66 @@ def straight(tmp_path_factory, phantom_folder):
 
 
 def test_twenty_kills_end_at_the_same_bits(straight, tmp_path):
-    """SIGKILL at random times, in reading, stepping, saving, drawing: the run that at last comes through has the
-    weights, averages and moments of the undisturbed one, and no litter."""
+    """SIGKILL at random times, in reading, stepping, saving, drawing: the run that at last comes
+    through has the weights, averages and moments of the undisturbed one, and no litter."""
     shutil.copytree(straight, tmp_path / "work", symlinks=True)
     shutil.rmtree(tmp_path / "work/runs/ddpm")
     text = nursed(tmp_path / "work", "train_ddpm", 20, *SHORT)
     assert "killed 20" in text and text.count("resumed") >= 5, text
     assert same_state(learned(straight / "runs/ddpm"), learned(tmp_path / "work/runs/ddpm"))
     assert not [p for p in (tmp_path / "work/runs/ddpm").rglob(".*")]
-    steps = [row["step"] for row in bs.read_log(tmp_path / "work/runs/ddpm/log.csv")]
+    steps = [row["step"] for row in runs.read_log(tmp_path / "work/runs/ddpm/log.csv")]
     assert steps == sorted(set(steps))
 
 
 @pytest.mark.slow
 def test_sampling_killed_half_way_goes_on(straight, tmp_path):
-    """Finished cases are whole, a second run makes the rest, and all bytes are those of an undisturbed set."""
-    command = ["--checkpoint", straight / "runs/ddpm", "--labels", straight / "runs/phantoms/A", "--count", "4",
-               "--steps", "15", "--device", "cpu"]
+    """Finished cases are whole, a second run makes the rest, and all bytes are those of an
+    undisturbed set."""
+    command = ["--checkpoint", straight / "runs/ddpm", "--labels", straight / "runs/phantoms/A",
+               "--count", "4", "--steps", "15", "--device", "cpu"]
     nursed(tmp_path, "sample", 0, *command, "--out", "whole")
     assert "killed 3" in nursed(tmp_path, "sample", 3, *command, "--out", "cut")
-    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
-    assert names == sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*") if p.is_file())
+    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*")
+                   if p.is_file())
+    assert names == sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*")
+                           if p.is_file())
     for name in names:
         if name.suffix != ".png":
-            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut"
+                                                                / name).read_bytes(), name
 
 
 def test_a_kill_inside_a_save_keeps_the_checkpoint(straight, tmp_path):
     """Half a checkpoint is written when the process dies: the one of before is there, whole."""
     shutil.copytree(straight / "runs/ddpm", tmp_path / "ddpm")
-    code = ("import os, sys, brainsyn as bs\n"
-            "state = bs.load_checkpoint(sys.argv[1])\n"
-            "def half(state, handle):\n    handle.write(b'PK half')\n    handle.flush()\n    os.kill(os.getpid(), 9)\n"
-            "bs.torch.save = half\nbs.save_checkpoint(sys.argv[1], {**state, 'step': 999})\n")
+    code = ("import os, sys, torch\nfrom kit import runs\n"
+            "state = runs.load_checkpoint(sys.argv[1])\n" "def half(state, handle):\n    "
+            "handle.write(b'PK half')\n    handle.flush()\n    os.kill(os.getpid(), 9)\ntorch.save "
+            "= half\nruns.save_checkpoint(sys.argv[1], {**state, 'step': 999})\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "ddpm")], cwd=ROOT)
     assert done.returncode == -9 and len(list((tmp_path / "ddpm").glob(".*.tmp"))) == 1
-    assert bs.load_checkpoint(tmp_path / "ddpm")["step"] == 30
-    with bs.sole_writer(tmp_path / "ddpm"):
+    assert runs.load_checkpoint(tmp_path / "ddpm")["step"] == 30
+    with files.sole_writer(tmp_path / "ddpm"):
         assert not list((tmp_path / "ddpm").glob(".*.tmp"))
 
 
 def test_a_run_resumes_at_every_boundary(straight, here, monkeypatch):
-    """Stopped after each of the first six steps in turn, always gone on: the bits of the undisturbed run."""
+    """Stopped after each of the first six steps in turn, always gone on: the bits of the
+    undisturbed run."""
     monkeypatch.setattr(train_ddpm, "close", lambda *_: None)
-    real = bs.step_if_finite
+    real = devices.step_if_finite
 
     def stop_after(*its):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*its)
 
-    monkeypatch.setattr(bs, "step_if_finite", stop_after)
+    monkeypatch.setattr(devices, "step_if_finite", stop_after)
     for step in range(1, 7):
         with pytest.raises(SystemExit) as left:
             train_ddpm.main(SHORT)
-        assert left.value.code == 143 and bs.load_checkpoint("runs/ddpm")["step"] == step
-    monkeypatch.setattr(bs, "step_if_finite", real)
+        assert left.value.code == 143 and runs.load_checkpoint("runs/ddpm")["step"] == step
+    monkeypatch.setattr(devices, "step_if_finite", real)
     train_ddpm.main(SHORT)
     assert same_state(learned(straight / "runs/ddpm"), learned("runs/ddpm"))
 
@@ -154,9 +167,9 @@ def test_a_run_resumes_at_every_boundary(straight, here, monkeypatch):
 def two(straight, tmp_path):
     """A copy of the straight run's folder with two different checkpoints."""
     shutil.copytree(straight / "runs/ddpm", tmp_path / "ddpm")
-    state = bs.load_checkpoint(tmp_path / "ddpm")
+    state = runs.load_checkpoint(tmp_path / "ddpm")
     del state["file"]
-    bs.save_checkpoint(tmp_path / "ddpm", {**state, "step": 31})
+    runs.save_checkpoint(tmp_path / "ddpm", {**state, "step": 31})
     return tmp_path / "ddpm"
 
 
@@ -166,15 +179,16 @@ def test_no_flipped_bit_is_loaded_in_silence(two, kind):
     path, rng = two / "checkpoint.pt", np.random.default_rng(0)
     if kind == "npz":
         path = two.parent / "weights.npz"
-        bs.publish(two, path)
+        runs.publish(two, path)
     raw, noticed = path.read_bytes(), 0
-    sound = bs.load_checkpoint(path)
+    sound = runs.load_checkpoint(path)
     for bit in rng.integers(len(raw) * 8, size=50):
         damaged = bytearray(raw)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
-            assert same_state(bs.load_checkpoint(path), sound), f"bit {bit} changed something in silence"
+            assert same_state(runs.load_checkpoint(path),
+                              sound), f"bit {bit} changed something in silence"
         except bs.BadInput:
             noticed += 1
     assert noticed >= 45
@@ -185,36 +199,39 @@ def test_a_truncated_checkpoint_falls_back(two):
     path, raw, said = two / "checkpoint.pt", (two / "checkpoint.pt").read_bytes(), []
     for length in np.linspace(0, len(raw) - 1, 10).astype(int):
         path.write_bytes(raw[:length])
-        assert bs.load_checkpoint(two, say=said.append)["step"] == 30
-    assert len(said) == 10 and all("continuing from checkpoint.previous.pt, step 30" in text for text in said)
+        assert runs.load_checkpoint(two, say=said.append)["step"] == 30
+    assert len(said) == 10 and all("continuing from checkpoint.previous.pt, step 30" in text
+                                   for text in said)
 
 
 def test_the_newest_deleted_or_both_damaged(two):
-    """Deleted: the previous one. Both damaged: one sentence that names both, and the files are left alone."""
+    """Deleted: the previous one. Both damaged: one sentence that names both, and the files are left
+    alone."""
     (two / "checkpoint.pt").rename(two / "kept")
-    assert bs.load_checkpoint(two)["step"] == 30
+    assert runs.load_checkpoint(two)["step"] == 30
     (two / "checkpoint.pt").write_bytes(b"PK")
     (two / "checkpoint.previous.pt").write_bytes(b"")
     with pytest.raises(bs.BadInput, match="checkpoint.pt.*checkpoint.previous.pt"):
-        bs.load_checkpoint(two)
+        runs.load_checkpoint(two)
     assert (two / "checkpoint.pt").read_bytes() == b"PK" and (two / "checkpoint.previous.pt").read_bytes() == b""
 
 
-@pytest.mark.parametrize("key", sorted(bs.HOLDS["ddpm"]))
+@pytest.mark.parametrize("key", sorted(runs.HOLDS["ddpm"]))
 def test_every_entry_of_a_checkpoint_is_needed(straight, two, key):
     """Without any one of them the file is refused: nothing is made up in its place."""
-    state = bs.load_checkpoint(two)
-    assert set(state) == bs.HOLDS["ddpm"] | {"file"}
-    bs.save_state(two / "checkpoint.pt", {k: v for k, v in state.items() if k not in (key, "file")})
+    state = runs.load_checkpoint(two)
+    assert set(state) == runs.HOLDS["ddpm"] | {"file"}
+    runs.save_state(two / "checkpoint.pt", {k: v for k, v in state.items()
+                                            if k not in (key, "file")})
     with pytest.raises(bs.BadInput, match=key if key != "kind" else "no checkpoint of kind"):
-        bs.load_checkpoint(two / "checkpoint.pt")
+        runs.load_checkpoint(two / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("part", ["weights", "ema", "optimizer", "exp_avg_sq", "momentum"])
 def test_half_a_state_is_not_resumed(straight, here, part):
     """A tensor missing inside an entry: one sentence, nothing trained."""
     shutil.copytree(straight / "runs/ddpm", here / "runs/ddpm")
-    state = bs.load_checkpoint("runs/ddpm")
+    state = runs.load_checkpoint("runs/ddpm")
     del state["file"]
     if part in ("exp_avg_sq", "momentum"):
         del next(its for its in state["optimizer"]["state"].values() if part in its)[part]
@@ -222,7 +239,7 @@ def test_half_a_state_is_not_resumed(straight, here, part):
         del state["optimizer"]["state"][3]
     else:
         del state[part]["last.weight" if "last.weight" in state[part] else sorted(state[part])[0]]
-    bs.save_state("runs/ddpm/checkpoint.pt", state)
+    runs.save_state("runs/ddpm/checkpoint.pt", state)
     with pytest.raises(bs.BadInput, match="does not fit"):
         train_ddpm.main([*SHORT[:-1], "31"])
 
@@ -232,13 +249,14 @@ def test_a_full_disk_arrives_as_an_oserror():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(OSError):
-        bs.save_state("/dev/full", {"a": torch.zeros(10 ** 6)})
+        runs.save_state("/dev/full", {"a": torch.zeros(10 ** 6)})
 
 
 def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, capsys):
-    """From step 2 on nothing can be written: it is said, training goes on, the checkpoint of before stays; the
-    last save must succeed, and once there is room again the run ends with the bits of the undisturbed one."""
-    real, full = bs.save_state, [True]
+    """From step 2 on nothing can be written: it is said, training goes on, the checkpoint of before
+    stays; the last save must succeed, and once there is room again the run ends with the bits of
+    the undisturbed one."""
+    real, full = runs.save_state, [True]
 
     def save_state(path, state):
         if full and state["step"] > 1:
@@ -246,12 +264,12 @@ def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, cap
             raise OSError(28, "No space left on device")
         real(path, state)
 
-    monkeypatch.setattr(bs, "save_state", save_state)
-    monkeypatch.setattr(bs.Pace, "due", lambda pace, what, every: what == "save")
+    monkeypatch.setattr(runs, "save_state", save_state)
+    monkeypatch.setattr(runs.Pace, "due", lambda pace, what, every: what == "save")
     with pytest.raises(OSError, match="No space"):
         train_ddpm.main(SHORT)
     assert "note: the checkpoint could not be written (No space left on device); training goes on" in capsys.readouterr().out
-    assert bs.load_checkpoint("runs/ddpm")["step"] == 1 and not list(Path("runs/ddpm").glob(".*"))
+    assert runs.load_checkpoint("runs/ddpm")["step"] == 1 and not list(Path("runs/ddpm").glob(".*"))
     full.clear()
     train_ddpm.main(SHORT)
     assert same_state(learned(straight / "runs/ddpm"), learned("runs/ddpm"))
@@ -260,7 +278,7 @@ def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, cap
 def test_a_segmenter_that_cannot_keep_its_best_goes_on(here, monkeypatch, capsys):
     """best.pt cannot be written in the first validation: it is said, and a later one writes it."""
     monkeypatch.setattr(train_seg, "close", lambda *_: None)
-    real, tried = bs.replace_file, []
+    real, tried = files.replace_file, []
 
     def refuse(path, write):
         if Path(path).name == "best.pt":
@@ -269,36 +287,38 @@ def test_a_segmenter_that_cannot_keep_its_best_goes_on(here, monkeypatch, capsys
                 raise OSError(28, "No space left on device")
         real(path, write)
 
-    monkeypatch.setattr(bs, "replace_file", refuse)
+    monkeypatch.setattr(files, "replace_file", refuse)
     monkeypatch.setattr(train_seg, "validate", lambda *_: 0.5)
-    train_seg.main(["--phantoms", "8", "--resolution", "32", "--batch", "4", "--steps", "4", "--validate-every", "2",
-                    "--device", "cpu"])
+    train_seg.main(["--phantoms", "8", "--resolution", "32", "--batch", "4", "--steps", "4",
+                    "--validate-every", "2", "--device", "cpu"])
     assert "note: best.pt could not be written" in capsys.readouterr().out and len(tried) == 2
-    assert bs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 4
+    assert runs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 4
 
 
 @pytest.mark.parametrize("how", ["damaged", "deleted"])
 def test_a_best_that_cannot_be_used_is_made_again(here, monkeypatch, capsys, how):
     """A run resumed at its end with best.pt damaged or gone validates again instead of failing."""
     monkeypatch.setattr(train_seg, "close", lambda *_: None)
-    command = ["--phantoms", "8", "--resolution", "32", "--batch", "4", "--steps", "2", "--device", "cpu"]
+    command = ["--phantoms", "8", "--resolution", "32", "--batch", "4", "--steps", "2", "--device",
+               "cpu"]
     train_seg.main(command)
     best = Path("runs/seg/best.pt")
     best.write_bytes(best.read_bytes()[:999]) if how == "damaged" else best.unlink()
     train_seg.main(command)
     assert "the next validation writes another" in capsys.readouterr().out
-    assert bs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 2
+    assert runs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 2
 
 
 def test_a_limit_on_file_size_is_one_sentence(straight, tmp_path):
-    """The operating system's own refusal, at the checkpoint of step 1: exit 2, one line, nothing half-written."""
+    """The operating system's own refusal, at the checkpoint of step 1: exit 2, one line, nothing
+    half-written."""
     shutil.copytree(straight, tmp_path / "work", symlinks=True)
     shutil.rmtree(tmp_path / "work/runs/ddpm")
-    code = ("import resource, sys, brainsyn as bs, train_ddpm\n"
+    code = ("import resource, sys, train_ddpm\nfrom kit import files\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-            "bs.run_script(lambda: train_ddpm.main(sys.argv[1:]))\n")
-    done = subprocess.run([sys.executable, "-c", code, *SHORT], cwd=tmp_path / "work", text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+            "files.run_script(lambda: train_ddpm.main(sys.argv[1:]))\n")
+    done = subprocess.run([sys.executable, "-c", code, *SHORT], cwd=tmp_path / "work", text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
     assert [p.name for p in (tmp_path / "work/runs/ddpm").iterdir()] == ["log.csv"]
 
@@ -307,8 +327,8 @@ def test_a_folder_that_takes_nothing_is_one_sentence(tmp_path):
     """/proc is read-only even for root."""
     if not Path("/proc/self").exists():
         pytest.skip("no /proc here")
-    done = subprocess.run([sys.executable, ROOT / "train_ddpm.py", *SHORT, "--out", "/proc/nothing"], cwd=tmp_path,
-                          text=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "train_ddpm.py", *SHORT, "--out",
+                           "/proc/nothing"], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/proc/nothing" in done.stderr
 
 
@@ -316,7 +336,7 @@ def test_a_folder_that_takes_nothing_is_one_sentence(tmp_path):
 def test_one_writer_a_folder(here, script):
     """A second process in the same folder is refused at once, and changes nothing there."""
     out = here / "runs/busy"
-    with bs.sole_writer(out):
+    with files.sole_writer(out):
         with pytest.raises(bs.BadInput, match="another process writes there"):
             script.main(["--out", str(out), "--device", "cpu"])
         assert not list(out.iterdir())
@@ -327,12 +347,14 @@ class Spoiled:
     """step_if_finite with the loss or the norm of some calls spoiled."""
 
     def __init__(self, calls, what="loss"):
-        self.calls, self.what, self.count, self.real = calls, what, 0, bs.step_if_finite
+        self.calls, self.what, self.count, self.real = calls, what, 0, devices.step_if_finite
 
     def __call__(self, device, optimizer, losses, norm):
         self.count += 1
         if self.count in self.calls:
-            losses, norm = (losses * float("nan"), norm) if self.what == "loss" else (losses, norm + float("inf"))
+            losses, norm = (losses * float("nan"), norm) if self.what == "loss" else (losses, norm
+                                                                                      + float(
+                "inf"))
         return self.real(device, optimizer, losses, norm)
 
 
@@ -347,7 +369,7 @@ def test_a_step_that_is_not_finite_changes_nothing(what):
         moments = [its.clone() for state in optimizer.state.values() for its in state.values()]
         loss, norm = torch.tensor([float("nan") if bad and what == "loss" else 1.0]), torch.tensor(
             float("inf") if bad and what == "gradient" else 1.0)
-        assert bool(bs.step_if_finite(torch.device("cpu"), optimizer, loss, norm)) != bad
+        assert bool(devices.step_if_finite(torch.device("cpu"), optimizer, loss, norm)) != bad
         assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before)) == bad
         if bad:
             assert all(torch.equal(a, b) for a, b in zip(
@@ -355,10 +377,10 @@ def test_a_step_that_is_not_finite_changes_nothing(what):
 
 
 def test_a_batch_that_is_not_finite_is_named(here, monkeypatch, capsys):
-    """NaN in the pictures of one batch: the step and its cases are named, the network is not touched, and the
-    log has no NaN."""
+    """NaN in the pictures of one batch: the step and its cases are named, the network is not
+    touched, and the log has no NaN."""
     monkeypatch.setattr(train_ddpm, "close", lambda *_: None)
-    real, calls = bs.Cache.batch, []
+    real, calls = slices.Cache.batch, []
 
     def batch(cache, rows, mirror=None):
         x0, classes, position = real(cache, rows, mirror)
@@ -368,21 +390,23 @@ def test_a_batch_that_is_not_finite_is_named(here, monkeypatch, capsys):
                 x0[1, 2, 3, 4] = float("nan")
         return x0, classes, position
 
-    monkeypatch.setattr(bs.Cache, "batch", batch)
+    monkeypatch.setattr(slices.Cache, "batch", batch)
     train_ddpm.main([*SHORT[:-1], "8"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
-    assert lines == [f"step 00005 | loss or gradient not finite, nothing learned | cases {', '.join(calls[4])}"]
-    state = bs.load_checkpoint("runs/ddpm")
+    assert lines == ["step 00005 | loss or gradient not finite, nothing learned | cases "
+                     f"{', '.join(calls[4])}"]
+    state = runs.load_checkpoint("runs/ddpm")
     assert state["step"] == 8 and all(p.isfinite().all() for p in state["weights"].values())
-    assert all(np.isfinite(row["loss"]) for row in bs.read_log("runs/ddpm/log.csv"))
+    assert all(np.isfinite(row["loss"]) for row in runs.read_log("runs/ddpm/log.csv"))
 
 
 def test_three_bad_steps_go_back_to_the_checkpoint(straight, here, monkeypatch, capsys):
-    """Steps 10 to 12 fail once (a hardware hiccup): the run goes back, comes through, and ends with the bits of
-    the undisturbed run."""
+    """Steps 10 to 12 fail once (a hardware hiccup): the run goes back, comes through, and ends with
+    the bits of the undisturbed run."""
     monkeypatch.setattr(train_ddpm, "close", lambda *_: None)
-    monkeypatch.setattr(bs.Pace, "due", lambda pace, what, every: what == "save" and pace.step == 8)
-    monkeypatch.setattr(bs, "step_if_finite", Spoiled({10, 11, 12}))
+    monkeypatch.setattr(runs.Pace, "due", lambda pace, what, every: what == "save" and pace.step
+                        == 8)
+    monkeypatch.setattr(devices, "step_if_finite", Spoiled({10, 11, 12}))
     train_ddpm.main(SHORT)
     text = capsys.readouterr().out
     assert text.count("not finite") == 3 and "resumed: runs/ddpm at step 8" in text
@@ -391,40 +415,45 @@ def test_three_bad_steps_go_back_to_the_checkpoint(straight, here, monkeypatch, 
 
 @pytest.mark.parametrize("script", [train_ddpm, train_seg])
 def test_a_run_that_stays_bad_ends_with_advice(here, monkeypatch, script):
-    """Nothing finite from step 6 on: back once, then an end that says what to try. The checkpoint is sound."""
-    monkeypatch.setattr(bs, "step_if_finite", Spoiled(set(range(6, 99)), "gradient"))
-    short = SHORT if script is train_ddpm else ["--phantoms", "8", "--resolution", "32", "--batch", "4", "--device",
-                                                "cpu", "--steps", "30", "--out", "runs/ddpm"]
+    """Nothing finite from step 6 on: back once, then an end that says what to try. The checkpoint
+    is sound."""
+    monkeypatch.setattr(devices, "step_if_finite", Spoiled(set(range(6, 99)), "gradient"))
+    short = SHORT if script is train_ddpm else ["--phantoms", "8", "--resolution", "32", "--batch",
+                                                "4", "--device", "cpu", "--steps", "30", "--out",
+                                                "runs/ddpm"]
     with pytest.raises(bs.BadInput, match="step 4: .*three steps in a row, again.*--lr"):
         script.main(short)
-    state = bs.load_checkpoint("runs/ddpm", "ddpm" if script is train_ddpm else "seg")
+    state = runs.load_checkpoint("runs/ddpm", "ddpm" if script is train_ddpm else "seg")
     assert state["step"] == 1 and all(p.isfinite().all() for p in state["weights"].values())
 
 
 def test_a_flipped_bit_in_the_cache_is_noticed(phantom_folder, tmp_path):
-    """Slices are memory-mapped and never parsed, so nothing else would notice: the cache is made anew."""
-    cases, said = bs.find_cases(phantom_folder)[:6], []
-    cache = bs.build_cache(cases, tmp_path, 16, 192.0, "tumour", say=said.append)
+    """Slices are memory-mapped and never parsed, so nothing else would notice: the cache is made
+    anew."""
+    cases, said = nifti.find_cases(phantom_folder)[:6], []
+    cache = slices.build_cache(cases, tmp_path, 16, 192.0, "tumour", say=said.append)
     rows, raw = np.array(cache.rows), bytearray(cache.path.read_bytes())
     raw[len(raw) // 2] ^= 8
     cache.path.write_bytes(raw)
-    again = bs.build_cache(cases, tmp_path, 16, 192.0, "tumour", say=said.append)
+    again = slices.build_cache(cases, tmp_path, 16, 192.0, "tumour", say=said.append)
     assert np.array_equal(again.rows, rows) and any("a bit has flipped" in text for text in said)
 
 
 def test_published_weights_are_plain_arrays_and_sample_the_same(straight, tmp_path, capsys):
-    """An .npz without pickle gives the same cases as the checkpoint it came from; its sha256 is printed; a
-    pickle inside is refused."""
-    bs.main(["--publish", str(straight / "runs/ddpm"), str(tmp_path / "weights.npz")])
-    assert f"sha256 {bs.file_hash(tmp_path / 'weights.npz')}" in capsys.readouterr().out
+    """An .npz without pickle gives the same cases as the checkpoint it came from; its sha256 is
+    printed; a pickle inside is refused."""
+    desk.main(["--publish", str(straight / "runs/ddpm"), str(tmp_path / "weights.npz")])
+    assert f"sha256 {files.file_hash(tmp_path / 'weights.npz')}" in capsys.readouterr().out
     for source, out in ((straight / "runs/ddpm", "a"), (tmp_path / "weights.npz", "b")):
-        sample.main(["--checkpoint", str(source), "--labels", str(straight / "runs/phantoms/A"), "--count", "1",
-                     "--steps", "3", "--out", str(tmp_path / out), "--device", "cpu"])
+        sample.main(["--checkpoint", str(source), "--labels", str(straight / "runs/phantoms/A"),
+                     "--count", "1", "--steps", "3", "--out", str(tmp_path / out), "--device",
+                     "cpu"])
     for path in (tmp_path / "a").rglob("*.nii.gz"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     with np.load(tmp_path / "weights.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    assert "optimizer" not in json.loads(arrays["about"].item()) and all(a.dtype != object for a in arrays.values())
+    assert "optimizer" not in json.loads(arrays["about"].item()) and all(a.dtype != object
+                                                                         for a in arrays.values())
 
     class Bomb:
         def __reduce__(self):
@@ -432,5 +461,5 @@ def test_published_weights_are_plain_arrays_and_sample_the_same(straight, tmp_pa
 
     np.savez(tmp_path / "bomb.npz", **arrays, bomb=np.array([Bomb()], dtype=object))
     with pytest.raises(bs.BadInput, match="bomb.npz"):
-        bs.load_checkpoint(tmp_path / "bomb.npz")
+        runs.load_checkpoint(tmp_path / "bomb.npz")
     assert not (tmp_path / "it went off").exists()

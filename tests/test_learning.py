@@ -1,4 +1,5 @@
-"""The default runs, shortened to what a slow test may take: they must pass their own closing figures."""
+"""The default runs, shortened to what a slow test may take: they must pass their own closing
+figures."""
 import json
 
 import pytest
@@ -19,25 +20,30 @@ def test_default_training_obeys_masks_and_looks_like_scans(folder):
     run(folder, "train_ddpm.py", "--steps", "260", "--sample-every", "0")
     closing = json.loads((folder / "runs/ddpm/closing.json").read_text())
     assert closing["slices_with_ET"] >= 20 and closing["slices_with_ED"] >= 30
-    assert closing["sampled_t1ce_ET_above_brain"] >= 0.95 and closing["sampled_flair_ED_above_brain"] >= 0.95
+    assert closing["sampled_t1ce_ET_above_brain"] >= 0.95 and closing[
+        "sampled_flair_ED_above_brain"] >= 0.95
     assert closing["sampled_air_black"] >= 0.99
-    assert 0.7 <= closing["fine_power_ratio"] <= 1.3 and 0.7 <= closing["grey_white_ratio"] <= 1.3, closing
+    assert 0.7 <= closing["fine_power_ratio"] <= 1.3 and 0.7 <= closing[
+        "grey_white_ratio"] <= 1.3, closing
 
 
 @pytest.mark.slow
 def test_default_segmenter_finds_tumours_in_held_out_cases(folder):
-    """A sixth of the default run: mean Dice over twelve held-out phantoms, one of them healthy, of at least
-    0.7 for WT and TC and 0.55 for ET (a segmenter that finds nothing, or one region everywhere, has 0.08)."""
+    """A sixth of the default run: mean Dice over twelve held-out phantoms, one of them healthy, of
+    at least 0.7 for WT and TC and 0.55 for ET (a segmenter that finds nothing, or one region
+    everywhere, has 0.08)."""
     run(folder, "train_seg.py", "--steps", "200")
     closing = json.loads((folder / "runs/seg/closing.json").read_text())
     assert closing["cases"] == "12 test cases"
-    assert closing["WT"]["dice"] >= 0.7 and closing["TC"]["dice"] >= 0.7 and closing["ET"]["dice"] >= 0.55, closing
+    assert closing["WT"]["dice"] >= 0.7 and closing["TC"]["dice"] >= 0.7 and closing["ET"][
+        "dice"] >= 0.55, closing
     assert closing["WT"]["sensitivity"] >= 0.8, closing
 
 
 @pytest.mark.slow
 def test_default_generator_holds_no_training_case(folder):
-    """The audit of three cases it makes, after the run above: planted copies are found, and nothing else."""
+    """The audit of three cases it makes, after the run above: planted copies are found, and nothing
+    else."""
     run(folder, "sample.py", "--count", "3", "--steps", "4")
     text = run(folder, "sample.py", "--audit", "synthetic", "--steps", "4", "--canaries", "4")
     assert "verdict: none found" in text and "42 training cases and 18 real cases" in text, text

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import pictures
 
 
 def small(**changes):
@@ -47,12 +48,14 @@ def test_a_new_network_says_zero():
 @pytest.mark.a2
 @pytest.mark.parametrize("what", ["labels", "t", "position", "image"])
 def test_every_input_matters(what):
-    """Users of other codes found samples that ignore the mask: change one input, the output changes."""
+    """Users of other codes found samples that ignore the mask: change one input, the output
+    changes."""
     net = small()
     x, t, onehot, position = inputs(net)
     before = net(x, t, onehot, position)
     changed = {"labels": (x, t, onehot.flip(1), position), "t": (x, t + 100, onehot, position),
-               "position": (x, t, onehot, position - 0.5), "image": (x + 0.1, t, onehot, position)}[what]
+               "position": (x, t, onehot, position - 0.5), "image": (x + 0.1, t, onehot, position)}[
+        what]
     assert (net(*changed) - before).abs().max() > 1e-3, f"{what} does not reach the output"
 
 
@@ -101,22 +104,25 @@ def test_scalars_start_without_a_say():
 def test_parameters_reported_are_parameters_counted():
     """The layer table adds up: total line, sum of its rows, and the network itself."""
     net = bs.UNet(width=16, mults=(1, 2))
-    lines = bs.layer_table(net, 32)
+    lines = pictures.layer_table(net, 32)
     rows = [int(line.split()[-1].replace(",", "")) for line in lines[1:]]
-    assert rows[-1] == sum(rows[:-1]) == bs.count_parameters(net) == sum(p.numel() for p in net.parameters())
+    assert rows[-1] == sum(rows[:-1]) == bs.count_parameters(net) == sum(p.numel()
+                                                                         for p in net.parameters())
 
 
 @pytest.mark.a2
 def test_one_hot_by_hand():
     """Class k of a pixel is a 1 in channel k, and channels come before height and width."""
     onehot = bs.one_hot(torch.tensor([[[0, 2, 1], [1, 0, 3]]]), 5)
-    assert onehot.shape == (1, 5, 2, 3) and onehot.dtype == torch.float32 and (onehot.sum(1) == 1).all()
+    assert onehot.shape == (1, 5, 2, 3) and onehot.dtype == torch.float32 and (onehot.sum(1)
+                                                                               == 1).all()
     assert onehot[0, :, 0].T.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0]]
 
 
 @pytest.mark.a2
 def test_sinusoid_by_hand():
-    """Sines, then cosines, of the value over wavelengths in even ratios: 1 and 1/100 of it for dim 4."""
+    """Sines, then cosines, of the value over wavelengths in even ratios: 1 and 1/100 of it for dim
+    4."""
     value = torch.tensor([0.0, 1.5, 700.0])
     expected = torch.stack([value.sin(), (value / 100).sin(), value.cos(), (value / 100).cos()], 1)
     assert torch.allclose(bs.sinusoid(value, 4), expected, atol=1e-4)
@@ -124,7 +130,8 @@ def test_sinusoid_by_hand():
 
 
 def plain_norm(x, norm, size=16):
-    """GroupNorm written out: mean 0 and variance 1 over each group of `size` channels and all pixels."""
+    """GroupNorm written out: mean 0 and variance 1 over each group of `size` channels and all
+    pixels."""
     groups = x.unflatten(1, (-1, size))
     centred = groups - groups.mean((2, 3, 4), keepdim=True)
     scaled = centred / (centred.square().mean((2, 3, 4), keepdim=True) + norm.eps).sqrt()
@@ -141,11 +148,15 @@ def awake(module):
 @pytest.mark.a2
 @pytest.mark.parametrize("c_out", [32, 48])
 def test_a_residual_block_by_hand(c_out):
-    """Both norms, both SiLUs, scale and shift from the embedding, and the input added at the end."""
+    """Both norms, both SiLUs, scale and shift from the embedding, and the input added at the
+    end."""
     block, x, emb = awake(bs.ResBlock(32, c_out, 24)), torch.randn(2, 32, 6, 9), torch.randn(2, 24)
     silu, conv = lambda h: h * h.sigmoid(), torch.nn.functional.conv2d
     h = conv(silu(plain_norm(x, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
-    scale, shift = (emb @ block.to_scale_shift.weight.T + block.to_scale_shift.bias).view(2, 2, c_out, 1, 1).unbind(1)
+    scale, shift = (emb @ block.to_scale_shift.weight.T + block.to_scale_shift.bias).view(2, 2,
+                                                                                          c_out, 1,
+                                                                                          1).unbind(
+        1)
     h = plain_norm(h, block.norm2) * (1 + scale) + shift
     h = conv(silu(h), block.conv2.weight, block.conv2.bias, padding=1)
     assert torch.allclose(block(x, emb), h + block.skip(x), atol=1e-3)
@@ -154,24 +165,28 @@ def test_a_residual_block_by_hand(c_out):
 @pytest.mark.a2
 @pytest.mark.parametrize("channels", [64, 128])
 def test_attention_by_hand(channels):
-    """Every pixel is asked about all pixels, head by head: softmax(q k^T / sqrt(64)) v, and the input added."""
+    """Every pixel is asked about all pixels, head by head: softmax(q k^T / sqrt(64)) v, and the
+    input added."""
     layer, x = awake(bs.Attention(channels)), torch.randn(2, channels, 3, 5)
     qkv = torch.einsum("oc,bchw->bohw", layer.to_qkv.weight[..., 0, 0], plain_norm(x, layer.norm))
     q, k, v = (qkv + layer.to_qkv.bias.view(-1, 1, 1)).flatten(2).view(2, 3, channels, 15).unbind(1)
     out = torch.empty_like(q)
     for head in range(0, channels, 64):
         its = slice(head, head + 64)
-        weight = (q[:, its].mT @ k[:, its] / 8).softmax(-1)                 # (B, asking pixel, pixel)
+        # (B, asking pixel, pixel)
+        weight = (q[:, its].mT @ k[:, its] / 8).softmax(-1)
         out[:, its] = v[:, its] @ weight.mT
-    out = torch.einsum("oc,bcn->bon", layer.to_out.weight[..., 0, 0], out) + layer.to_out.bias.view(-1, 1)
+    out = torch.einsum("oc,bcn->bon", layer.to_out.weight[..., 0, 0], out) + layer.to_out.bias.view(
+        -1, 1)
     assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.a1
 def test_precondition_is_the_best_v_for_gaussian_pixels():
-    """With out = 0, v_hat must be the posterior mean of v where pixels are N(mean, std^2): checked by
-    drawing, its error is prior_error and has no mean, at every level."""
-    mean, std = torch.tensor([-0.4, 0.5]).view(1, 2, 1, 1), torch.tensor([0.3, 0.1]).view(1, 2, 1, 1)
+    """With out = 0, v_hat must be the posterior mean of v where pixels are N(mean, std^2): checked
+    by drawing, its error is prior_error and has no mean, at every level."""
+    mean, std = torch.tensor([-0.4, 0.5]).view(1, 2, 1, 1), torch.tensor([0.3, 0.1]).view(1, 2, 1,
+                                                                                          1)
     eps = torch.randn(4, 2, 128, 128)
     x0 = mean + std * torch.randn(4, 2, 128, 128)
     for t in (1, 100, 500, 900, bs.T):
@@ -182,7 +197,8 @@ def test_precondition_is_the_best_v_for_gaussian_pixels():
         assert ((error.std((0, 2, 3)) / expected) - 1).abs().max() < 0.03, f"t {t}"
         assert (error.mean((0, 2, 3)).abs() < 0.05 * expected + 1e-3).all(), f"t {t}"
         more = bs.precondition(torch.ones_like(x_t), x_t, signal, sigma, mean, std) - v - error
-        assert torch.allclose(more.mean((0, 2, 3)), expected, rtol=1e-3), "out enters with that size"
+        assert torch.allclose(more.mean((0, 2, 3)), expected,
+                              rtol=1e-3), "out enters with that size"
 
 
 PRIOR = {"classes": torch.tensor([[[-1.0], [0.2], [0.6], [0.1]], [[0.01], [0.3], [0.2], [0.5]]]),
@@ -200,6 +216,7 @@ def test_expected_takes_classes_atlas_and_null_apart():
     assert torch.allclose(std[0, 0, 0, :3], torch.tensor([0.01, 0.15, 0.2]))
     assert torch.allclose(mean[1, 0, 0, :3], torch.tensor([-1.0, 0.2, 0.6]))
     mean, _ = bs.expected(PRIOR, onehot, torch.tensor([0.0, 1.0]))
-    assert torch.allclose(mean[:, 0, 0, 1], torch.tensor([0.4 * 2.5, 0.4 * 4])), "between slabs, and at the end"
+    assert torch.allclose(mean[:, 0, 0, 1], torch.tensor([0.4 * 2.5, 0.4
+                                                          * 4])), "between slabs, and at the end"
     mean, std = bs.expected(PRIOR, 0 * onehot, torch.tensor([0.0, 1.0]))
     assert (mean == 0.1).all() and (std == 0.5).all()

@@ -6,7 +6,8 @@ import torch
 
 import brainsyn as bs
 
-X0, EPS = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+X0, EPS = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randn(2, 3, 16, 24,
+                                                                      dtype=torch.float64)
 
 
 @pytest.mark.a1
@@ -24,7 +25,8 @@ def test_cosine_means_equal_angles():
     """signal = cos(t/T pi/2): at half time the angle is 45 degrees."""
     alpha_bar = bs.cosine_alpha_bar()
     assert math.isclose(alpha_bar[bs.T // 2], 0.5, rel_tol=1e-12)
-    assert math.isclose(alpha_bar[bs.T // 3].sqrt(), math.cos(333 / 1000 * math.pi / 2), rel_tol=1e-12)
+    assert math.isclose(alpha_bar[bs.T // 3].sqrt(), math.cos(333 / 1000 * math.pi / 2),
+                        rel_tol=1e-12)
 
 
 @pytest.mark.a1
@@ -48,7 +50,8 @@ def test_v_is_the_derivative_of_x_t():
     """v = d x_t / d angle: that is why it stays well-behaved from clean to pure noise."""
     angle = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     x_t = bs.add_noise(X0, EPS, angle.cos(), angle.sin())
-    grad = torch.stack([torch.autograd.grad(x, angle, retain_graph=True)[0] for x in x_t[0, 0, 0, :5]])
+    grad = torch.stack([torch.autograd.grad(x, angle, retain_graph=True)[0]
+                        for x in x_t[0, 0, 0, :5]])
     v = bs.v_target(X0, EPS, angle.cos(), angle.sin())[0, 0, 0, :5]
     assert torch.allclose(grad, v.detach()), "check the signs in v_target"
 
@@ -58,7 +61,8 @@ def test_v_is_the_derivative_of_x_t():
 def test_split_v_undoes_add_noise_and_v_target(angle):
     """(x_t, v) -> (x0, eps) is a rotation back: exact at every t, the two ends included."""
     signal, sigma = math.cos(angle), math.sin(angle)
-    x0, eps = bs.split_v(bs.add_noise(X0, EPS, signal, sigma), bs.v_target(X0, EPS, signal, sigma), signal, sigma)
+    x0, eps = bs.split_v(bs.add_noise(X0, EPS, signal, sigma), bs.v_target(X0, EPS, signal, sigma),
+                         signal, sigma)
     assert torch.allclose(x0, X0) and torch.allclose(eps, EPS)
 
 

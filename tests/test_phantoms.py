@@ -3,16 +3,17 @@ import numpy as np
 import pytest
 
 import brainsyn as bs
+from kit import phantoms
 
 # Median mL of NCR, ED, ET over the 368 expert label maps of the BraTS 2020 training set
 REAL_MEDIAN_ML = {"NCR": 10.5, "ED": 49.5, "ET": 14.8}
-VOXEL_ML = float(np.prod(bs.PHANTOM_SPACING)) / 1000
+VOXEL_ML = float(np.prod(phantoms.PHANTOM_SPACING)) / 1000
 
 
 @pytest.fixture(scope="module")
 def heads():
     """24 heads: images, labels, tissue shares."""
-    return [bs.phantom(seed) for seed in range(100, 124)]
+    return [phantoms.phantom(seed) for seed in range(100, 124)]
 
 
 def volumes(heads, label):
@@ -21,10 +22,10 @@ def volumes(heads, label):
 
 def test_a_phantom_follows_from_its_seed():
     """Same seed, same head, bit for bit; another seed or scanner another."""
-    first, again = bs.phantom(7), bs.phantom(7)
+    first, again = phantoms.phantom(7), phantoms.phantom(7)
     assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
-    assert not np.array_equal(first[1], bs.phantom(8)[1])
-    other = bs.phantom(7, "B")
+    assert not np.array_equal(first[1], phantoms.phantom(8)[1])
+    other = phantoms.phantom(7, "B")
     assert np.array_equal(first[1], other[1]), "the scanner must not change the anatomy"
     assert not np.allclose(first[0], other[0])
 
@@ -40,24 +41,26 @@ def test_enhancing_volumes_span_1_to_40_ml(heads):
     """Small and large enhancing tumours both occur: in the label maps of two dozen heads nearly so,
     in sixty plans (which are grown exactly, see below) from below 1.5 to above 40 mL."""
     et = volumes(heads, 3)
-    assert 0 < et[et > 0].min() <= 3 and et.max() >= 35, f"{et[et > 0].min():.1f} .. {et.max():.1f} mL"
+    assert 0 < et[et
+                  > 0].min() <= 3 and et.max() >= 35, f"{et[et > 0].min():.1f} .. {et.max():.1f} mL"
     for first in (0, 100, 5000):
-        et = [bs.phantom_plan(np.random.default_rng(seed), seed)[0][2] for seed in range(first, first + 60)]
+        et = [phantoms.phantom_plan(np.random.default_rng(seed), seed)[0][2]
+              for seed in range(first, first + 60)]
         assert 0 < min(ml for ml in et if ml) <= 1.5 and max(et) >= 40
 
 
 def test_planned_volumes_are_grown_exactly():
     """The label map holds the mL that were planned, to half a voxel a label."""
     for seed in (3, 11, 20):
-        plan, _ = bs.phantom_plan(np.random.default_rng(seed), seed)
-        labels = bs.phantom(seed)[1]
+        plan, _ = phantoms.phantom_plan(np.random.default_rng(seed), seed)
+        labels = phantoms.phantom(seed)[1]
         for label, ml in enumerate(plan, 1):
             assert abs((labels == label).sum() * VOXEL_ML - ml) <= VOXEL_ML
 
 
 def test_grades_vary():
     """Among 200 plans: no tumour, no ET, no NCR, and several foci all occur, none too often."""
-    plans = [bs.phantom_plan(np.random.default_rng(seed), seed) for seed in range(200)]
+    plans = [phantoms.phantom_plan(np.random.default_rng(seed), seed) for seed in range(200)]
     none = sum(sum(v) == 0 for v, _ in plans)
     no_et = sum(sum(v) > 0 and v[2] == 0 for v, _ in plans)
     no_ncr = sum(sum(v) > 0 and v[0] == 0 for v, _ in plans)
@@ -68,11 +71,11 @@ def test_grades_vary():
     assert (centres.std(0) > 10).all(), "tumours must not all sit in one place"
 
 
-@pytest.mark.parametrize("scanner", sorted(bs.SCANNERS))
+@pytest.mark.parametrize("scanner", sorted(phantoms.SCANNERS))
 def test_tissue_brightness_is_in_the_order_of_life(scanner):
     """T1: white > grey > CSF. T2: CSF > grey > white. FLAIR: ED > grey > CSF. T1ce: ET > white."""
     for seed in range(4):
-        images, labels, share = bs.phantom(seed, scanner)
+        images, labels, share = phantoms.phantom(seed, scanner)
         pure = {k: (part > 0.75) & (images[0] > 0) for k, part in share.items()}
         mean = {m: {k: images[c][mask].mean() for k, mask in pure.items() if mask.sum() > 50}
                 for c, m in enumerate(bs.MODALITIES)}
@@ -86,11 +89,14 @@ def test_tissue_brightness_is_in_the_order_of_life(scanner):
 
 
 def test_signal_equations_by_hand():
-    """Spin echo and inversion recovery, and what gadolinium does, against numbers worked by hand."""
-    assert np.isclose(bs.mr_signal("t1", (500, 10), 500, 100, 1.0), (1 - np.exp(-1)) * np.exp(-0.1))
-    nulled = bs.mr_signal("flair", (1e9, 0, 1000 * np.log(2)), 1000, 100, 1.0)
+    """Spin echo and inversion recovery, and what gadolinium does, against numbers worked by
+    hand."""
+    assert np.isclose(phantoms.mr_signal("t1", (500, 10), 500, 100, 1.0), (1 - np.exp(-1))
+                      * np.exp(-0.1))
+    nulled = phantoms.mr_signal("flair", (1e9, 0, 1000 * np.log(2)), 1000, 100, 1.0)
     assert np.isclose(nulled, 0, atol=1e-9), "at TI = T1 ln 2 the signal is nulled"
-    assert np.isclose(bs.mr_signal("t1ce", (500, 0), 1000, 100, 1.0, leak=1.0), 1 - np.exp(-1))
+    assert np.isclose(phantoms.mr_signal("t1ce", (500, 0), 1000, 100, 1.0, leak=1.0), 1
+                      - np.exp(-1))
 
 
 def test_heads_have_the_size_of_heads(heads):
@@ -102,7 +108,8 @@ def test_heads_have_the_size_of_heads(heads):
                   (((1, 2), 2.0), ((0, 2), 2.0), ((0, 1), 2.4))]
         assert 120 < extent[0] < 155 and 145 < extent[1] < 190 and 110 < extent[2] < 155
         part = {k: share[k][brain].sum() / brain.sum() for k in ("CSF", "grey", "white")}
-        assert 0.08 < part["CSF"] < 0.32 and 0.25 < part["grey"] < 0.55 and 0.2 < part["white"] < 0.5, part
+        assert 0.08 < part["CSF"] < 0.32 and 0.25 < part["grey"] < 0.55 and 0.2 < part[
+            "white"] < 0.5, part
 
 
 def test_cortex_is_folded(heads):
@@ -132,11 +139,11 @@ def test_tumour_structure():
     whole tumour grows in that order in most single tumours."""
     right = counted = 0
     for seed in range(30):
-        (ncr, ed, et), foci = bs.phantom_plan(np.random.default_rng(seed), seed)
+        (ncr, ed, et), foci = phantoms.phantom_plan(np.random.default_rng(seed), seed)
         if min(ncr, ed, et) < 2 or len(foci) > 1 or counted == 8:
             continue
-        labels, counted = bs.phantom(seed)[1], counted + 1
-        where = [np.argwhere(labels == k) * bs.PHANTOM_SPACING for k in (1, 2, 3)]
+        labels, counted = phantoms.phantom(seed)[1], counted + 1
+        where = [np.argwhere(labels == k) * phantoms.PHANTOM_SPACING for k in (1, 2, 3)]
         core = np.concatenate([where[0], where[2]]).mean(0)
         ncr_d, ed_d, et_d = [np.linalg.norm(w - core, axis=1).mean() for w in where]
         right += ncr_d < et_d < ed_d
@@ -144,7 +151,8 @@ def test_tumour_structure():
 
 
 def test_air_is_exactly_zero_and_scans_differ(heads):
-    """Outside the brain nothing, as after skull stripping; gains and noise differ from scan to scan."""
+    """Outside the brain nothing, as after skull stripping; gains and noise differ from scan to
+    scan."""
     images = heads[0][0]
     brain = images[0] > 0
     assert all(not image[~brain].any() for image in images) and images.min() == 0

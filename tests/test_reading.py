@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import nifti, phantoms, slices
 
 
 def copy_case(case, folder, change=lambda name, image: image):
@@ -17,12 +18,12 @@ def copy_case(case, folder, change=lambda name, image: image):
     target.mkdir(parents=True)
     for name, path in case.files.items():
         nib.save(change(name, nib.load(path)), target / path.name)
-    return bs.find_cases(folder)[0]
+    return nifti.find_cases(folder)[0]
 
 
 def test_both_naming_generations_are_found(phantom_folder):
     """The default data mixes both, so that a first run already proves the reader."""
-    cases = bs.find_cases(phantom_folder)
+    cases = nifti.find_cases(phantom_folder)
     assert len(cases) == 12 and {c.modern for c in cases} == {True, False}
     assert all(set(c.files) == {*bs.MODALITIES, "seg"} for c in cases)
     axes = {nib.aff2axcodes(nib.load(c.files["t1"]).affine) for c in cases}
@@ -31,38 +32,42 @@ def test_both_naming_generations_are_found(phantom_folder):
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_headers_lps_and_ras_agree_voxel_for_voxel(phantom_folder, seed, tmp_path):
-    """Seeds 2 and 3 are stored LPS; read, they are the phantom itself, and a RAS copy reads equal."""
+    """Seeds 2 and 3 are stored LPS; read, they are the phantom itself, and a RAS copy reads
+    equal."""
     name = f"BraTS-PHA-{seed:05d}-000" if seed % 2 == 0 else f"BraTS20_Phantom_{seed:05d}"
-    case = next(c for c in bs.find_cases(phantom_folder) if c.case == name)
-    scans, labels, affine = bs.read_case(case)
-    truth = bs.phantom(seed)
-    assert np.array_equal(labels, truth[1]) and np.corrcoef(scans[0].ravel(), truth[0][0].ravel())[0, 1] > 0.9999
+    case = next(c for c in nifti.find_cases(phantom_folder) if c.case == name)
+    scans, labels, affine = nifti.read_case(case)
+    truth = phantoms.phantom(seed)
+    assert np.array_equal(labels, truth[1]) and np.corrcoef(scans[0].ravel(), truth[0][0].ravel())[
+        0, 1] > 0.9999
     other = copy_case(case, tmp_path, lambda n, image: nib.as_closest_canonical(image))
-    again = bs.read_case(other)
-    assert np.array_equal(scans, again[0]) and np.array_equal(labels, again[1]) and np.allclose(affine, again[2])
+    again = nifti.read_case(other)
+    assert np.array_equal(scans, again[0]) and np.array_equal(labels, again[1]) and np.allclose(
+        affine, again[2])
 
 
 def test_plain_nii_and_nii_gz_read_equal(phantom_folder, tmp_path):
     """Uncompressed files, and plain ones that are only named .gz, are the same volume."""
-    path = bs.find_cases(phantom_folder)[0].files["t1"]
+    path = nifti.find_cases(phantom_folder)[0].files["t1"]
     raw = gzip.decompress(path.read_bytes())
     for name in ("a.nii", "b.nii.gz"):
         (tmp_path / name).write_bytes(raw)
-        assert np.array_equal(bs.read_nifti(tmp_path / name)[0], bs.read_nifti(path)[0])
+        assert np.array_equal(nifti.read_nifti(tmp_path / name)[0], nifti.read_nifti(path)[0])
 
 
 def test_label_conventions():
     """ET is 4 in old names and 3 in new ones; 4 beside 3, or in new names, is a cavity: refused."""
     old, new = np.array([[[0, 1, 2, 4]]]), np.array([[[0, 1, 2, 3]]])
     expected = new.astype(np.uint8)
-    assert np.array_equal(bs.standard_labels(old, modern=False), expected)
-    assert np.array_equal(bs.standard_labels(new, modern=True), expected)
-    assert np.array_equal(bs.standard_labels(new, modern=False), expected)
-    assert np.array_equal(bs.standard_labels(new * 0.999, modern=True), expected), "1.998 is 2, not 1"
+    assert np.array_equal(nifti.standard_labels(old, modern=False), expected)
+    assert np.array_equal(nifti.standard_labels(new, modern=True), expected)
+    assert np.array_equal(nifti.standard_labels(new, modern=False), expected)
+    assert np.array_equal(nifti.standard_labels(new * 0.999, modern=True),
+                          expected), "1.998 is 2, not 1"
     for bad, modern in ((old, True), (np.array([[[3, 4]]]), False), (np.array([[[0, 255]]]), False),
                         (np.array([[[-1, 1]]]), False), (new * 0.5, False)):
         with pytest.raises(bs.BadInput):
-            bs.standard_labels(bad, modern)
+            nifti.standard_labels(bad, modern)
 
 
 def damage(kind, raw):
@@ -73,52 +78,52 @@ def damage(kind, raw):
             "web page": b"<html>not found</html>", "checksum missing": raw[:-8]}[kind]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "bit flipped", "empty", "web page", "checksum missing"])
+@pytest.mark.parametrize("kind", ["truncated", "bit flipped", "empty", "web page",
+                                  "checksum missing"])
 def test_damaged_files_are_named(phantom_folder, tmp_path, kind):
     """Common readers return wrong voxels for these, in silence."""
     path = tmp_path / "X_t1.nii.gz"
-    path.write_bytes(damage(kind, bs.find_cases(phantom_folder)[0].files["t1"].read_bytes()))
+    path.write_bytes(damage(kind, nifti.find_cases(phantom_folder)[0].files["t1"].read_bytes()))
     with pytest.raises(bs.BadInput, match="X_t1.nii.gz"):
-        bs.read_nifti(path)
+        nifti.read_nifti(path)
 
 
 def with_data(image, change):
     return nib.Nifti1Image(change(np.asanyarray(image.dataobj)), image.affine)
 
 
-FAULTS = {
-    "NaN": lambda n, i: with_data(i, lambda d: np.where(d > d.max() - 1, np.nan, d)) if n == "t2" else i,
-    "4-D": lambda n, i: with_data(i, lambda d: np.stack([d, d], -1)) if n == "t2" else i,
-    "constant": lambda n, i: with_data(i, lambda d: d * 0) if n == "t2" else i,
-    "shape": lambda n, i: with_data(i, lambda d: d[:-1]) if n == "t2" else i,
-    "moved labels": lambda n, i: (nib.Nifti1Image(np.asanyarray(i.dataobj), i.affine + np.eye(4) * 3)
-                                  if n == "seg" else i),
-    "labels 0/255": lambda n, i: with_data(i, lambda d: (d > 0).astype(np.uint8) * 255) if n == "seg" else i,
-}
+FAULTS = {"NaN": lambda n, i: with_data(i, lambda d: np.where(d > d.max() - 1, np.nan, d)) if n
+          == "t2" else i, "4-D": lambda n, i: with_data(i, lambda d: np.stack([d, d], -1)) if n
+          == "t2" else i, "constant": lambda n, i: with_data(i, lambda d: d * 0) if n == "t2"
+          else i, "shape": lambda n, i: with_data(i, lambda d: d[:-1]) if n == "t2" else i,
+          "moved labels": lambda n, i: (nib.Nifti1Image(np.asanyarray(i.dataobj), i.affine
+                                                        + np.eye(4) * 3) if n == "seg" else i),
+          "labels 0/255": lambda n, i: with_data(i, lambda d: (d > 0).astype(np.uint8) * 255) if n
+          == "seg" else i,}
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_inconsistent_cases_are_refused(phantom_folder, tmp_path, fault):
     """Each fault is a sentence that names the file, before anything is trained on it."""
     with pytest.raises(bs.BadInput, match="BraTS"):
-        bs.read_case(copy_case(bs.find_cases(phantom_folder)[0], tmp_path, FAULTS[fault]))
+        nifti.read_case(copy_case(nifti.find_cases(phantom_folder)[0], tmp_path, FAULTS[fault]))
 
 
 def test_missing_and_double_files_are_refused(phantom_folder, tmp_path):
     """No such folder, an empty one, a missing modality, and one case in two folders."""
-    source = bs.find_cases(phantom_folder)[0].files["seg"].parent
+    source = nifti.find_cases(phantom_folder)[0].files["seg"].parent
     with pytest.raises(bs.BadInput, match="no such folder"):
-        bs.find_cases(tmp_path / "nowhere")
+        nifti.find_cases(tmp_path / "nowhere")
     with pytest.raises(bs.BadInput, match="no BraTS case"):
-        bs.find_cases(tmp_path)
+        nifti.find_cases(tmp_path)
     shutil.copytree(source, tmp_path / "a" / source.name)
     shutil.copytree(source, tmp_path / "b" / source.name)
     with pytest.raises(bs.BadInput, match="is also in"):
-        bs.find_cases(tmp_path)
+        nifti.find_cases(tmp_path)
     shutil.rmtree(tmp_path / "b")
     next((tmp_path / "a").rglob("*t1c*")).unlink()
     with pytest.raises(bs.BadInput, match="has no t1ce"):
-        bs.find_cases(tmp_path)
+        nifti.find_cases(tmp_path)
 
 
 def test_brain_mask_is_what_differs_from_air():
@@ -128,9 +133,9 @@ def test_brain_mask_is_what_differs_from_air():
     truth[3:9, 4:11, 2:8] = True
     for air in (0.0, -3.7):
         scan = np.where(truth, rng.normal(1, 0.2, truth.shape), air).astype(np.float32)
-        assert np.array_equal(bs.brain_mask(scan[None]), truth)
+        assert np.array_equal(slices.brain_mask(scan[None]), truth)
     with pytest.raises(bs.BadInput, match="skull"):
-        bs.brain_mask(rng.normal(1, 0.2, (1, 12, 14, 10)).astype(np.float32))
+        slices.brain_mask(rng.normal(1, 0.2, (1, 12, 14, 10)).astype(np.float32))
 
 
 def test_scaling_is_robust_and_ignores_units():
@@ -139,25 +144,27 @@ def test_scaling_is_robust_and_ignores_units():
     rng = np.random.default_rng(0)
     scan = rng.normal(100, 20, (20, 20, 20)).clip(1).astype(np.float32)
     brain = np.ones(scan.shape, bool)
-    plain = bs.scale_to_bytes(scan, brain, 100)
+    plain = slices.scale_to_bytes(scan, brain, 100)
     hot = scan.copy()
     hot[0, 0, 0] = 1e6
-    assert np.abs(bs.scale_to_bytes(hot, brain, 100) - plain)[1:].max() < 2
-    assert np.allclose(bs.scale_to_bytes(scan * 7, brain, 100), plain, atol=0.05)
+    assert np.abs(slices.scale_to_bytes(hot, brain, 100) - plain)[1:].max() < 2
+    assert np.allclose(slices.scale_to_bytes(scan * 7, brain, 100), plain, atol=0.05)
     assert plain.max() == 255 and abs(np.median(plain) - 100) < 0.1
     assert np.allclose((plain / scan)[plain < 100], 100 / np.median(scan), rtol=1e-3)
     order = np.argsort(scan.ravel())
     assert (np.diff(plain.ravel()[order]) >= 0).all(), "brighter stays brighter"
-    z = bs.scale_to_bytes((scan - 100) / 20, brain, 100)
-    assert np.allclose(bs.scale_to_bytes((scan - 100) * 3 - 40, brain, 100), z, atol=0.05)
+    z = slices.scale_to_bytes((scan - 100) / 20, brain, 100)
+    assert np.allclose(slices.scale_to_bytes((scan - 100) * 3 - 40, brain, 100), z, atol=0.05)
 
 
 def test_area_weights_by_hand():
-    """Four pixels to two: plain means. Six to four: overlaps of 1.5 pixels. Outside counts as zero."""
-    assert bs.area_weights(4, 2, 0, 2).tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
-    assert np.allclose(bs.area_weights(6, 4, 0, 1.5)[1], [0, 1 / 3, 2 / 3, 0, 0, 0])
-    assert bs.area_weights(2, 2, -1, 2).tolist() == [[0.5, 0], [0, 0.5]]
-    assert np.allclose(bs.area_weights(7, 20, -1.5, 0.5).sum(1)[3:17], 1), "enlarging keeps the level"
+    """Four pixels to two: plain means. Six to four: overlaps of 1.5 pixels. Outside counts as
+    zero."""
+    assert slices.area_weights(4, 2, 0, 2).tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
+    assert np.allclose(slices.area_weights(6, 4, 0, 1.5)[1], [0, 1 / 3, 2 / 3, 0, 0, 0])
+    assert slices.area_weights(2, 2, -1, 2).tolist() == [[0.5, 0], [0, 0.5]]
+    assert np.allclose(slices.area_weights(7, 20, -1.5, 0.5).sum(1)[3:17],
+                       1), "enlarging keeps the level"
 
 
 @pytest.mark.parametrize("resolution", [24, 64, 97])
@@ -170,22 +177,24 @@ def test_a_landmark_keeps_its_place_in_mm(resolution):
     x, y, z = np.meshgrid(*map(np.arange, (110, 150, 40)), indexing="ij")
     brain = ((x - 52) / 45) ** 2 + ((y - 77) / 68) ** 2 + ((z - 20) / 18) ** 2 < 1
     ball = ((x - 30) * 1.1) ** 2 + ((y - 99) * 0.9) ** 2 + ((z - 24) * 2.0) ** 2 < 12 ** 2
-    grid = bs.Grid.over(brain, affine, resolution, 192.0)
-    small = bs.from_slices(grid.shrink(bs.to_slices(ball)))
-    centre = lambda volume, a: a @ [*(np.stack(np.nonzero(volume)) * volume[volume > 0]).sum(1) / volume.sum(), 1]
+    grid = slices.Grid.over(brain, affine, resolution, 192.0)
+    small = slices.from_slices(grid.shrink(slices.to_slices(ball)))
+    centre = lambda volume, a: a @ [*(np.stack(np.nonzero(volume)) * volume[volume > 0]).sum(1)
+                                    / volume.sum(), 1]
     assert small.shape == (resolution, resolution, 40)
-    assert np.allclose(centre(ball.astype(float), affine), centre(small, grid.model_affine()), atol=0.05)
-    assert np.isclose(small.sum() * np.linalg.det(grid.model_affine()[:3, :3]),
-                      ball.sum() * np.linalg.det(affine[:3, :3]), rtol=0.001), "volume in mm^3 is kept"
+    assert np.allclose(centre(ball.astype(float), affine), centre(small, grid.model_affine()),
+                       atol=0.05)
+    assert np.isclose(small.sum() * np.linalg.det(grid.model_affine()[:3, :3]), ball.sum()
+                      * np.linalg.det(affine[:3, :3]), rtol=0.001), "volume in mm^3 is kept"
 
 
 def test_growing_back_undoes_shrinking_where_images_are_smooth():
     """--native: a smooth volume survives the way to the model's grid and back."""
     x, y, z = np.meshgrid(*map(np.arange, (96, 96, 5)), indexing="ij")
     brain = (x - 48) ** 2 + (y - 48) ** 2 < 40 ** 2
-    grid = bs.Grid.over(brain, np.diag([2.0, 2.0, 2.4, 1.0]), 64, 192.0)
-    smooth = bs.to_slices(np.sin(x / 15) + np.cos(y / 12))
-    inside = bs.to_slices(brain)
+    grid = slices.Grid.over(brain, np.diag([2.0, 2.0, 2.4, 1.0]), 64, 192.0)
+    smooth = slices.to_slices(np.sin(x / 15) + np.cos(y / 12))
+    inside = slices.to_slices(brain)
     assert np.abs(grid.grow(grid.shrink(smooth)) - smooth)[inside].max() < 0.05
 
 
@@ -193,19 +202,20 @@ def test_slices_are_drawn_as_radiologists_look_at_them():
     """Row 0 is the front, column 0 the patient's right; from_slices is the way back."""
     volume = np.zeros((3, 4, 5))
     volume[2, 3, 1] = 1                          # most right, most front, second slice
-    slices = bs.to_slices(volume)
-    assert slices.shape == (5, 4, 3) and slices[1, 0, 0] == 1
-    assert np.array_equal(bs.from_slices(slices), volume)
+    turned = slices.to_slices(volume)
+    assert turned.shape == (5, 4, 3) and turned[1, 0, 0] == 1
+    assert np.array_equal(slices.from_slices(turned), volume)
     four = np.arange(120).reshape(2, 3, 4, 5)
-    assert np.array_equal(bs.from_slices(bs.to_slices(four)), four)
+    assert np.array_equal(slices.from_slices(slices.to_slices(four)), four)
 
 
 def test_prepared_slices_are_black_outside_and_labelled_inside(phantom_folder):
     """Air is exactly 0; labels are untouched where the grid fits and keep their volume
     roughly where it does not; position runs from -1 to 1."""
-    for case in bs.find_cases(phantom_folder)[:4]:
-        got = bs.prepare_case(case, 96, 192.0, "tumour")
-        assert not got["images"].transpose(0, 2, 3, 1)[got["classes"] == 0].any() and got["cut"] < 0.002
+    for case in nifti.find_cases(phantom_folder)[:4]:
+        got = slices.prepare_case(case, 96, 192.0, "tumour")
+        assert not got["images"].transpose(0, 2, 3, 1)[got["classes"] == 0].any() and got[
+            "cut"] < 0.002
         for label in (1, 2, 3):
             before, after = (got["labels"] == label).sum(), (got["classes"] == label + 1).sum()
             assert abs(after - before) <= 0.15 * before + 5
@@ -216,31 +226,33 @@ def test_prepared_slices_are_black_outside_and_labelled_inside(phantom_folder):
 def test_tissue_clusters_find_the_phantoms_tissue(phantom_folder):
     """CSF, grey and white by k-means overlap what the phantom was built from, in that order."""
     for seed in (4, 5):
-        images, labels, share = bs.phantom(seed)
+        images, labels, share = phantoms.phantom(seed)
         brain = images[0] > 0
-        found = bs.tissue_clusters(images, brain & (labels == 0))
+        found = slices.tissue_clusters(images, brain & (labels == 0))
         for value, name in ((1, "CSF"), (2, "grey"), (3, "white")):
             pure = (share[name] > 0.75) & (labels == 0) & brain
-            assert (found[pure] == value).mean() > 0.8, f"{name}: {(found[pure] == value).mean():.2f}"
+            assert (found[pure]
+                    == value).mean() > 0.8, f"{name}: {(found[pure] == value).mean():.2f}"
         assert not found[~brain].any() and not found[labels > 0].any()
 
 
 def test_tissue_clusters_survive_bright_eyes():
     """Outliers left by a coarse skull strip must not become a cluster of their own."""
-    images, labels, share = bs.phantom(4)
+    images, labels, share = phantoms.phantom(4)
     brain = images[0] > 0
-    plain = bs.tissue_clusters(images, brain & (labels == 0))
+    plain = slices.tissue_clusters(images, brain & (labels == 0))
     for image in images:
         image[(np.indices(brain.shape)[1] > 84) & brain] = 2 * image.max()
-    eyes = bs.tissue_clusters(images, brain & (labels == 0))
+    eyes = slices.tissue_clusters(images, brain & (labels == 0))
     same = np.indices(brain.shape)[1] <= 84
     assert (plain == eyes)[same & brain].mean() > 0.9
 
 
 def test_patients_of_all_namings():
     """Time points belong together; case numbers do not."""
-    patient = lambda name: bs.Case(name, {}, True).patient
-    assert patient("BraTS-GLI-00012-000") == patient("BraTS-GLI-00012-001") != patient("BraTS-GLI-00013-000")
+    patient = lambda name: nifti.Case(name, {}, True).patient
+    assert patient("BraTS-GLI-00012-000") == patient("BraTS-GLI-00012-001") != patient(
+        "BraTS-GLI-00013-000")
     assert patient("Brats18_TCIA01_201_1") == patient("Brats18_TCIA01_201_2")
     assert patient("BraTS2021_00001") != patient("BraTS2021_00002")
     assert patient("BraTS20_Training_001") != patient("BraTS20_Training_002")
@@ -248,8 +260,9 @@ def test_patients_of_all_namings():
 
 def test_no_patient_in_two_splits(tmp_path):
     """By patient, never by slice or scan: else a test case's twin is trained on."""
-    cases = [bs.Case(f"BraTS-GLI-{n:05d}-{t:03d}", {}, True) for n in range(40) for t in range(1 + n % 3)]
-    split = bs.split_patients(cases)
+    cases = [nifti.Case(f"BraTS-GLI-{n:05d}-{t:03d}", {}, True) for n in range(40)
+             for t in range(1 + n % 3)]
+    split = slices.split_patients(cases)
     members = {part: {c.patient for c in some} for part, some in split.items()}
     assert not members["train"] & members["test"] and not members["train"] & members["val"]
     assert not members["val"] & members["test"] and sum(map(len, members.values())) == 40
@@ -257,43 +270,45 @@ def test_no_patient_in_two_splits(tmp_path):
     bad = tmp_path / "split.json"
     bad.write_text(json.dumps({"train": ["BraTS-GLI-00001-000"], "test": ["BraTS-GLI-00001-001"]}))
     with pytest.raises(bs.BadInput, match="BraTS-GLI-00001"):
-        bs.split_patients(cases, bad)
+        slices.split_patients(cases, bad)
 
 
 def test_a_split_file_overrides(tmp_path):
     """Patients or cases by name; what it does not name is left out; unknown names are errors."""
-    cases = [bs.Case(f"BraTS-GLI-{n:05d}-000", {}, True) for n in range(6)]
+    cases = [nifti.Case(f"BraTS-GLI-{n:05d}-000", {}, True) for n in range(6)]
     path = tmp_path / "split.json"
     wanted = {"train": ["BraTS-GLI-00003", "BraTS-GLI-00000-000"], "val": ["BraTS-GLI-00001-000"]}
     path.write_text(json.dumps(wanted))
-    split = bs.split_patients(cases, path)
+    split = slices.split_patients(cases, path)
     assert [c.case[10:15] for c in split["train"]] == ["00000", "00003"]
     assert len(split["val"]) == 1 and not split["test"]
     path.write_text(json.dumps({"train": ["NOBODY"]}))
     with pytest.raises(bs.BadInput, match="NOBODY"):
-        bs.split_patients(cases, path)
+        slices.split_patients(cases, path)
     path.write_text("{")
     with pytest.raises(bs.BadInput, match="split.json"):
-        bs.split_patients(cases, path)
+        slices.split_patients(cases, path)
 
 
 def test_the_cache_is_reused_until_something_changes(phantom_folder, tmp_path):
     """Built once; a touched file, another size or another split makes a new one."""
-    cases, said = bs.find_cases(phantom_folder)[:6], []
-    build = lambda size=16: bs.build_cache(cases, tmp_path, size, 192.0, "tumour", say=said.append)
+    cases, said = nifti.find_cases(phantom_folder)[:6], []
+    build = lambda size=16: slices.build_cache(cases, tmp_path, size, 192.0, "tumour",
+                                               say=said.append)
     first = build()
     assert len(said) == 1 and build().path == first.path and len(said) == 1
     assert build(20).path != first.path
     split = tmp_path / "split.json"
     split.write_text(json.dumps({"train": [c.case for c in cases]}))
-    assert bs.build_cache(cases, tmp_path, 16, 192.0, "tumour", bs.split_patients(cases, split), said.append).path != first.path
+    assert slices.build_cache(cases, tmp_path, 16, 192.0, "tumour",
+                              slices.split_patients(cases, split), said.append).path != first.path
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_cache_gives_back_the_slices(cache, phantom_folder):
     """Row for row what prepare_case made; slices without brain are left out; air is exactly -1."""
-    entry, case = cache.cases[3], bs.find_cases(phantom_folder)[3]
-    got = bs.prepare_case(case, 24, 192.0, "tumour")
+    entry, case = cache.cases[3], nifti.find_cases(phantom_folder)[3]
+    got = slices.prepare_case(case, 24, 192.0, "tumour")
     keep = (got["classes"] > 0).mean((1, 2)) > 0.01
     x0, classes, position = cache.batch(np.arange(entry["first"], entry["first"] + entry["count"]))
     assert torch.equal(classes, torch.from_numpy(got["classes"][keep]).long())
@@ -306,4 +321,5 @@ def test_the_cache_gives_back_the_slices(cache, phantom_folder):
 def test_parts_of_the_cache_do_not_meet(cache):
     """Train, val and test rows are disjoint and cover everything."""
     parts = [cache.part(p) for p in ("train", "val", "test")]
-    assert sorted(np.concatenate(parts)) == list(range(len(cache.rows))) and all(len(p) for p in parts)
+    assert sorted(np.concatenate(parts)) == list(range(len(cache.rows))) and all(len(p)
+                                                                                 for p in parts)

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 import brainsyn as bs
+from kit import nifti, slices
 from test_scripts import run, sources_of
 
 
 def test_real_cases_read_and_tell_tissue_apart(real_folder):
-    """Every fifth case: outline, labels and tissue clusters are sane, also where eyes or dura remain."""
-    for case in bs.find_cases(real_folder)[::5]:
-        got = bs.prepare_case(case, 64, 192.0, "tissue")
+    """Every fifth case: outline, labels and tissue clusters are sane, also where eyes or dura
+    remain."""
+    for case in nifti.find_cases(real_folder)[::5]:
+        got = slices.prepare_case(case, 64, 192.0, "tissue")
         share = np.bincount(got["classes"].ravel(), minlength=7)[1:] / (got["classes"] > 0).sum()
         assert (share[:3] > 0.05).all() and share[:3].max() < 0.75, f"{case.case}: CSF, grey, white {share[:3]}"
         litres = got["brain"].sum() * abs(np.linalg.det(got["grid"].affine[:3, :3])) / 1e6
@@ -25,30 +27,34 @@ def test_real_cases_read_and_tell_tissue_apart(real_folder):
 
 def test_real_patients_stay_on_one_side(real_folder):
     """No patient in two parts of the split."""
-    split = bs.split_patients(bs.find_cases(real_folder))
+    split = slices.split_patients(nifti.find_cases(real_folder))
     patients = [{c.patient for c in part} for part in split.values()]
-    assert not patients[0] & patients[1] and not patients[0] & patients[2] and not patients[1] & patients[2]
+    assert not patients[0] & patients[1] and not patients[0] & patients[2] and not patients[
+        1] & patients[2]
 
 
 @pytest.fixture(scope="module")
 def few(real_folder, tmp_path_factory):
     """A folder with copies of six real cases of different years."""
     folder = tmp_path_factory.mktemp("few")
-    cases = bs.find_cases(real_folder)
+    cases = nifti.find_cases(real_folder)
     for case in cases[:: max(1, len(cases) // 6)][:6]:
         shutil.copytree(case.files["seg"].parent, folder / case.case)
     return folder
 
 
 def test_a_short_training_and_sampling_on_real_cases(few, tmp_path):
-    """The researcher's two lines, shortened: a run completes and a case is written on both grids."""
-    text = run(tmp_path, "train_ddpm.py", "--data", few, "--resolution", "32", "--steps", "4", "--width", "16",
-               "--batch", "4", "--condition", "tissue", "--out", "runs/real")
+    """The researcher's two lines, shortened: a run completes and a case is written on both
+    grids."""
+    text = run(tmp_path, "train_ddpm.py", "--data", few, "--resolution", "32", "--steps", "4",
+               "--width", "16", "--batch", "4", "--condition", "tissue", "--out", "runs/real")
     assert "step 00004/4" in text
-    run(tmp_path, "sample.py", "--checkpoint", "runs/real", "--labels", few, "--count", "1", "--steps", "2", "--native")
-    made, source = bs.find_cases(tmp_path / "synthetic")[0], sources_of(tmp_path / "synthetic", few)[0]
-    scans, labels, affine = bs.read_case(made)
-    _, truth, truth_affine = bs.read_case(source)
+    run(tmp_path, "sample.py", "--checkpoint", "runs/real", "--labels", few, "--count", "1",
+        "--steps", "2", "--native")
+    made, source = nifti.find_cases(tmp_path / "synthetic")[0], sources_of(tmp_path / "synthetic",
+                                                                           few)[0]
+    scans, labels, affine = nifti.read_case(made)
+    _, truth, truth_affine = nifti.read_case(source)
     assert np.array_equal(labels, truth) and np.allclose(affine, truth_affine, atol=1e-3)
     facts = json.loads((made.files["seg"].parent / f"{made.case}.json").read_text())
-    assert facts["LabelMapSHA256"] == bs.hashes_of(source)[0] and facts["Condition"] == "tissue"
+    assert facts["LabelMapSHA256"] == slices.hashes_of(source)[0] and facts["Condition"] == "tissue"

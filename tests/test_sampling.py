@@ -17,7 +17,8 @@ ALPHA_BAR = bs.cosine_alpha_bar()
 
 
 def best_v(x_t, alpha_bar, mu=MU, c=C):
-    """v_hat for data N(mu, c^2): (signal x_t - E[x0 | x_t]) / sigma, written without the division."""
+    """v_hat for data N(mu, c^2): (signal x_t - E[x0 | x_t]) / sigma, written without the
+    division."""
     signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
     return sigma * (signal * (1 - c * c) * x_t - mu) / (c * c * signal ** 2 + sigma ** 2)
 
@@ -26,7 +27,8 @@ def walk(levels, sampler, x, eta=0.0, dtype=torch.float32):
     """Sample with the best v along alpha_bar `levels`, in float32 or float64."""
     table = bs.sampler_table(levels, sampler, eta).to(dtype)
     noise = lambda i: torch.randn(x.shape, generator=bs.generator("noise", i)).to(dtype)
-    return bs.sample(lambda x, level: best_v(x, float(level)), x.to(dtype), levels, table, noise, clip=False)
+    return bs.sample(lambda x, level: best_v(x, float(level)), x.to(dtype), levels, table, noise,
+                     clip=False)
 
 
 def exact(x, start, end):
@@ -36,7 +38,8 @@ def exact(x, start, end):
 
 
 @pytest.mark.a3
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("ddim", 1), ("dpmpp", 0)])
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("ddim", 1),
+                                          ("dpmpp", 0)])
 def test_samplers_return_the_distribution(sampler, eta):
     """500 steps on Gaussian data: mean and spread come back within 3%."""
     x = walk(ALPHA_BAR[bs.timesteps(500)], sampler, torch.randn(100_000), eta)
@@ -83,12 +86,14 @@ def test_dpmpp_is_second_order_where_log_snr_is_finite():
 def test_dpmpp_beats_ddim_at_twenty_steps():
     """From T to 0, first and last step first order: still closer than DDIM with as many calls."""
     x, levels = torch.linspace(-2, 2, 101), ALPHA_BAR[bs.timesteps(20)]
-    error = {s: (walk(levels, s, x) - exact(x, 0.0, 1.0)).abs().max().item() for s in ("ddim", "dpmpp")}
+    error = {s: (walk(levels, s, x) - exact(x, 0.0, 1.0)).abs().max().item()
+             for s in ("ddim", "dpmpp")}
     assert error["dpmpp"] < 0.5 * error["ddim"], error
 
 
 def reference_ddim(x, visited):
-    """An independent float64 DDIM in angles: one rotation a step, nothing of the library's table."""
+    """An independent float64 DDIM in angles: one rotation a step, nothing of the library's
+    table."""
     for t, s in zip(visited, visited[1:]):
         a, b = math.pi / 2 * t / bs.T, math.pi / 2 * s / bs.T
         level = math.cos(a) ** 2 if t < bs.T else 0.0
@@ -99,8 +104,10 @@ def reference_ddim(x, visited):
 
 @pytest.mark.a3
 def test_uneven_steps_agree_with_an_independent_computation():
-    """`t - T // n` as the previous step is wrong as soon as steps are uneven; ours read the list."""
-    visited, x = [1000, 990, 700, 640, 130, 17, 2, 0], torch.linspace(-2, 2, 11, dtype=torch.float64)
+    """`t - T // n` as the previous step is wrong as soon as steps are uneven; ours read the
+    list."""
+    visited, x = [1000, 990, 700, 640, 130, 17, 2, 0], torch.linspace(-2, 2, 11,
+                                                                      dtype=torch.float64)
     ours = walk(ALPHA_BAR[visited], "ddim", x, dtype=torch.float64)
     assert torch.allclose(ours, reference_ddim(x, visited), atol=2e-6)
 
@@ -110,7 +117,8 @@ def test_uneven_ancestral_steps_have_the_right_posterior():
     """Mean and variance of q(x_s | x_t, x0) by Bayes in float64, from the two Gaussians alone."""
     before, after = float(ALPHA_BAR[700]), float(ALPHA_BAR[130])
     prior_mean, prior_var = math.sqrt(after), 1 - after                 # of x_s given x0 = 1
-    slope, extra = math.sqrt(before / after), 1 - before / after        # x_t = slope x_s + N(0, extra)
+    # x_t = slope x_s + N(0, extra)
+    slope, extra = math.sqrt(before / after), 1 - before / after
     var = 1 / (1 / prior_var + slope ** 2 / extra)
     a, b, c, d = bs.ddpm_step(before, after)
     assert math.isclose(a, var * slope / extra) and math.isclose(b, var * prior_mean / prior_var)
@@ -120,7 +128,8 @@ def test_uneven_ancestral_steps_have_the_right_posterior():
 @pytest.mark.a3
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 1000])
 def test_every_walk_starts_at_T_and_ends_at_zero(steps):
-    """Starting at t < T starts from an image; "leading" spacing with a cosine schedule is known bad."""
+    """Starting at t < T starts from an image; "leading" spacing with a cosine schedule is known
+    bad."""
     visited = bs.timesteps(steps)
     assert visited[0] == bs.T and visited[-1] == 0 and len(visited) == steps + 1
     assert (visited[1:] < visited[:-1]).all()
@@ -134,9 +143,11 @@ def test_every_walk_starts_at_T_and_ends_at_zero(steps):
 def test_clip_keeps_samples_in_range():
     """x0_hat is kept in [-1, 1] when asked, so air cannot drift below black."""
     levels = ALPHA_BAR[bs.timesteps(10)]
-    x = bs.sample(lambda x, t: torch.full_like(x, 3.0), torch.randn(50), levels, bs.sampler_table(levels))
+    x = bs.sample(lambda x, t: torch.full_like(x, 3.0), torch.randn(50), levels,
+                  bs.sampler_table(levels))
     assert x.min() >= -1 and x.max() <= 1
-    first = bs.sample(lambda x, t: torch.tensor([5.0, 0.5, -5.0]), torch.zeros(3), levels[:2], bs.sampler_table([0.0, 1.0]))
+    first = bs.sample(lambda x, t: torch.tensor([5.0, 0.5, -5.0]), torch.zeros(3), levels[:2],
+                      bs.sampler_table([0.0, 1.0]))
     assert first.tolist() == [-1, -0.5, 1], "x0_hat is -v at T"
 
 
@@ -163,7 +174,8 @@ def test_guidance_scale_one_costs_one_call():
 
 @pytest.mark.a3
 def test_guidance_extrapolates_from_null_to_condition():
-    """v_null + scale (v_cond - v_null), by hand: null gives x/2, condition x/2 + 1, scale 3 x/2 + 3."""
+    """v_null + scale (v_cond - v_null), by hand: null gives x/2, condition x/2 + 1, scale 3 x/2 +
+    3."""
     x, onehot = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24)
     v = bs.guided_v(Counting(), x, None, onehot, torch.zeros(2, 1), 3.0, rescale=0.0)
     assert torch.allclose(v, x * 0.5 + 3, atol=1e-5)
@@ -190,10 +202,12 @@ def make_denoiser():
 def test_batch_size_changes_rounding_only(sampler, monkeypatch):
     """Noise belongs to the case, not to the batch: batch 1 and 4 give one volume (fp32, 1e-4)."""
     monkeypatch.setattr(bs, "uses_bf16", lambda device, precision="auto": False)
-    denoiser, classes, position = make_denoiser(), torch.randint(0, 5, (6, 16, 24)), torch.linspace(-1, 1, 6)
+    denoiser, classes, position = make_denoiser(), torch.randint(0, 5, (6, 16, 24)), torch.linspace(
+        -1, 1, 6)
     settings = {**bs.SAMPLING, "steps": 4, "sampler": sampler, "guidance": 1.5}
-    one, four, other = [bs.sample_volume(dataclasses.replace(denoiser, batch=batch), classes, position, 2.4, key,
-                                         settings) for key, batch in (((0, 7), 1), ((0, 7), 4), ((0, 8), 4))]
+    one, four, other = [bs.sample_volume(dataclasses.replace(denoiser, batch=batch), classes,
+                                         position, 2.4, key, settings) for key,
+                        batch in (((0, 7), 1), ((0, 7), 4), ((0, 8), 4))]
     assert one.shape == (6, 4, 16, 24) and (one - four).abs().max() < 1e-4
     assert (four - other).abs().max() > 0.1, "another case must have other noise"
 
@@ -203,7 +217,8 @@ def test_guidance_acts_in_its_interval_only():
     """An interval no level lies in leaves the unguided sample; the whole range does not."""
     denoiser, classes, position = make_denoiser(), torch.randint(0, 5, (2, 16, 24)), torch.zeros(2)
     torch.nn.init.normal_(denoiser.net.conv_in.weight, std=0.2)
-    run = lambda **s: bs.sample_volume(denoiser, classes, position, 1.0, (0, 0), {**bs.SAMPLING, "steps": 4, **s})
+    run = lambda **s: bs.sample_volume(denoiser, classes, position, 1.0, (0, 0),
+                                       {**bs.SAMPLING, "steps": 4, **s})
     plain = run()
     assert torch.equal(plain, run(guidance=3.0, interval=(0.9, 0.91)))
     assert not torch.equal(plain, run(guidance=3.0, interval=(0.0, 1.0)))
@@ -216,9 +231,11 @@ def test_volume_noise_is_standard_and_correlated_as_promised(coherence):
     noise = bs.volume_noise((0, 1), (24, 2, 60, 80), coherence, thickness=2.0).flatten(1)
     assert noise.std(1).sub(1).abs().max() < 0.05 and noise.mean(1).abs().max() < 0.05
     for apart in (1, 2, 4):
-        seen = torch.stack([(noise[i] * noise[i + apart]).mean() for i in range(6, 14)]).mean().item()
+        seen = torch.stack([(noise[i] * noise[i + apart]).mean() for i in range(6, 14)]).mean(
+            ).item()
         expected = math.exp(-((2.0 * apart) ** 2) / (2 * coherence ** 2)) if coherence else 0.0
-        assert abs(seen - expected) < 0.03, f"slices {apart} apart: {seen:.3f}, expected {expected:.3f}"
+        assert abs(seen
+                   - expected) < 0.03, f"slices {apart} apart: {seen:.3f}, expected {expected:.3f}"
 
 
 def test_generators_depend_on_their_key_alone():

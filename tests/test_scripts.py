@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import nifti, phantoms, runs, slices, writing
 import sample
 import train_ddpm
 from nursery import run_script
 
 ROOT = Path(bs.__file__).parent
-SHORT = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch", "4",
-         "--sample-every", "4", "--seed", "3"]
+SHORT = ["--phantoms", "8", "--resolution", "24", "--width", "16", "--mults", "1", "2", "--batch",
+         "4", "--sample-every", "4", "--seed", "3"]
 
 
 def run(folder, script, *arguments, status=0):
@@ -38,13 +39,16 @@ def trained(tmp_path_factory):
 
 
 def test_training_makes_everything_it_promises(trained):
-    """Phantoms, checkpoint, log, curves, pictures and closing figures, directly in the output folder."""
+    """Phantoms, checkpoint, log, curves, pictures and closing figures, directly in the output
+    folder."""
     folder, text = trained
     names = {p.name for p in (folder / "runs/ddpm").iterdir()}
-    assert names == {"checkpoint.pt", "checkpoint.previous.pt", "log.csv", "curves.png", "samples.png",
-                     "closing.json", "sample_000004.png", "sample_000008.png", "sample_000012.png"}
+    assert names == {"checkpoint.pt", "checkpoint.previous.pt", "log.csv", "curves.png",
+                     "samples.png", "closing.json", "sample_000004.png", "sample_000008.png",
+                     "sample_000012.png"}
     assert len(list((folder / "runs/phantoms/A").iterdir())) == 8
-    assert re.search(r"step 00012/12 \| loss \d\.\d{4} \| lr \d\.\de-\d\d \| \d+ img/s \| 0s left", text), text
+    assert re.search(r"step 00012/12 \| loss \d\.\d{4} \| lr \d\.\de-\d\d \| \d+ img/s \| 0s left",
+                     text), text
     assert "\r" not in text and "device " in text
     closing = json.loads((folder / "runs/ddpm/closing.json").read_text())
     for name in ("sampled_t1ce_ET_above_brain", "sampled_flair_ED_above_brain", "sampled_air_black",
@@ -53,19 +57,22 @@ def test_training_makes_everything_it_promises(trained):
 
 
 def test_bad_cases_stop_every_command_unless_left_out(lay_phantoms, tmp_path):
-    """A folder with one truncated scan: neither training begins, and with --skip-bad all three scripts name
-    the case and do without it."""
+    """A folder with one truncated scan: neither training begins, and with --skip-bad all three
+    scripts name the case and do without it."""
     data = lay_phantoms(tmp_path, 6) / "runs/phantoms/A"
     bad = sorted(data.glob("*/*t1n*"))[0]
     bad.write_bytes(bad.read_bytes()[:999])
-    train = ["--data", data.relative_to(tmp_path), "--steps", "2", "--device", "cpu", "--resolution", "32", "--batch", "4"]
+    train = ["--data", data.relative_to(tmp_path), "--steps", "2", "--device", "cpu",
+             "--resolution", "32", "--batch", "4"]
     for script in ("train_ddpm.py", "train_seg.py"):
         text = run(tmp_path, script, *train, status=2)
         assert str(bad.relative_to(tmp_path)) in text and "--skip-bad" in text and "Traceback" not in text, text
     assert not list((tmp_path / "runs").glob("*/*.pt"))
-    text = run(tmp_path, "train_ddpm.py", *train, "--skip-bad", "--width", "16", "--mults", "1", "2", "--sample-every", "0")
+    text = run(tmp_path, "train_ddpm.py", *train, "--skip-bad", "--width", "16", "--mults", "1",
+               "2", "--sample-every", "0")
     assert "left out: 1 rejected, 5 cases are used" in text, text
-    assert "left out: 1 rejected, 5 cases are used" in run(tmp_path, "train_seg.py", *train, "--skip-bad")
+    assert "left out: 1 rejected, 5 cases are used" in run(tmp_path, "train_seg.py", *train,
+                                                           "--skip-bad")
     make = ["--labels", data, "--count", "6", "--steps", "1", "--device", "cpu"]
     text = run(tmp_path, "sample.py", *make, "--skip-bad")
     assert "left out: 1 rejected, 5 cases are used" in text, text
@@ -74,28 +81,32 @@ def test_bad_cases_stop_every_command_unless_left_out(lay_phantoms, tmp_path):
 
 def test_the_checkpoint_holds_all_that_sampling_needs(trained):
     """Network, weights, EMA, schedule, names and grid; loaded without running any code."""
-    state = bs.load_checkpoint(trained[0] / "runs/ddpm")
+    state = runs.load_checkpoint(trained[0] / "runs/ddpm")
     assert state["step"] == 12 and state["classes"] == list(bs.CONDITIONS["tumour"])
     assert state["modalities"] == list(bs.MODALITIES) and state["args"]["width"] == 16
-    cases = bs.find_cases(trained[0] / "runs/phantoms/A")
-    split = bs.split_patients(cases)
-    hashes = {part: {digest for c in split[part] for digest in bs.hashes_of(c)} for part in split}
-    assert set(state["trained_on"]) == hashes["train"] and not hashes["test"] & set(state["trained_on"])
+    cases = nifti.find_cases(trained[0] / "runs/phantoms/A")
+    split = slices.split_patients(cases)
+    hashes = {part: {digest for c in split[part] for digest in slices.hashes_of(c)}
+              for part in split}
+    assert set(state["trained_on"]) == hashes["train"] and not hashes["test"] & set(
+        state["trained_on"])
 
 
 def test_the_same_command_again_changes_nothing(trained):
     """A finished run is resumed at its end: same weights, no second set of log lines."""
     folder, _ = trained
-    digest = lambda: {(part, k): hashlib.sha256(v.numpy().tobytes()).hexdigest() for part in ("ema", "weights")
-                      for k, v in bs.load_checkpoint(folder / "runs/ddpm")[part].items()}
-    before, log = digest(), bs.read_log(folder / "runs/ddpm/log.csv")
+    digest = lambda: {(part, k): hashlib.sha256(v.numpy().tobytes()).hexdigest()
+                      for part in ("ema", "weights") for k,
+                      v in runs.load_checkpoint(folder / "runs/ddpm")[part].items()}
+    before, log = digest(), runs.read_log(folder / "runs/ddpm/log.csv")
     text = run(folder, "train_ddpm.py", *SHORT, "--steps", "12")
     assert "resumed" in text and "step 00012/12 |" not in text and digest() == before
-    assert bs.read_log(folder / "runs/ddpm/log.csv") == log and log[-1]["step"] == 12
+    assert runs.read_log(folder / "runs/ddpm/log.csv") == log and log[-1]["step"] == 12
 
 
 def test_another_run_is_never_mixed_in(trained):
-    """Other settings in the same folder: one sentence that names them, status 2, nothing touched."""
+    """Other settings in the same folder: one sentence that names them, status 2, nothing
+    touched."""
     folder, _ = trained
     before = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
     text = run(folder, "train_ddpm.py", *SHORT, "--steps", "12", "--width", "32", status=2)
@@ -111,13 +122,15 @@ def test_minutes_bound_a_run(trained):
 
 
 def test_the_loss_has_the_same_say_at_every_noise_level(trained):
-    """Before anything is learned, errors in units of the prior's own are about as large in every quarter of t; plain
-    errors of v are many times smaller where noise is strong and all of the anatomy is decided."""
+    """Before anything is learned, errors in units of the prior's own are about as large in every
+    quarter of t; plain errors of v are many times smaller where noise is strong and all of the
+    anatomy is decided."""
     spread = {}
     for loss in ("unit", "v"):
-        run(trained[0], "train_ddpm.py", *SHORT, "--batch", "64", "--steps", "1", "--loss", loss, "--out", f"runs/{loss}")
-        row = bs.read_log(trained[0] / f"runs/{loss}/log.csv")[0]
-        quarters = [row[name] for name in bs.QUARTERS]
+        run(trained[0], "train_ddpm.py", *SHORT, "--batch", "64", "--steps", "1", "--loss", loss,
+            "--out", f"runs/{loss}")
+        row = runs.read_log(trained[0] / f"runs/{loss}/log.csv")[0]
+        quarters = [row[name] for name in runs.QUARTERS]
         spread[loss] = max(quarters) / min(quarters)
     assert spread["unit"] < 3 and spread["v"] > 5, spread
 
@@ -148,13 +161,14 @@ def test_resume_equals_the_straight_run_bit_for_bit(trained, tmp_path, monkeypat
         with pytest.raises(PowerCut if how == "crash" else SystemExit) as stopped:
             train_ddpm.main(command)
         assert how == "crash" or stopped.value.code == 143
-        assert bs.load_checkpoint("runs/ddpm")["step"] == (1 if how == "crash" else 6)
+        assert runs.load_checkpoint("runs/ddpm")["step"] == (1 if how == "crash" else 6)
         monkeypatch.setattr(bs, "batch_rows", real)
         train_ddpm.main(command)
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(number, handler)
-    straight, resumed = bs.load_checkpoint(trained[0] / "runs/ddpm"), bs.load_checkpoint("runs/ddpm")
+    straight, resumed = runs.load_checkpoint(trained[0] / "runs/ddpm"), runs.load_checkpoint(
+        "runs/ddpm")
     for part in ("weights", "ema"):
         assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part]), part
     assert any((straight["ema"][k] != straight["weights"][k]).any() for k in straight["ema"])
@@ -166,29 +180,35 @@ def test_resume_equals_the_straight_run_bit_for_bit(trained, tmp_path, monkeypat
 def synthetic(trained):
     """Two cases sampled from the label maps of the phantoms the run was made from."""
     folder, _ = trained
-    return folder, run(folder, "sample.py", "--checkpoint", "runs/ddpm", "--labels", "runs/phantoms/A",
-                       "--count", "2", "--steps", "3", "--out", "synthetic")
+    return folder, run(folder, "sample.py", "--checkpoint", "runs/ddpm", "--labels",
+                       "runs/phantoms/A", "--count", "2", "--steps", "3", "--out", "synthetic")
 
 
 def sources_of(made, folder):
-    """The cases of `folder` whose label maps the synthetic cases in `made` carry, by their hashes."""
-    known = {bs.hashes_of(case)[0]: case for case in bs.find_cases(folder)}
-    return [known[bs.synthetic_facts(case)["LabelMapSHA256"]] for case in bs.find_cases(made)]
+    """The cases of `folder` whose label maps the synthetic cases in `made` carry, by their
+    hashes."""
+    known = {slices.hashes_of(case)[0]: case for case in nifti.find_cases(folder)}
+    return [known[writing.synthetic_facts(case)["LabelMapSHA256"]]
+            for case in nifti.find_cases(made)]
 
 
 def test_sampling_writes_whole_labelled_volumes(synthetic):
-    """BraTS-2023 layout, the conditioning labels as seg at the right place in mm, a contact sheet."""
+    """BraTS-2023 layout, the conditioning labels as seg at the right place in mm, a contact
+    sheet."""
     folder, text = synthetic
-    cases = bs.find_cases(folder / "synthetic")
+    cases = nifti.find_cases(folder / "synthetic")
     sources = sources_of(folder / "synthetic", folder / "runs/phantoms/A")
-    assert [c.case for c in cases] == ["BraTS-SYN-00000-000", "BraTS-SYN-00001-000"] and all(c.modern for c in cases)
-    assert (folder / "synthetic/contact_sheet.png").exists() and "roughness of the source volumes" in text
+    assert [c.case for c in cases] == ["BraTS-SYN-00000-000", "BraTS-SYN-00001-000"] and all(
+        c.modern for c in cases)
+    assert (folder
+            / "synthetic/contact_sheet.png").exists() and "roughness of the source volumes" in text
     for case, source in zip(cases, sources):
-        scans, labels, affine = bs.read_case(case)
-        truth, truth_affine = bs.read_nifti(source.files["seg"])
-        assert scans.shape == (4, 24, 24, 64) and np.allclose(affine[:3, :3], np.diag([8.0, 8.0, 2.4]))
+        scans, labels, affine = nifti.read_case(case)
+        truth, truth_affine = nifti.read_nifti(source.files["seg"])
+        assert scans.shape == (4, 24, 24, 64) and np.allclose(affine[:3, :3],
+                                                              np.diag([8.0, 8.0, 2.4]))
         place = lambda volume, a: a[:3, :3] @ np.argwhere(volume).mean(0) + a[:3, 3]
-        head = bs.read_nifti(source.files["t1"])[0] > 0
+        head = nifti.read_nifti(source.files["t1"])[0] > 0
         assert np.linalg.norm(place(scans[0] > 0, affine) - place(head, truth_affine)) < 2
         if (labels > 0).sum() > 20:
             assert np.linalg.norm(place(labels > 0, affine) - place(truth > 0, truth_affine)) < 5
@@ -200,13 +220,14 @@ def test_sidecars_say_how_and_not_from_whom(synthetic):
     source name in any file."""
     folder, _ = synthetic
     sources = sources_of(folder / "synthetic", folder / "runs/phantoms/A")
-    trained_on = set(bs.load_checkpoint(folder / "runs/ddpm")["trained_on"])
-    for case, source in zip(bs.find_cases(folder / "synthetic"), sources):
+    trained_on = set(runs.load_checkpoint(folder / "runs/ddpm")["trained_on"])
+    for case, source in zip(nifti.find_cases(folder / "synthetic"), sources):
         home = case.files["seg"].parent
         text = (home / f"{case.case}.json").read_text()
-        facts, digest = json.loads(text), bs.hashes_of(source)[0]
+        facts, digest = json.loads(text), slices.hashes_of(source)[0]
         assert facts["SyntheticData"] == "YES" and facts["LabelMapSHA256"] == digest
-        assert facts["UsedInTraining"] == (digest in trained_on) and facts["BrainSHA256"] == bs.hashes_of(source)[1]
+        assert facts["UsedInTraining"] == (digest in trained_on) and facts[
+            "BrainSHA256"] == slices.hashes_of(source)[1]
         weights = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
         assert facts["CheckpointSHA256"] == hashlib.sha256(weights).hexdigest()
         settings = [facts[k] for k in ("Seed", "Steps", "Sampler", "Condition", "Edits")]
@@ -218,15 +239,16 @@ def test_sidecars_say_how_and_not_from_whom(synthetic):
 def test_sampling_again_makes_only_what_is_missing(synthetic):
     """Finished cases are not touched; a deleted one comes back voxel for voxel."""
     folder, _ = synthetic
-    first, second = [c.files["t2"] for c in bs.find_cases(folder / "synthetic")]
-    kept, voxels = first.stat().st_mtime_ns, bs.read_nifti(second)[0]
+    first, second = [c.files["t2"] for c in nifti.find_cases(folder / "synthetic")]
+    kept, voxels = first.stat().st_mtime_ns, nifti.read_nifti(second)[0]
     for path in second.parent.iterdir():
         path.unlink()
     second.parent.rmdir()
     text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--count", "2", "--steps", "3")
     assert "made 1 cases, 1 were there already" in text
-    assert first.stat().st_mtime_ns == kept and np.array_equal(bs.read_nifti(second)[0], voxels)
-    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--count", "2", "--steps", "4", status=2)
+    assert first.stat().st_mtime_ns == kept and np.array_equal(nifti.read_nifti(second)[0], voxels)
+    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--count", "2", "--steps", "4",
+               status=2)
     assert "was made with Steps 3" in text and "Traceback" not in text
     text = run(folder, "sample.py", "--count", "2", "--steps", "3", status=2)
     assert "was made with LabelMaps cases" in text and "Traceback" not in text
@@ -241,16 +263,18 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path):
 
 
 def test_fresh_phantoms_were_never_trained_on(trained):
-    """Without --labels, label maps come from phantoms no run has seen; --native keeps their grid."""
+    """Without --labels, label maps come from phantoms no run has seen; --native keeps their
+    grid."""
     folder, _ = trained
     run(folder, "sample.py", "--count", "1", "--steps", "2", "--native", "--out", "fresh")
-    case = bs.find_cases(folder / "fresh")[0]
+    case = nifti.find_cases(folder / "fresh")[0]
     facts = json.loads((case.files["seg"].parent / f"{case.case}.json").read_text())
-    scan, truth, _ = bs.phantom(sample.FRESH)
-    assert not facts["UsedInTraining"] and facts["LabelMapSHA256"] == bs.case_hashes(truth, scan[0])[0]
-    scans, labels, affine = bs.read_case(case)
-    assert np.array_equal(labels, truth) and scans.shape[1:] == bs.PHANTOM_SHAPE
-    assert np.allclose(np.linalg.norm(affine[:3, :3], axis=0), bs.PHANTOM_SPACING)
+    scan, truth, _ = phantoms.phantom(sample.FRESH)
+    assert not facts["UsedInTraining"] and facts["LabelMapSHA256"] == slices.case_hashes(truth,
+                                                                                         scan[0])[0]
+    scans, labels, affine = nifti.read_case(case)
+    assert np.array_equal(labels, truth) and scans.shape[1:] == phantoms.PHANTOM_SHAPE
+    assert np.allclose(np.linalg.norm(affine[:3, :3], axis=0), phantoms.PHANTOM_SPACING)
 
 
 @pytest.mark.parametrize("script, arguments, words", [
@@ -270,7 +294,8 @@ def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):
     text = run(tmp_path, script, *arguments, status=2)
     last = text.strip().splitlines()[-1]
     assert last.startswith("error: ") and words in last and "Traceback" not in text
-    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".npy", ".json", ".tmp", ".csv")]
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".npy", ".json", ".tmp",
+                                                               ".csv")]
 
 
 def test_first_look(tmp_path):
@@ -280,9 +305,11 @@ def test_first_look(tmp_path):
 
 
 def test_readme_commands_are_commands():
-    """Every `python ...` of the README and the pages beside the notebooks names a script and flags that exist."""
+    """Every `python ...` of the README and the pages beside the notebooks names a script and flags
+    that exist."""
     pages = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.md")]
-    lines = [line for page in pages for line in re.findall(r"python [\w/]+\.py[^`\n]*", page.read_text())]
+    lines = [line for page in pages for line in re.findall(r"python [\w/]+\.py[^`\n]*",
+                                                           page.read_text())]
     assert len(lines) >= 40
     for line in lines:
         script, *words = shlex.split(re.search(r"python (.*)", line)[1])

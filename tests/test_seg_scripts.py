@@ -1,5 +1,5 @@
-"""The segmenter's commands of the README, shortened by their own flags: training, the closed loop, judging,
-edited label maps, the study."""
+"""The segmenter's commands of the README, shortened by their own flags: training, the closed loop,
+judging, edited label maps, the study."""
 import csv
 import gzip
 import json
@@ -16,18 +16,20 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import checks, desk, metrics, nifti, phantoms, runs, slices, writing
 import sample
 import train_ddpm
 import train_seg
 from test_scripts import SHORT, run
 
-SEG = ["--phantoms", "10", "--resolution", "32", "--batch", "4", "--validate-every", "4", "--seed", "3"]
+SEG = ["--phantoms", "10", "--resolution", "32", "--batch", "4", "--validate-every", "4", "--seed",
+       "3"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, lay_phantoms):
-    """A folder with a generator and a segmenter trained for a few steps on the same ten phantoms, and what
-    training the segmenter printed."""
+    """A folder with a generator and a segmenter trained for a few steps on the same ten phantoms,
+    and what training the segmenter printed."""
     folder = lay_phantoms(tmp_path_factory.mktemp("seg"), 10)
     run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "4")
     return folder, run(folder, "train_seg.py", *SEG, "--steps", "8")
@@ -36,41 +38,47 @@ def work(tmp_path_factory, lay_phantoms):
 @pytest.fixture(scope="module")
 def made(work):
     """Four cases from randomly edited label maps of training cases alone."""
-    return work[0], run(work[0], "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--edit", "random",
-                        "--count", "4", "--steps", "2")
+    return work[0], run(work[0], "sample.py", "--labels", "runs/phantoms/A", "--part", "train",
+                        "--edit", "random", "--count", "4", "--steps", "2")
 
 
 def facts_of(folder):
     """Sidecars of all cases in a folder."""
-    return [bs.synthetic_facts(case) for case in bs.find_cases(folder)]
+    return [writing.synthetic_facts(case) for case in nifti.find_cases(folder)]
 
 
 def test_training_ends_with_a_table_and_its_files(work):
-    """WT, TC, ET on held-out cases; best weights, CSV of every case, pictures, predictions on the scans' grid."""
+    """WT, TC, ET on held-out cases; best weights, CSV of every case, pictures, predictions on the
+    scans' grid."""
     folder, text = work
     out = folder / "runs/seg"
-    assert {p.name for p in out.iterdir()} == {"best.pt", "checkpoint.pt", "checkpoint.previous.pt", "log.csv", "curves.png",
-                                               "cases.csv", "predictions", "predictions.png", "closing.json"}
+    assert {p.name for p in out.iterdir()} == {"best.pt", "checkpoint.pt", "checkpoint.previous.pt",
+                                               "log.csv", "curves.png", "cases.csv", "predictions",
+                                               "predictions.png", "closing.json"}
     table = text[text.index("region    Dice"):].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["WT", "TC", "ET"]
     for word in ("Dice", "HD95 mm", "sensitivity", "volume error mL"):
         assert word in table[0]
-    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
     rows = list(csv.DictReader((out / "cases.csv").open()))
-    assert {row["case"] for row in rows} == {c.case for c in split["test"]} and len(rows) == 3 * len(split["test"])
+    assert {row["case"] for row in rows} == {c.case for c in split["test"]} and len(
+        rows) == 3 * len(split["test"])
     assert np.mean([float(r["dice"]) for r in rows if r["region"] == "WT"]) == pytest.approx(
         json.loads((out / "closing.json").read_text())["WT"]["dice"], abs=1e-5)
     for case in split["test"]:
-        ours, theirs = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz"), nib.load(case.files["t1"])
+        ours, theirs = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz"), nib.load(
+            case.files["t1"])
         assert ours.shape == theirs.shape and np.array_equal(ours.affine, theirs.affine)
 
 
 def test_one_voxel_in_a_case_without_tumour_does_not_choose_the_weights():
     """It counts less in validation than half of another case's tumour."""
-    classes = torch.ones(4, 8, 8, dtype=torch.long)             # two cases of two slices, tumour in the first alone
+    # two cases of two slices, tumour in the first alone
+    classes = torch.ones(4, 8, 8, dtype=torch.long)
     classes[:2, 2:6, 2:6] = 4
     cases = [{"part": "val", "first": first, "count": 2} for first in (0, 2)]
-    cache = SimpleNamespace(cases=cases, batch=lambda rows: (torch.from_numpy(rows), classes[rows], None))
+    cache = SimpleNamespace(cases=cases, batch=lambda rows: (torch.from_numpy(rows), classes[rows],
+                                                             None))
 
     def score(wrong):
         found = bs.tumour_labels(classes).clone()
@@ -83,14 +91,17 @@ def test_one_voxel_in_a_case_without_tumour_does_not_choose_the_weights():
 
 
 def test_the_best_weights_are_those_of_the_best_validation(work):
-    """best.pt carries the highest validation Dice of the log, and loads as a segmenter that knows by which cases
-    it was trained and chosen; checkpoint.pt, which holds other weights, is not taken for it."""
+    """best.pt carries the highest validation Dice of the log, and loads as a segmenter that knows
+    by which cases it was trained and chosen; checkpoint.pt, which holds other weights, is not taken
+    for it."""
     folder, _ = work
-    log = [row for row in bs.read_log(folder / "runs/seg/log.csv") if row["val_dice"] == row["val_dice"]]
-    best = bs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
-    assert [row["step"] for row in log] == [4, 8] and best["dice"] == pytest.approx(max(r["val_dice"] for r in log), abs=1e-5)
-    segmenter = bs.load_segmenter(folder / "runs/seg", torch.device("cpu"))
-    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
+    log = [row for row in runs.read_log(folder / "runs/seg/log.csv") if row["val_dice"]
+           == row["val_dice"]]
+    best = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
+    assert [row["step"] for row in log] == [4, 8] and best["dice"] == pytest.approx(
+        max(r["val_dice"] for r in log), abs=1e-5)
+    segmenter = runs.load_segmenter(folder / "runs/seg", torch.device("cpu"))
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
     assert segmenter.seen == set(train_seg.hashes_of_all([*split["train"], *split["val"]]))
 
 
@@ -99,8 +110,8 @@ class PowerCut(Exception):
 
 
 def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch):
-    """A crash in step 6 falls back to the checkpoint of step 1; the same command then ends with the weights,
-    batch norm statistics, EMA and best validation of the straight run."""
+    """A crash in step 6 falls back to the checkpoint of step 1; the same command then ends with the
+    weights, batch norm statistics, EMA and best validation of the straight run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     os.symlink(work[0] / "runs/phantoms", tmp_path / "runs/phantoms")
@@ -116,28 +127,32 @@ def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch)
         monkeypatch.setattr(train_seg, "draw_batch", cut)
         with pytest.raises(PowerCut):
             train_seg.main([*SEG, "--steps", "8"])
-        assert bs.load_checkpoint("runs/seg", "seg")["step"] == 1
+        assert runs.load_checkpoint("runs/seg", "seg")["step"] == 1
         monkeypatch.setattr(train_seg, "draw_batch", real)
         train_seg.main([*SEG, "--steps", "8"])
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(number, handler)
-    straight, resumed = [bs.load_checkpoint(at, "seg") for at in (work[0] / "runs/seg", "runs/seg")]
+    straight, resumed = [runs.load_checkpoint(at, "seg")
+                         for at in (work[0] / "runs/seg", "runs/seg")]
     for part in ("weights", "ema"):
         assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part]), part
     assert straight["best"] == resumed["best"]
 
 
 def test_synthetic_cases_join_the_training(made):
-    """At the stated share; the run says how many there are and notes their label maps among what it saw."""
+    """At the stated share; the run says how many there are and notes their label maps among what it
+    saw."""
     folder, _ = made
-    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "synthetic", "--out", "runs/seg_mix")
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "synthetic", "--out",
+               "runs/seg_mix")
     assert "synthetic: 4 cases, 50% of every batch" in text
     assert len(re.search(r"training slices (.*)", text)[1].split(", ")) == 2
 
 
 def test_batches_hold_the_stated_share(cache):
-    """A quarter of every batch from the second source, the rest from the first, fixed by (seed, step)."""
+    """A quarter of every batch from the second source, the rest from the first, fixed by (seed,
+    step)."""
     rows = cache.part("train")
     a, b = train_seg.source(cache, rows[:40], 0.25), train_seg.source(cache, rows[-40:])
     args = train_seg.parse_arguments(["--batch", "8", "--augment", "none"])
@@ -145,44 +160,48 @@ def test_batches_hold_the_stated_share(cache):
     for step in range(3):
         images, labels = train_seg.draw_batch([a, b], args, step)
         known = cache.batch(rows[:40])[0]
-        assert [bool((known == picture).flatten(1).all(1).any()) for picture in images] == [True] * 2 + [False] * 6
-        assert labels.max() <= 3 and torch.equal(images, train_seg.draw_batch([a, b], args, step)[0])
+        assert [bool((known == picture).flatten(1).all(1).any()) for picture in images] == [
+            True] * 2 + [False] * 6
+        assert labels.max() <= 3 and torch.equal(images,
+                                                 train_seg.draw_batch([a, b], args, step)[0])
         seen.add(float(images.sum()))
     assert len(seen) == 3
 
 
 @pytest.mark.parametrize("how", ["labels", "generator"])
 def test_synthetic_cases_that_owe_to_held_out_patients_are_refused(work, tmp_path, how):
-    """Label maps of test cases, or a generator that has seen one: refused by the hashes, names changed or not."""
+    """Label maps of test cases, or a generator that has seen one: refused by the hashes, names
+    changed or not."""
     folder, _ = work
-    source = bs.find_cases(folder / "runs/phantoms/A")
-    test = bs.split_patients(source)["test"][0]
+    source = nifti.find_cases(folder / "runs/phantoms/A")
+    test = slices.split_patients(source)["test"][0]
     if how == "labels":
-        run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "test", "--count", "1", "--steps", "2",
-            "--edit", "mirror", "--out", tmp_path / "syn")
+        run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "test", "--count", "1",
+            "--steps", "2", "--edit", "mirror", "--out", tmp_path / "syn")
     else:
         split = tmp_path / "split.json"
         split.write_text(json.dumps({"train": [c.case for c in source if c.case != source[1].case],
                                      "val": [source[1].case]}))
-        run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "1", "--split", split, "--out",
-            tmp_path / "runs/ddpm")
-        run(folder, "sample.py", "--checkpoint", tmp_path / "runs/ddpm", "--count", "1", "--steps", "2",
-            "--out", tmp_path / "syn")
+        run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "1", "--split",
+            split, "--out", tmp_path / "runs/ddpm")
+        run(folder, "sample.py", "--checkpoint", tmp_path / "runs/ddpm", "--count", "1", "--steps",
+            "2", "--out", tmp_path / "syn")
     os.rename(tmp_path / "syn/BraTS-SYN-00000-000", tmp_path / "syn/another")
     assert test.case not in str(list((tmp_path / "syn").rglob("*")))
-    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", tmp_path / "syn", "--out", tmp_path / "seg",
-               status=2)
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", tmp_path / "syn",
+               "--out", tmp_path / "seg", status=2)
     assert "used validation or test patients" in text and "Traceback" not in text
     assert not (tmp_path / "seg/checkpoint.pt").exists()
 
 
 def test_real_cases_are_no_synthetic_ones_and_the_other_way_round(made):
-    """--synthetic wants sidecars; --data and --labels refuse what sample.py made, so that debts to held-out
-    patients cannot be washed off by going through a second generator."""
+    """--synthetic wants sidecars; --data and --labels refuse what sample.py made, so that debts to
+    held-out patients cannot be washed off by going through a second generator."""
     folder, _ = made
-    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "runs/phantoms/A", "--out", "runs/x", status=2)
+    text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "runs/phantoms/A",
+               "--out", "runs/x", status=2)
     assert "no sidecar of a synthetic case" in text and "Traceback" not in text
-    for case in bs.find_cases(folder / "synthetic")[:1]:
+    for case in nifti.find_cases(folder / "synthetic")[:1]:
         shutil.copytree(case.folder, folder / "stray/a")
         (folder / "stray/a" / f"{case.case}.json").unlink()
     for data in ("synthetic", "stray"):                     # with sidecars, and by the header alone
@@ -194,24 +213,25 @@ def test_real_cases_are_no_synthetic_ones_and_the_other_way_round(made):
 
 
 def test_the_closed_loop_needs_no_labels(work, tmp_path):
-    """Scan -> predicted labels on its own grid -> a synthetic case with those labels -> a picture. The labels
-    that lie beside the scan are not looked at: without them the result is the same, byte for byte."""
+    """Scan -> predicted labels on its own grid -> a synthetic case with those labels -> a picture.
+    The labels that lie beside the scan are not looked at: without them the result is the same, byte
+    for byte."""
     folder, _ = work
-    case = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))["test"][0]
+    case = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))["test"][0]
     bare = tmp_path / "bare"
     shutil.copytree(case.folder, bare / case.case)
     (bare / case.case / case.files["seg"].name).unlink()
     voxels = []
     for scan, out in ((case.folder, tmp_path / "with"), (bare, tmp_path / "without")):
-        text = run(folder, "sample.py", "--scan", scan, "--segmenter", "runs/seg", "--checkpoint", "runs/ddpm",
-                   "--steps", "2", "--out", out)
+        text = run(folder, "sample.py", "--scan", scan, "--segmenter", "runs/seg", "--checkpoint",
+                   "runs/ddpm", "--steps", "2", "--out", out)
         assert (out / "loop.png").exists() and "Traceback" not in text
-        made, = bs.find_cases(out)
+        made, = nifti.find_cases(out)
         predicted = nib.load(out / "predictions/scan_00000.nii.gz")
         assert np.array_equal(predicted.affine, nib.load(case.files["t1"]).affine)
-        facts = bs.synthetic_facts(made)
+        facts = writing.synthetic_facts(made)
         assert facts["LabelMaps"] == "segmented" and case.case not in json.dumps(facts)
-        voxels.append((np.asarray(predicted.dataobj), bs.read_case(made)[0]))
+        voxels.append((np.asarray(predicted.dataobj), nifti.read_case(made)[0]))
     assert all(np.array_equal(a, b) for a, b in zip(*voxels))
 
 
@@ -233,16 +253,18 @@ def everything_in(folder):
 
 
 def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
-    """A person's name in every text field, an extension and the file names of what goes in: it is found there, and
-    nowhere in the checkpoint, the published weights, synthetic cases from labels or scans, and what lies beside."""
+    """A person's name in every text field, an extension and the file names of what goes in: it is
+    found there, and nowhere in the checkpoint, the published weights, synthetic cases from labels
+    or scans, and what lies beside."""
     monkeypatch.chdir(tmp_path)
-    for number, case in enumerate(bs.find_cases(work[0] / "runs/phantoms/A")[:3]):
+    for number, case in enumerate(nifti.find_cases(work[0] / "runs/phantoms/A")[:3]):
         for what, path in case.files.items():
             image = nib.load(path)
             new = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
             for field in ("descrip", "aux_file", "db_name", "intent_name"):
                 new.header[field] = NAME[0]
-            new.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient " + NAME[0]))
+            new.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient "
+                                                                    + NAME[0]))
             name = path.name.replace(case.case, f"DOE_JOHN_{number}")
             (tmp_path / f"in/DOE_JOHN_{number}").mkdir(parents=True, exist_ok=True)
             nib.save(new, tmp_path / f"in/DOE_JOHN_{number}" / name)
@@ -251,39 +273,45 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
         signal.signal(number, handler)
     shutil.rmtree("out/cache")                  # a working copy of the inputs, not a product
-    bs.main(["--publish", "out/ddpm", "out/weights.npz"])
+    desk.main(["--publish", "out/ddpm", "out/weights.npz"])
     common = ["--checkpoint", "out/ddpm", "--steps", "1", "--count", "1"]
     sample.main([*common, "--labels", "in", "--edit", "random", "--out", "out/model"])
     sample.main([*common, "--labels", "in", "--paste", "in", "--native", "--out", "out/native"])
-    sample.main([*common, "--scan", "in/DOE_JOHN_1", "--segmenter", str(work[0] / "runs/seg"), "--out", "out/loop"])
-    found = {folder: [name for name, data in everything_in(tmp_path / folder) for its in NAME if its in name + data]
-             for folder in ("in", "out")}
+    sample.main([*common, "--scan", "in/DOE_JOHN_1", "--segmenter", str(work[0] / "runs/seg"),
+                 "--out", "out/loop"])
+    found = {folder: [name for name, data in everything_in(tmp_path / folder) for its in NAME
+                      if its in name + data] for folder in ("in", "out")}
     assert len(found["in"]) >= 3 * 5 * 2 and not found["out"], found["out"]
     assert len(list(everything_in(tmp_path / "out"))) > 50
 
 
 def test_judging_writes_one_table_one_json_one_plot(made):
-    """Re-segmentation beside the ceiling, distances beside the floor and the number of images, diversity,
-    consistency, roughness; five segmenters ask how far Dice on synthetic cases can be trusted."""
+    """Re-segmentation beside the ceiling, distances beside the floor and the number of images,
+    diversity, consistency, roughness; five segmenters ask how far Dice on synthetic cases can be
+    trusted."""
     folder, _ = made
-    state = bs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
-    for i in range(1, 5):                                   # four weaker ones: the head's bias moved
+    state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
+    # four weaker ones: the head's bias moved
+    for i in range(1, 5):
         (folder / f"runs/weak{i}").mkdir()
         weights = {**state["weights"], "head.bias": state["weights"]["head.bias"] + 0.2 * i}
-        bs.save_state(folder / f"runs/weak{i}/best.pt", {**state, "weights": weights})
-    text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter", "runs/seg",
-               *[f"runs/weak{i}" for i in range(1, 5)])
+        runs.save_state(folder / f"runs/weak{i}/best.pt", {**state, "weights": weights})
+    text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter",
+               "runs/seg", *[f"runs/weak{i}" for i in range(1, 5)])
     report = json.loads((folder / "synthetic/judge.json").read_text())
     assert (folder / "synthetic/judge.png").read_bytes()[:4] == b"\x89PNG"
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
-    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "kernel distance", "precision", "recall",
-                 "density", "coverage", "modality correlation, mean error", "slice-to-slice roughness"):
+    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "kernel distance",
+                 "precision", "recall", "density", "coverage", "modality correlation, mean error",
+                 "slice-to-slice roughness"):
         assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
     assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text
     assert report["cases_a_draw"] == 2 and report["slices_a_draw"] == 80
     known = report["known_truth"]
-    assert len(known["dice_on_real"]) == 5 and known["dice_on_synthetic"] == sorted(known["dice_on_synthetic"])
-    assert known["spearman"] == pytest.approx(bs.rank_correlation(known["dice_on_synthetic"], known["dice_on_real"]))
+    assert len(known["dice_on_real"]) == 5 and known["dice_on_synthetic"] == sorted(
+        known["dice_on_synthetic"])
+    assert known["spearman"] == pytest.approx(metrics.rank_correlation(known["dice_on_synthetic"],
+                                                                       known["dice_on_real"]))
     assert "MS-SSIM of pairs" in text
 
 
@@ -291,38 +319,45 @@ def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path)
     """The ceiling would be no ceiling: refused by the hashes in its checkpoint."""
     folder, _ = made
     split = {part: [c.case for c in cases] for part, cases in
-             bs.split_patients(bs.find_cases(folder / "runs/phantoms/A")).items()}
+             slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A")).items()}
     for known in ("train", "val"):
-        (tmp_path / "other.json").write_text(json.dumps({"train": split["test"], "test": split[known][:1]}))
-        text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A", "--split",
-                   tmp_path / "other.json", status=2)
+        (tmp_path / "other.json").write_text(json.dumps({"train": split["test"],
+                                                         "test": split[known][:1]}))
+        text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A",
+                   "--split", tmp_path / "other.json", status=2)
         assert "no real case is held out from runs/seg" in text and "Traceback" not in text
 
 
 def test_a_segmenter_may_not_judge_what_it_was_trained_on(made):
-    """Dice on its own training cases says nothing about them: refused by the sidecars it has seen."""
+    """Dice on its own training cases says nothing about them: refused by the sidecars it has
+    seen."""
     folder, _ = made
-    run(folder, "train_seg.py", *SEG, "--steps", "1", "--synthetic", "synthetic", "--out", "runs/knows")
-    text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter", "runs/knows", status=2)
+    run(folder, "train_seg.py", *SEG, "--steps", "1", "--synthetic", "synthetic", "--out",
+        "runs/knows")
+    text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter",
+               "runs/knows", status=2)
     assert "was trained on synthetic" in text and "Traceback" not in text
 
 
 def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeypatch, capsys):
-    """A training case put among the synthetic ones, under a sidecar that says otherwise: named with its score, a
-    picture of the pair, exit 1. --mark writes figures, and no name, into sidecars and datasheet, and a segmenter
-    still knows the set it was trained on. (The other cases may be named too: a generator of four steps draws the
-    mean of its seven training brains, which is near to each of them.)"""
+    """A training case put among the synthetic ones, under a sidecar that says otherwise: named with
+    its score, a picture of the pair, exit 1. --mark writes figures, and no name, into sidecars and
+    datasheet, and a segmenter still knows the set it was trained on. (The other cases may be named
+    too: a generator of four steps draws the mean of its seven training brains, which is near to
+    each of them.)"""
     folder, syn = made[0], tmp_path / "syn"
     monkeypatch.chdir(folder)
     shutil.copytree(folder / "synthetic", syn)
-    few = ["--audit", str(syn), "--phantoms", "10", "--steps", "2", "--canaries", "2", "--checkpoint", "runs/ddpm"]
-    state = bs.load_checkpoint("runs/ddpm")
-    victim = next(case for case in bs.find_cases("runs/phantoms/A") if bs.hashes_of(case)[0] in state["trained_on"])
-    scans, labels, affine = bs.read_case(victim)
+    few = ["--audit", str(syn), "--phantoms", "10", "--steps", "2", "--canaries", "2",
+           "--checkpoint", "runs/ddpm"]
+    state = runs.load_checkpoint("runs/ddpm")
+    victim = next(case for case in nifti.find_cases("runs/phantoms/A")
+                  if slices.hashes_of(case)[0] in state["trained_on"])
+    scans, labels, affine = nifti.read_case(victim)
     facts = {**facts_of(syn)[0], "LabelMapSHA256": "0" * 64, "BrainSHA256": "0" * 64}
-    bs.write_case(syn, "BraTS-SYN-00009-000", (scans / scans.max((1, 2, 3), keepdims=True) * 999).astype(np.int16), labels,
-                  affine, facts)
-    digests = [bs.sidecar_hash(case) for case in bs.find_cases(syn)]
+    writing.write_case(syn, "BraTS-SYN-00009-000", (scans / scans.max((1, 2, 3), keepdims=True)
+                                                    * 999).astype(np.int16), labels, affine, facts)
+    digests = [writing.sidecar_hash(case) for case in nifti.find_cases(syn)]
     with pytest.raises(SystemExit) as left:
         sample.main([*few, "--out", str(tmp_path / "after"), "--mark"])
     text = capsys.readouterr().out
@@ -330,87 +365,104 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     assert re.search(f"copy: BraTS-SYN-00009-000 at .* is too near to {victim.case}", text), text
     report = json.loads((tmp_path / "after/audit.json").read_text())
     first = report["pairs"][0]
-    assert report["copies"] >= 1 and first["training"] == victim.case and first["named"] and "00009" in first["synthetic"]
-    assert report["training_cases"] == 7 and report["decoys"] == 3 and report["condition"] == "tumour"
-    assert {p.name for p in (tmp_path / "after").iterdir()} == {"audit.json", "audit.png", "pairs.png"}
+    assert report["copies"] >= 1 and first["training"] == victim.case and first[
+        "named"] and "00009" in first["synthetic"]
+    assert report["training_cases"] == 7 and report["decoys"] == 3 and report[
+        "condition"] == "tumour"
+    assert {p.name for p in (tmp_path / "after").iterdir()} == {"audit.json", "audit.png",
+                                                                "pairs.png"}
     marked = facts_of(syn)
-    assert all(its["Audit"]["verdict"] == "leak" for its in marked) and victim.case not in json.dumps(marked)
+    assert all(its["Audit"]["verdict"] == "leak"
+               for its in marked) and victim.case not in json.dumps(marked)
     sheet = (syn / "DATASHEET.md").read_text()
     assert "**leak**" in sheet and victim.case not in sheet
-    assert [bs.sidecar_hash(case) for case in bs.find_cases(syn)] == digests
+    assert [writing.sidecar_hash(case) for case in nifti.find_cases(syn)] == digests
 
 
 def test_an_audit_needs_cases_seen_and_unseen(made, tmp_path, monkeypatch):
     """Real cases the generator knows nothing of, or knows all of: one sentence."""
     monkeypatch.chdir(made[0])
-    bs.make_phantoms(tmp_path / "other", 2, "B")
+    phantoms.make_phantoms(tmp_path / "other", 2, "B")
     with pytest.raises(bs.BadInput, match="0 cases that runs/ddpm was trained on and 2 others"):
-        sample.main(["--audit", "synthetic", "--data", str(tmp_path / "other"), "--out", str(tmp_path / "a")])
+        sample.main(["--audit", "synthetic", "--data", str(tmp_path / "other"), "--out",
+                     str(tmp_path / "a")])
     with pytest.raises(bs.BadInput, match="no such folder"):
         sample.main(["--audit", "nowhere"])
 
 
 def test_sampling_from_one_part_of_the_split(made):
-    """--part train uses label maps of training patients alone, in edited form; the edit is in the sidecar."""
+    """--part train uses label maps of training patients alone, in edited form; the edit is in the
+    sidecar."""
     folder, _ = made
-    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
-    allowed = {bs.hashes_of(c)[0] for c in split["train"]}
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
+    allowed = {slices.hashes_of(c)[0] for c in split["train"]}
     facts = facts_of(folder / "synthetic")
-    assert len(facts) == 4 and all(f["LabelMapSHA256"] in allowed and f["UsedInTraining"] for f in facts)
+    assert len(facts) == 4 and all(f["LabelMapSHA256"] in allowed and f["UsedInTraining"]
+                                   for f in facts)
     assert all(set(f["Edits"]) == {"scale", "rotate", "shift", "mirror", "elastic"} for f in facts)
     assert len({json.dumps(f["Edits"]) for f in facts}) == 4
 
 
 def test_a_balanced_set_measures_what_it_was_asked_for(made):
-    """ET volumes evenly spread over the range; asked and measured are both in the sidecar and agree."""
+    """ET volumes evenly spread over the range; asked and measured are both in the sidecar and
+    agree."""
     folder, _ = made
-    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--balance", "ET", "--range", "4", "20",
-               "--count", "4", "--steps", "2", "--native", "--out", "balanced")
+    text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--balance",
+               "ET", "--range", "4", "20", "--count", "4", "--steps", "2", "--native", "--out",
+               "balanced")
     facts = facts_of(folder / "balanced")
     asked, measured = [f["RequestedML"]["ET"] for f in facts], [f["VolumesML"]["ET"] for f in facts]
-    assert sorted(asked) == [6, 10, 14, 18] and np.abs(np.subtract(asked, measured)).max() < 1.5, measured
+    assert sorted(asked) == [6, 10, 14, 18] and np.abs(np.subtract(asked, measured)).max(
+        ) < 1.5, measured
     assert re.search(r"ET: asked 6.0 to 18.0 mL, mean error 0\.\d\d mL", text)
 
 
 def test_a_tumour_is_pasted_into_another_brain(made):
     """Outline from one case, tumour from another; both are named by hash."""
     folder, _ = made
-    run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--paste", "runs/phantoms/A", "--edit",
-        "scale=0.9", "drop=NCR", "--count", "2", "--steps", "2", "--native", "--out", "pasted")
-    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
-    hashes = [bs.hashes_of(c) for c in split["train"]]          # --part holds for tumours and brains
-    for case, facts in zip(bs.find_cases(folder / "pasted"), facts_of(folder / "pasted")):
-        scans, labels, _ = bs.read_case(case)
+    run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--paste",
+        "runs/phantoms/A", "--edit", "scale=0.9", "drop=NCR", "--count", "2", "--steps", "2",
+        "--native", "--out", "pasted")
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
+    # --part holds for tumours and brains
+    hashes = [slices.hashes_of(c) for c in split["train"]]
+    for case, facts in zip(nifti.find_cases(folder / "pasted"), facts_of(folder / "pasted")):
+        scans, labels, _ = nifti.read_case(case)
         home = next(of_labels for of_labels, of_brain in hashes if of_brain == facts["BrainSHA256"])
-        assert facts["Pasted"] and facts["LabelMapSHA256"] != home and facts["LabelMapSHA256"] in [h[0] for h in hashes]
+        assert facts["Pasted"] and facts["LabelMapSHA256"] != home and facts["LabelMapSHA256"] in [
+            h[0] for h in hashes]
         assert labels.any() and not (labels == 1).any() and (scans[0][labels > 0] > 0).all()
 
 
 @pytest.mark.slow
 def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
-    """Table, CSV, JSON and plot for every arm and number of patients; generators are trained on those patients
-    alone; a second call trains nothing again; other settings are refused."""
+    """Table, CSV, JSON and plot for every arm and number of patients; generators are trained on
+    those patients alone; a second call trains nothing again; other settings are refused."""
     folder, _ = work
-    command = ["--study", "--phantoms", "10", "--resolution", "32", "--batch", "2", "--steps", "2", "--patients", "1",
-               "all", "--seeds", "2", "--generator-steps", "2", "--label-steps", "4", "--made", "2", "--calls", "2"]
+    command = ["--study", "--phantoms", "10", "--resolution", "32", "--batch", "2", "--steps", "2",
+               "--patients", "1", "all", "--seeds", "2", "--generator-steps", "2", "--label-steps",
+               "4", "--made", "2", "--calls", "2"]
     text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
     rows = list(csv.DictReader((out / "study.csv").open()))
-    split = bs.split_patients(bs.find_cases(folder / "runs/phantoms/A"))
-    assert len(rows) == 2 * len(train_seg.ARMS) * 2 * 3 * len(split["test"])       # sizes, arms, seeds, regions, cases
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
+    # sizes, arms, seeds, regions, cases
+    assert len(rows) == 2 * len(train_seg.ARMS) * 2 * 3 * len(split["test"])
     assert {row["patients"] for row in rows} == {"1", str(len(split["train"]))}
     assert {row["case"] for row in rows} == {c.case for c in split["test"]}
-    state = bs.load_checkpoint(out / "patients_001/ddpm")
+    state = runs.load_checkpoint(out / "patients_001/ddpm")
     assert len(state["trained_on"]) == 2                        # one label map, one outline
     for name in ("synthetic", "balanced"):
-        assert all(f["GeneratorTrainedOn"] == [digest[:16] for digest in state["trained_on"]] for f in facts_of(out / "patients_001" / name))
+        assert all(f["GeneratorTrainedOn"] == [digest[:16] for digest in state["trained_on"]]
+                   for f in facts_of(out / "patients_001" / name))
     summary = json.loads((out / "study.json").read_text())["rows"]
     assert [row["arm"] for row in summary] == list(train_seg.ARMS) * 2 and "too few to tell" in text
     results = lambda: {p: p.stat().st_mtime_ns for p in out.glob("patients_*/*-*.json")}
     before = results()
     again = run(folder, "train_seg.py", *command)
     assert before == results() and len(before) == 2 * len(train_seg.ARMS) * 2
-    pairs = {(row["arm"], row["against"]) for row in json.loads((out / "study.json").read_text())["differences"]}
+    pairs = {(row["arm"], row["against"]) for row in json.loads((out / "study.json").read_text())[
+        "differences"]}
     assert pairs == set(train_seg.AGAINST)
     assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
     text = run(folder, "train_seg.py", *command, "--arms", "real", "generated")
@@ -423,39 +475,56 @@ def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
     """The same held-out heads, seen by scanner B; training data stay those of A."""
     monkeypatch.chdir(work[0])
     args = train_seg.parse_arguments(["--study", "--phantoms", "10", "--test-scanner", "B"])
-    _, split = bs.find_data(args)
+    _, split = checks.find_data(args)
     other = train_seg.study_test(args, split)
     assert [c.case for c in other] == [c.case for c in split["test"]]
-    assert all(c.folder.parent.name == "B" for c in other) and all(c.folder.parent.name == "A" for c in split["train"])
-    assert np.array_equal(bs.read_labels(other[0])[0], bs.read_labels(split["test"][0])[0])
-    assert not np.array_equal(bs.read_case(other[0])[0], bs.read_case(split["test"][0])[0])
+    assert all(c.folder.parent.name == "B" for c in other) and all(c.folder.parent.name == "A"
+                                                                   for c in split["train"])
+    assert np.array_equal(nifti.read_labels(other[0])[0], nifti.read_labels(split["test"][0])[0])
+    assert not np.array_equal(nifti.read_case(other[0])[0], nifti.read_case(split["test"][0])[0])
 
 
 @pytest.mark.slow
 def test_generators_saw_all_is_said(made):
     """A given synthetic set is used in every row; rows of fewer patients are marked."""
     folder, _ = made
-    text = run(folder, "train_seg.py", "--study", "--synthetic", "synthetic", "--phantoms", "10", "--resolution", "24",
-               "--batch", "2", "--steps", "1", "--patients", "1", "all", "--seeds", "1", "--out", "runs/given")
+    text = run(folder, "train_seg.py", "--study", "--synthetic", "synthetic", "--phantoms", "10",
+               "--resolution", "24", "--batch", "2", "--steps", "1", "--patients", "1", "all",
+               "--seeds", "1", "--out", "runs/given")
     marked = [line for line in text.splitlines() if "generator saw all" in line]
-    assert len(marked) == 2 and all(" 1 patients" in line and "synthetic" in line for line in marked)
+    assert len(marked) == 2 and all(" 1 patients" in line and "synthetic" in line
+                                    for line in marked)
 
 
-@pytest.mark.parametrize("script, arguments, words", [
-    ("train_seg.py", ["--data", "nowhere"], "no such folder"),
-    ("train_seg.py", ["--synthetic-share", "2"], "--synthetic-share 2"),
-    ("train_seg.py", ["--batch", "1"], "--batch 1"),
-    ("train_seg.py", ["--study", "--minutes", "1"], "--minutes does not go with --study"),
-    ("sample.py", ["--seed", "-1"], "--seed -1"),
-    ("train_seg.py", ["--study", "--phantoms", "4", "--patients", "77"], "--patients 77"),
-    ("train_seg.py", ["--phantoms", "4", "--weights", "nowhere.pth", "--resolution", "24"], "nowhere.pth"),
-    ("sample.py", ["--edit", "scale=big"], "--edit scale=big"),
-    ("sample.py", ["--part", "train"], "--part needs --labels"),
-    ("sample.py", ["--eta", "0.5"], "add --sampler ddim"),
-    ("sample.py", ["--judge", "nowhere"], "nowhere: no such folder"),
-    ("sample.py", ["--audit", "nowhere"], "nowhere: no such folder"),
-    ("sample.py", ["--scan", "nowhere"], "no checkpoint there"),
-])
+@pytest.mark.parametrize("script, arguments, words", [("train_seg.py", ["--data", "nowhere"],
+                                                       "no such folder"),
+                                                      ("train_seg.py", ["--synthetic-share", "2"],
+                                                       "--synthetic-share 2"),
+                                                      ("train_seg.py", ["--batch", "1"],
+                                                       "--batch 1"),
+                                                      ("train_seg.py",
+                                                       ["--study", "--minutes", "1"],
+                                                       "--minutes does not go with --study"),
+                                                      ("sample.py", ["--seed", "-1"], "--seed -1"),
+                                                      ("train_seg.py",
+                                                       ["--study", "--phantoms", "4", "--patients",
+                                                        "77"], "--patients 77"),
+                                                      ("train_seg.py",
+                                                       ["--phantoms", "4", "--weights",
+                                                        "nowhere.pth", "--resolution", "24"],
+                                                       "nowhere.pth"),
+                                                      ("sample.py", ["--edit", "scale=big"],
+                                                       "--edit scale=big"),
+                                                      ("sample.py", ["--part", "train"],
+                                                       "--part needs --labels"),
+                                                      ("sample.py", ["--eta", "0.5"],
+                                                       "add --sampler ddim"),
+                                                      ("sample.py", ["--judge", "nowhere"],
+                                                       "nowhere: no such folder"),
+                                                      ("sample.py", ["--audit", "nowhere"],
+                                                       "nowhere: no such folder"),
+                                                      ("sample.py", ["--scan", "nowhere"],
+                                                       "no checkpoint there"),])
 def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):
     """Which file, what is wrong, what to do; status 2, no traceback."""
     text = run(tmp_path, script, *arguments, status=2)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import metrics, nifti, phantoms, slices
 
 
 def blobs(seed, shape=(20, 24, 18), level=0.6):
     """A random mask of smooth blobs."""
-    noise = bs.smooth_noise(np.random.default_rng(seed), 9, shape, (1, 1, 1))
+    noise = phantoms.smooth_noise(np.random.default_rng(seed), 9, shape, (1, 1, 1))
     return torch.from_numpy(noise > level)
 
 
@@ -41,13 +42,16 @@ def test_smaller_regions_overwrite_larger_ones():
 
 @pytest.mark.a4
 def test_dice_loss_by_hand():
-    """Two pixels of four predicted with one half each, one of them true: (2*0.5+1)/(1+1+1) = 2/3."""
+    """Two pixels of four predicted with one half each, one of them true: (2*0.5+1)/(1+1+1) =
+    2/3."""
     probability = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(1, 1, 2, 2)
     target = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
     assert abs(bs.dice_loss(probability, target).item() - 1 / 3) < 1e-6
-    assert bs.dice_loss(target, target).item() == 0 and bs.dice_loss(target * 0, target * 0).item() == 0
+    assert bs.dice_loss(target, target).item() == 0 and bs.dice_loss(target * 0, target * 0).item(
+        ) == 0
     both = torch.cat([probability, probability * 0]), torch.cat([target, target * 0])
-    assert abs(bs.dice_loss(*both).item() - 1 / 3) < 1e-6, "sums go over the whole batch: an empty slice changes nothing"
+    assert abs(bs.dice_loss(*both).item() - 1
+               / 3) < 1e-6, "sums go over the whole batch: an empty slice changes nothing"
 
 
 @pytest.mark.a4
@@ -55,7 +59,8 @@ def test_dice_loss_by_hand():
 def test_the_right_answer_has_the_least_loss(predict):
     """Confident right logits cost almost nothing, confident wrong ones a lot."""
     labels = torch.randint(0, 4, (2, 16, 24))
-    right = (bs.regions_of(labels).movedim(0, 1).float() if predict == "regions" else bs.one_hot(labels, 4)) * 40 - 20
+    right = (bs.regions_of(labels).movedim(0, 1).float() if predict == "regions"
+             else bs.one_hot(labels, 4)) * 40 - 20
     assert bs.segmentation_loss(right, labels, predict) < 1e-3
     assert bs.segmentation_loss(right, (labels + 1) % 4, predict) > 3
 
@@ -74,26 +79,27 @@ def test_dice_by_hand_and_of_empty_masks():
 
 @pytest.mark.a4
 def test_surface_by_hand():
-    """Of a cube of 4 voxels a side all but the inner 2 x 2 x 2; where it meets the array's end that is surface too."""
+    """Of a cube of 4 voxels a side all but the inner 2 x 2 x 2; where it meets the array's end that
+    is surface too."""
     mask = torch.zeros(7, 8, 9, dtype=torch.bool)
     mask[1:5, 2:6, 3:7] = True
     inner = mask.clone() & False
     inner[2:4, 3:5, 4:6] = True
-    assert torch.equal(bs.surface(mask), mask & ~inner)
-    assert bs.surface(torch.ones(3, 4, 5, dtype=torch.bool)).sum() == 60 - 6
-    assert torch.equal(bs.surface(mask & False), mask & False)
+    assert torch.equal(metrics.surface(mask), mask & ~inner)
+    assert metrics.surface(torch.ones(3, 4, 5, dtype=torch.bool)).sum() == 60 - 6
+    assert torch.equal(metrics.surface(mask & False), mask & False)
 
 
 @pytest.mark.a4
 def test_hd95_by_hand():
     """Two voxels three apart along an axis of 2.5 mm lie 7.5 mm apart, whichever comes first."""
     a, b = torch.zeros(8, 9, 10, dtype=torch.bool), torch.zeros(8, 9, 10, dtype=torch.bool)
-    assert bs.hd95(a, b, (1, 1, 1)) == 0.0
+    assert metrics.hd95(a, b, (1, 1, 1)) == 0.0
     a[2, 3, 4] = True
-    assert bs.hd95(a, b, (1, 1, 1)) == bs.hd95(b, a, (1, 1, 1)) == 373.13
-    assert bs.HD95_MISSED == pytest.approx(math.sqrt(240 ** 2 + 240 ** 2 + 155 ** 2), abs=0.01)
+    assert metrics.hd95(a, b, (1, 1, 1)) == metrics.hd95(b, a, (1, 1, 1)) == 373.13
+    assert metrics.HD95_MISSED == pytest.approx(math.sqrt(240 ** 2 + 240 ** 2 + 155 ** 2), abs=0.01)
     b[2, 3, 7] = True
-    assert bs.hd95(a, b, (1, 1, 2.5)) == 7.5 and bs.hd95(a, a, (1, 1, 2.5)) == 0
+    assert metrics.hd95(a, b, (1, 1, 2.5)) == 7.5 and metrics.hd95(a, a, (1, 1, 2.5)) == 0
 
 
 @pytest.mark.a4
@@ -103,7 +109,8 @@ def test_hd95_is_the_larger_of_the_two_directions():
     truth[2:5, 2:4, 2:4] = True
     predicted = truth.clone()
     predicted[30:33, 2:4, 2:4] = True
-    assert bs.hd95(predicted, truth, (1, 1, 1)) == bs.hd95(truth, predicted, (1, 1, 1)) > 20
+    assert metrics.hd95(predicted, truth, (1, 1, 1)) == metrics.hd95(truth, predicted,
+                                                                     (1, 1, 1)) > 20
 
 
 @pytest.mark.a4
@@ -113,22 +120,25 @@ def test_hd95_agrees_with_scipy():
     for seed in range(4):
         a, b, spacing = blobs(seed), blobs(seed + 10, level=0.3), (1.0, 2.0, 2.4)
         edges = [m.numpy() & ~ndimage.binary_erosion(m.numpy()) for m in (a, b)]
-        assert np.array_equal(bs.surface(a).numpy(), edges[0])
-        ways = [ndimage.distance_transform_edt(~edges[1 - i], sampling=spacing)[edges[i]] for i in (0, 1)]
+        assert np.array_equal(metrics.surface(a).numpy(), edges[0])
+        ways = [ndimage.distance_transform_edt(~edges[1 - i], sampling=spacing)[edges[i]]
+                for i in (0, 1)]
         expected = max(np.percentile(way, 95) for way in ways)
-        assert bs.hd95(a, b, spacing) == pytest.approx(expected, rel=1e-6)
+        assert metrics.hd95(a, b, spacing) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.a4
 def test_dice_and_hd95_agree_with_monai():
     """The library most of the field uses gives the same figures."""
-    metrics = pytest.importorskip("monai.metrics")
+    monai = pytest.importorskip("monai.metrics")
     a, b = blobs(3), blobs(5)
     as_batch = lambda m: m[None, None].float()
-    assert bs.dice(a, b) == pytest.approx(metrics.compute_dice(as_batch(a), as_batch(b)).item(), abs=1e-6)
-    theirs = metrics.compute_hausdorff_distance(as_batch(a), as_batch(b), percentile=95, include_background=True,
-                                                spacing=[1.0, 1.5, 2.0]).item()
-    assert bs.hd95(a, b, (1.0, 1.5, 2.0)) == pytest.approx(theirs, rel=1e-4)
+    assert bs.dice(a, b) == pytest.approx(monai.compute_dice(as_batch(a), as_batch(b)).item(),
+                                          abs=1e-6)
+    theirs = monai.compute_hausdorff_distance(as_batch(a), as_batch(b), percentile=95,
+                                              include_background=True,
+                                              spacing=[1.0, 1.5, 2.0]).item()
+    assert metrics.hd95(a, b, (1.0, 1.5, 2.0)) == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.a4
@@ -138,10 +148,10 @@ def test_components_touch_through_corners():
     mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
     mask[5] = True
     mask[5, 1::2, 1:] = False                               # rows joined at their first voxel
-    found = bs.components(mask)
+    found = metrics.components(mask)
     assert found[0, 0, 0] == found[1, 1, 1] != found[3, 3, 3] and found.max() == 3
     assert len(found[5][mask[5]].unique()) == 1 and (found[~mask] == 0).all()
-    assert bs.components(mask & False).max() == 0
+    assert metrics.components(mask & False).max() == 0
 
 
 @pytest.mark.a4
@@ -150,13 +160,14 @@ def test_components_agree_with_a_flood(share):
     """Voxel by voxel from one to the next, on noise: pieces that wind through all of it."""
     mask = torch.rand(14, 12, 10) < share
     left, pieces = {tuple(at) for at in mask.nonzero().tolist()}, 0
-    found = bs.components(mask)
+    found = metrics.components(mask)
     while left:
         pieces, edge, piece = pieces + 1, [left.pop()], set()
         while edge:
             at = edge.pop()
             piece.add(found[at].item())
-            near = {tuple(a + d for a, d in zip(at, by)) for by in itertools.product((-1, 0, 1), repeat=3)} & left
+            near = {tuple(a + d for a, d in zip(at, by))
+                    for by in itertools.product((-1, 0, 1), repeat=3)} & left
             left -= near
             edge += near
         assert len(piece) == 1 and piece != {0}
@@ -170,11 +181,12 @@ def test_components_and_dilation_agree_with_scipy():
     for seed in range(3):
         mask = blobs(seed, level=1.0)
         theirs, count = ndimage.label(mask.numpy(), np.ones((3, 3, 3)))
-        ours = bs.components(mask).numpy()
+        ours = metrics.components(mask).numpy()
         pairs = set(zip(ours[mask.numpy()].tolist(), theirs[mask.numpy()].tolist()))
         assert ours.max() == count == len(pairs) > 1
         structure = ndimage.generate_binary_structure(3, 2)
-        assert np.array_equal(bs.dilate(mask, 2).numpy(), ndimage.binary_dilation(mask.numpy(), structure, 2))
+        assert np.array_equal(metrics.dilate(mask, 2).numpy(),
+                              ndimage.binary_dilation(mask.numpy(), structure, 2))
 
 
 def cube(*boxes, shape=(40, 20, 20)):
@@ -187,17 +199,20 @@ def cube(*boxes, shape=(40, 20, 20)):
 
 @pytest.mark.a4
 def test_lesion_dice_by_hand():
-    """Two lesions, one found exactly: (1 + 0) / 2. A false positive is one more 0. Lesions closer than the
-    dilations reach are one. At most 50 mm^3 is not counted as a lesion."""
+    """Two lesions, one found exactly: (1 + 0) / 2. A false positive is one more 0. Lesions closer
+    than the dilations reach are one. At most 50 mm^3 is not counted as a lesion."""
     one, two = cube((2, 6)), cube((2, 6), (30, 34))
-    assert bs.lesion_dice(one, two, (1, 1, 1)) == 0.5
-    assert bs.lesion_dice(two, one, (1, 1, 1)) == 0.5
-    assert bs.lesion_dice(two, two, (1, 1, 1)) == 1.0 and bs.lesion_dice(one & False, one & False, (1, 1, 1)) == 1.0
-    near = cube((2, 6), (9, 13))                            # a gap of 3 voxels: dilations by 3 touch
-    assert bs.lesion_dice(cube((2, 6)), near, (1, 1, 1)) == pytest.approx(2 / 3)
+    assert metrics.lesion_dice(one, two, (1, 1, 1)) == 0.5
+    assert metrics.lesion_dice(two, one, (1, 1, 1)) == 0.5
+    assert metrics.lesion_dice(two, two, (1, 1, 1)) == 1.0 and metrics.lesion_dice(one & False, one
+                                                                                   & False,
+                                                                                   (1, 1, 1)) == 1.0
+    # a gap of 3 voxels: dilations by 3 touch
+    near = cube((2, 6), (9, 13))
+    assert metrics.lesion_dice(cube((2, 6)), near, (1, 1, 1)) == pytest.approx(2 / 3)
     small = cube((2, 4))                                    # 50 voxels
-    assert bs.lesion_dice(small & False, small, (1, 1, 1)) == 1.0
-    assert bs.lesion_dice(small & False, small, (1, 1, 1.1)) == 0.0
+    assert metrics.lesion_dice(small & False, small, (1, 1, 1)) == 1.0
+    assert metrics.lesion_dice(small & False, small, (1, 1, 1.1)) == 0.0
 
 
 def test_score_case_uses_spacing_and_regions():
@@ -206,21 +221,24 @@ def test_score_case_uses_spacing_and_regions():
     truth[4:14, 4:14, 4:14], truth[6:10, 6:10, 6:10] = 2, 3
     predicted = truth.clone()
     predicted[predicted == 3] = 1                           # called necrosis instead of enhancing
-    got = bs.score_case(predicted, truth, (1, 2, 2.5))
+    got = metrics.score_case(predicted, truth, (1, 2, 2.5))
     assert got["WT"]["dice"] == got["TC"]["dice"] == 1 and got["ET"]["dice"] == 0
-    assert got["ET"]["hd95_mm"] == 373.13 and got["WT"]["true_ml"] == 5.0 and got["TC"]["true_ml"] == pytest.approx(0.32)
+    assert got["ET"]["hd95_mm"] == 373.13 and got["WT"]["true_ml"] == 5.0 and got["TC"][
+        "true_ml"] == pytest.approx(0.32)
     assert got["ET"]["volume_error_ml"] == pytest.approx(0.32) and got["ET"]["sensitivity"] == 0
 
 
 def test_tables_leave_out_what_does_not_exist():
-    """Sensitivity has no meaning where there is nothing to find: such cases are not in its mean, and one-sided
-    empties are counted."""
-    empty, full = torch.zeros(4, 4, 4, dtype=torch.uint8), torch.full((4, 4, 4), 3, dtype=torch.uint8)
-    rows = [{"case": name, "region": region, **its} for name, a, b in (("a", full, full), ("b", full, empty))
-            for region, its in bs.score_case(a, b, (1, 1, 1)).items()]
-    mean = bs.summarise(rows)["ET"]
+    """Sensitivity has no meaning where there is nothing to find: such cases are not in its mean,
+    and one-sided empties are counted."""
+    empty, full = torch.zeros(4, 4, 4, dtype=torch.uint8), torch.full((4, 4, 4), 3,
+                                                                      dtype=torch.uint8)
+    rows = [{"case": name, "region": region, **its} for name, a,
+            b in (("a", full, full), ("b", full, empty)) for region,
+            its in metrics.score_case(a, b, (1, 1, 1)).items()]
+    mean = metrics.summarise(rows)["ET"]
     assert mean["sensitivity"] == 1 and mean["dice"] == 0.5 and mean["missed"] == 1
-    assert "1 cases" in bs.table_of(rows)[-1]
+    assert "1 cases" in metrics.table_of(rows)[-1]
 
 
 @pytest.mark.parametrize("kind", ["standard", "strong"])
@@ -230,7 +248,8 @@ def test_labels_move_with_the_image(kind):
     images[..., 8:40, 8:56] = -0.4
     images[..., 14:24, 34:50], labels[:, 14:24, 34:50] = 0.6, 3
     moved, its = bs.augment(images, labels, kind, (0, "a"))
-    assert set(its.unique().tolist()) == {0, 3} and moved.shape == images.shape and not torch.equal(its, labels)
+    assert set(its.unique().tolist()) == {0, 3} and moved.shape == images.shape and not torch.equal(
+        its, labels)
     for picture, mask in zip(moved, its):
         inside, brain = picture[:, mask == 3], (picture > -1).all(0) & (mask == 0)
         assert inside.mean() > picture[:, brain].mean() + 0.3
@@ -238,12 +257,15 @@ def test_labels_move_with_the_image(kind):
 
 
 def test_augmentation_is_a_pure_function_and_keeps_air():
-    """The same key gives the same slices, another key others; air stays exactly -1; none changes nothing."""
+    """The same key gives the same slices, another key others; air stays exactly -1; none changes
+    nothing."""
     images, labels = torch.rand(4, 4, 32, 32) * 2 - 1, torch.randint(0, 4, (4, 32, 32))
     images[..., :12], images[..., 20:] = -1, -1
     state = torch.get_rng_state()
-    first, again, other = [bs.augment(images, labels, "strong", key) for key in ((0, 1), (0, 1), (0, 2))]
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
+    first, again, other = [bs.augment(images, labels, "strong", key)
+                           for key in ((0, 1), (0, 1), (0, 2))]
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(
+        first[0], other[0])
     assert torch.equal(torch.get_rng_state(), state)
     assert first[0].min() == -1 and first[0].max() <= 1 and (first[0] == -1).float().mean() > 0.3
     assert torch.equal(bs.augment(images, labels, "none", (0, 1))[0], images)
@@ -258,17 +280,18 @@ class Oracle(torch.nn.Module):
 
 
 def test_predictions_come_back_on_the_grid_of_the_scans(phantom_folder):
-    """Labels painted into a modality on the model's grid come back, through the segmenter, on the scans'
-    own grid where the label map has them."""
-    case = bs.find_cases(phantom_folder)[0]
-    (_, blind, truth), = bs.prepare_blind([case], 96, 192.0)
+    """Labels painted into a modality on the model's grid come back, through the segmenter, on the
+    scans' own grid where the label map has them."""
+    case = nifti.find_cases(phantom_folder)[0]
+    (_, blind, truth), = metrics.prepare_blind([case], 96, 192.0)
     assert not blind["labels"].any() and blind["classes"].max() == 1 and truth.max() == 3
-    seen = bs.prepare_case(case, 96, 192.0, "tumour")
+    seen = slices.prepare_case(case, 96, 192.0, "tumour")
     paint = np.array([0, 0, 96, 160, 255], np.uint8)[seen["classes"]]
     blind["images"] = np.repeat(paint[:, None], 4, 1)
-    segmenter, shown = bs.Segmenter(Oracle(), 96, 192.0, torch.device("cpu")), []
+    segmenter, shown = metrics.Segmenter(Oracle(), 96, 192.0, torch.device("cpu")), []
     rows = segmenter.evaluate([(case, blind, truth)], lambda *what: shown.append(what))
-    assert [(row["case"], row["region"]) for row in rows] == [(case.case, region) for region in bs.REGIONS]
+    assert [(row["case"], row["region"]) for row in rows] == [(case.case, region)
+                                                              for region in bs.REGIONS]
     assert all(row["dice"] > 0.97 and row["hd95_mm"] < 3 for row in rows), rows
     assert shown[0][2].shape == truth.shape and shown[0][2].dtype == np.uint8
     labels = torch.from_numpy(bs.tumour_labels(seen["classes"]))

@@ -6,8 +6,10 @@ import torch
 import torch.nn as nn
 
 import brainsyn as bs
+from kit import runs
 
-FROZEN = Path(__file__).with_name("torchvision_resnets.txt")    # depth, name, shape of torchvision 0.28
+# depth, name, shape of torchvision 0.28
+FROZEN = Path(__file__).with_name("torchvision_resnets.txt")
 
 
 def fixed_batch_norms(net):
@@ -21,7 +23,8 @@ def fixed_batch_norms(net):
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_encoder_has_torchvisions_names_and_shapes(depth):
-    """Published weights fit only if every parameter and buffer has its name and shape (fc aside)."""
+    """Published weights fit only if every parameter and buffer has its name and shape (fc
+    aside)."""
     frozen = [line.split(" ", 2) for line in FROZEN.read_text().splitlines()]
     theirs = {name: tuple(int(n) for n in shape.replace(" ", "").split(",") if n)
               for number, name, shape in ((f[0], f[1], f[2] if len(f) > 2 else "") for f in frozen)
@@ -64,18 +67,20 @@ def test_inflated_convolution_answers_grey_alike(channels):
     """The same picture in every channel gives the activation it gave as a grey colour picture."""
     first, picture = nn.Conv2d(3, 8, 7, 2, 3, bias=False), torch.randn(2, 1, 32, 24)
     wide = nn.Conv2d(channels, 8, 7, 2, 3, bias=False)
-    wide.weight.data = bs.inflate(first.weight.data, channels)
-    assert torch.allclose(wide(picture.expand(-1, channels, -1, -1)), first(picture.expand(-1, 3, -1, -1)), atol=1e-5)
+    wide.weight.data = runs.inflate(first.weight.data, channels)
+    assert torch.allclose(wide(picture.expand(-1, channels, -1, -1)),
+                          first(picture.expand(-1, 3, -1, -1)), atol=1e-5)
 
 
 def test_published_weights_load_from_a_file(tmp_path):
     """A file in torchvision's layout, fc included, fills the encoder of a four-channel network."""
     torch.manual_seed(1)
     source = bs.ResNet(18, 3)
-    state = {**source.state_dict(), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    state = {**source.state_dict(), "fc.weight": torch.zeros(1000, 512),
+             "fc.bias": torch.zeros(1000)}
     torch.save(state, tmp_path / "resnet18.pth")
     net = bs.ResUNet(18)
-    bs.load_encoder(net.encoder, 18, tmp_path / "resnet18.pth")
+    runs.load_encoder(net.encoder, 18, tmp_path / "resnet18.pth")
     assert torch.equal(net.encoder.layer3[1].conv2.weight, source.layer3[1].conv2.weight)
     assert torch.allclose(net.encoder.conv1.weight.sum(1), source.conv1.weight.sum(1), atol=1e-6)
 
@@ -92,11 +97,12 @@ def test_other_weights_are_refused(tmp_path, spoil):
         state["layer9.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(bs.BadInput, match="no weights of a ResNet-18"):
-        bs.load_encoder(bs.ResUNet(18).encoder, 18, tmp_path / "w.pth")
+        runs.load_encoder(bs.ResUNet(18).encoder, 18, tmp_path / "w.pth")
 
 
 def test_offline_is_one_clear_sentence(tmp_path, monkeypatch):
-    """Without a network --weights imagenet says which file to fetch, and checks the hash when there is one."""
+    """Without a network --weights imagenet says which file to fetch, and checks the hash when there
+    is one."""
     asked = {}
 
     def unreachable(url, **how):
@@ -105,8 +111,9 @@ def test_offline_is_one_clear_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     with pytest.raises(bs.BadInput, match="resnet34-b627a593.pth cannot be had .*give its path"):
-        bs.load_encoder(bs.ResNet(34, 4), 34, "imagenet")
-    assert asked["check_hash"] and asked["weights_only"] and asked["url"].startswith("https://download.pytorch.org/")
+        runs.load_encoder(bs.ResNet(34, 4), 34, "imagenet")
+    assert asked["check_hash"] and asked["weights_only"] and asked["url"].startswith(
+        "https://download.pytorch.org/")
 
 
 @pytest.mark.parametrize("depth, size", [(18, (64, 64)), (34, (37, 50)), (50, (240, 240))])
@@ -119,8 +126,8 @@ def test_any_size_goes_in_and_comes_out(depth, size, predict, outputs):
 
 
 def test_padding_is_air():
-    """A picture whose right and lower part is air gives the same logits whether that part is given or
-    padded inside."""
+    """A picture whose right and lower part is air gives the same logits whether that part is given
+    or padded inside."""
     net = fixed_batch_norms(bs.ResUNet())
     x = torch.randn(1, 4, 40, 50)
     whole = torch.full((1, 4, 64, 64), -1.0)
@@ -131,8 +138,8 @@ def test_padding_is_air():
 
 
 def test_before_training_tumour_is_unlikely():
-    """The head starts with low logits for all that is tumour: most pixels are healthy, and a network that
-    has to learn that first spends its first hundreds of steps on it."""
+    """The head starts with low logits for all that is tumour: most pixels are healthy, and a
+    network that has to learn that first spends its first hundreds of steps on it."""
     for predict in ("regions", "labels"):
         net = bs.ResUNet(predict=predict).eval()
         nn.init.zeros_(net.head.weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import runs
 
 
 def test_every_row_comes_once_an_epoch():
@@ -29,7 +30,8 @@ def test_tumour_share_is_what_was_asked(share):
     batches = [bs.batch_rows(tumour, other, share, 0, step, 8) for step in range(50)]
     assert abs(np.mean(np.concatenate(batches) < 10) - share) < 0.01
     assert np.array_equal(batches[33], bs.batch_rows(tumour, other, share, 0, 33, 8))
-    joined = np.concatenate([bs.batch_rows(tumour, other, share, 0, step, 16) for step in range(25)])
+    joined = np.concatenate([bs.batch_rows(tumour, other, share, 0, step, 16)
+                             for step in range(25)])
     assert sorted(joined) == sorted(np.concatenate(batches)), "batch size must not change what is drawn"
 
 
@@ -78,7 +80,8 @@ def test_ema_equals_its_closed_form(every):
             keeps.append(min(0.97, (1 + step) / (10 + step)) ** every)
     share = [(1 - k if i else 1.0) * math.prod(keeps[i + 1:]) for i, k in enumerate(keeps)]
     assert math.isclose(sum(share), 1.0)
-    assert torch.allclose(ema.weights["weight"].double(), sum(s * w for s, w in zip(share, history)), atol=1e-5)
+    assert torch.allclose(ema.weights["weight"].double(),
+                          sum(s * w for s, w in zip(share, history)), atol=1e-5)
 
 
 @pytest.mark.a2
@@ -108,18 +111,19 @@ def test_samples_of_a_run_of_any_length_use_all_of_it():
 def test_checkpoints_come_back_and_the_one_before_is_kept(tmp_path):
     """Newest first; when its bytes are damaged the previous one is used, and that is said."""
     for step in (1, 2):
-        bs.save_checkpoint(tmp_path, {**dict.fromkeys(bs.HOLDS["ddpm"], 0), "kind": "ddpm", "step": step,
-                                      "weights": {"a": torch.arange(5.0)}})
+        runs.save_checkpoint(tmp_path, {**dict.fromkeys(runs.HOLDS["ddpm"], 0), "kind": "ddpm",
+                                        "step": step, "weights": {"a": torch.arange(5.0)}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
-    assert bs.load_checkpoint(tmp_path)["step"] == 2
+    assert runs.load_checkpoint(tmp_path)["step"] == 2
     raw = bytearray((tmp_path / "checkpoint.pt").read_bytes())
     at = raw.index(torch.arange(5.0).numpy().tobytes())
     raw[at + 7] ^= 16                            # one bit of one weight
     (tmp_path / "checkpoint.pt").write_bytes(raw)
     said = []
-    assert bs.load_checkpoint(tmp_path, say=said.append)["step"] == 1 and "cannot be used" in said[0]
+    assert runs.load_checkpoint(tmp_path,
+                                say=said.append)["step"] == 1 and "cannot be used" in said[0]
     with pytest.raises(bs.BadInput, match="checksum"):
-        bs.load_checkpoint(tmp_path / "checkpoint.pt")
+        runs.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_checkpoints_run_no_code(tmp_path):
@@ -129,40 +133,43 @@ def test_checkpoints_run_no_code(tmp_path):
             return Path.touch, (tmp_path / "it went off",)
     torch.save({"kind": "ddpm", "step": 1, "bomb": Bomb()}, tmp_path / "checkpoint.pt")
     with pytest.raises(bs.BadInput):
-        bs.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
     assert not (tmp_path / "it went off").exists()
 
 
 def test_no_checkpoint_is_one_clear_sentence(tmp_path):
     """The message says what to run."""
     with pytest.raises(bs.BadInput, match="train_ddpm.py"):
-        bs.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
 
 
 def test_log_has_four_noise_bins_and_no_step_twice(tmp_path):
     """Bins are quarters of t; rows after the step a run resumes from are dropped."""
-    book = bs.LogBook(tmp_path, 0)
+    book = runs.LogBook(tmp_path, 0)
     book.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([250, 251, 750, 751]))
     row, text = book.line(10, 1e-3, 4, 1.0)
     assert [row[f"loss_q{q}"] for q in (1, 2, 3, 4)] == [1.0, 2.0, 3.0, 4.0] and row["loss"] == 2.5
     assert text.startswith("loss 2.5000 | lr 1.0e-03")
     book.add(torch.ones(4), torch.tensor([1, 300, 600, 1000]))
     book.line(20, 1e-3, 4, 2.0)
-    bs.LogBook(tmp_path, 10)
-    assert [r["step"] for r in bs.read_log(tmp_path / "log.csv")] == [10]
+    runs.LogBook(tmp_path, 10)
+    assert [r["step"] for r in runs.read_log(tmp_path / "log.csv")] == [10]
 
 
-@pytest.mark.parametrize("more, values", [(bs.QUARTERS, ()), (("val_dice",), (0.5,))])
+@pytest.mark.parametrize("more, values", [(runs.QUARTERS, ()), (("val_dice",), (0.5,))])
 def test_a_line_without_a_sound_step_has_no_loss(tmp_path, more, values):
-    """Where every step since the last line was left out there is nothing to average: NaN, in every loss column."""
-    row, _ = bs.LogBook(tmp_path, 0, more).line(7, 1e-3, 4, 2.0, values)
-    assert list(row) == ["step", "loss", *more, "lr", "images_per_s", "seconds"] and row["seconds"] == 2.0
+    """Where every step since the last line was left out there is nothing to average: NaN, in every
+    loss column."""
+    row, _ = runs.LogBook(tmp_path, 0, more).line(7, 1e-3, 4, 2.0, values)
+    assert list(row) == ["step", "loss", *more, "lr", "images_per_s", "seconds"] and row[
+        "seconds"] == 2.0
     assert all(math.isnan(row[name]) for name in ("loss", *more) if name != "val_dice")
-    assert bs.read_log(tmp_path / "log.csv")[0]["step"] == 7
+    assert runs.read_log(tmp_path / "log.csv")[0]["step"] == 7
 
 
 class TwoSlices:
-    """A cache of two slices, one modality: half brain (class 1, values 0 and 0.2), half ET (1.0)."""
+    """A cache of two slices, one modality: half brain (class 1, values 0 and 0.2), half ET
+    (1.0)."""
     rows = np.zeros((2, 2, 4, 6), np.uint8)
 
     def batch(self, rows):
@@ -179,7 +186,8 @@ def test_prior_by_hand():
     assert torch.allclose(mean, torch.tensor([0.0, 0.1, 0, 0, 1.0, 0.55])) and std[0] == 0.5
     assert torch.allclose(std[[1, 4]], torch.tensor([0.1, 0.01]), atol=1e-5)
     atlas = prior["atlas"][0, :, 0]
-    assert (atlas[0] < 0.09).all() and (atlas[1] > 0.11).all() and torch.allclose(atlas, atlas.flip(-1))
+    assert (atlas[0] < 0.09).all() and (atlas[1] > 0.11).all() and torch.allclose(atlas,
+                                                                                  atlas.flip(-1))
     assert "atlas" not in bs.measure_prior(TwoSlices(), np.arange(2), "tissue")
 
 
@@ -189,8 +197,11 @@ def test_one_batch_can_be_learned(cache):
     prior, alpha_bar = bs.measure_prior(cache, cache.part("train"), "tumour"), bs.cosine_alpha_bar()
     t, eps = torch.tensor([150, 400, 700, 950]), torch.randn(x0.shape)
     signal, sigma = bs.signal_sigma(alpha_bar, t)
-    x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma), bs.one_hot(classes, 5)
-    net, (mean, std) = bs.UNet(width=32, mults=(1, 2), patch=2), bs.expected(prior, onehot, position)
+    x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal,
+                                                                       sigma), bs.one_hot(classes,
+                                                                                          5)
+    net, (mean, std) = bs.UNet(width=32, mults=(1, 2), patch=2), bs.expected(prior, onehot,
+                                                                             position)
     optimizer, losses = torch.optim.Adam(net.parameters(), lr=2e-3), []
     for _ in range(250):
         out = net(x_t, t, onehot, position[:, None])
@@ -203,7 +214,8 @@ def test_one_batch_can_be_learned(cache):
 
 
 def test_averaged_networks_keep_the_batch_norms_as_they_are():
-    """Parameters are averaged; running statistics, which are no parameters, come from the network itself."""
+    """Parameters are averaged; running statistics, which are no parameters, come from the network
+    itself."""
     net = bs.ResUNet()
     ema = bs.EMA(net, decay=0.9, every=1)
     net(torch.randn(4, 4, 32, 32))                                  # moves the statistics
@@ -219,8 +231,10 @@ def test_averaged_networks_keep_the_batch_norms_as_they_are():
 @pytest.mark.a2
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
 def test_orthogonalised_matrices_keep_their_directions(shape):
-    """U diag(s) V^T becomes U diag(about 1) V^T: no direction is left behind, none is mixed into another."""
-    matrix, other = [torch.randn(shape, generator=bs.generator(i), dtype=torch.float64) for i in (3, 4)]
+    """U diag(s) V^T becomes U diag(about 1) V^T: no direction is left behind, none is mixed into
+    another."""
+    matrix, other = [torch.randn(shape, generator=bs.generator(i), dtype=torch.float64)
+                     for i in (3, 4)]
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     inside = u.T @ bs.orthogonal(torch.stack([100 * other, matrix]))[1] @ vt.T
     assert (s > s.max() * 0.05).sum() > 20 and s.max() > 5
@@ -229,43 +243,50 @@ def test_orthogonalised_matrices_keep_their_directions(shape):
 
 
 def test_muon_by_hand():
-    """Two steps on a convolution's weight, whose row is all that one output reads, against singular values: each
-    goes through the polynomial five times, whatever its size. The bias learns by AdamW."""
+    """Two steps on a convolution's weight, whose row is all that one output reads, against singular
+    values: each goes through the polynomial five times, whatever its size. The bias learns by
+    AdamW."""
     torch.manual_seed(0)
     conv, twin = torch.nn.Conv2d(2, 40, 3).double(), torch.nn.Conv2d(2, 40, 3).double()
     twin.load_state_dict(conv.state_dict())
-    ours = bs.Muon([conv.bias], [conv.weight], torch.float64, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    ours = bs.Muon([conv.bias], [conv.weight], torch.float64, lr=0.01, betas=(0.9, 0.99),
+                   weight_decay=0.1)
     plain = torch.optim.AdamW([twin.bias], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
     weight, momentum = conv.weight.detach().clone(), 0.0
     for _ in range(2):
         gradient = torch.randn(40, 2, 3, 3, dtype=torch.float64)
         conv.weight.grad, conv.bias.grad, twin.bias.grad = gradient.clone(), gradient[:, 0, 0, 0], gradient[:, 0, 0, 0]
         momentum = 0.95 * momentum + 0.05 * gradient
-        u, s, vt = torch.linalg.svd((0.95 * momentum + 0.05 * gradient).reshape(40, 18), full_matrices=False)
+        u, s, vt = torch.linalg.svd((0.95 * momentum + 0.05 * gradient).reshape(40, 18),
+                                    full_matrices=False)
         s = s / s.norm()
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
-        weight = weight * (1 - 0.05 * 0.1) - 0.05 * (40 / 18) ** 0.5 * ((u * s) @ vt).view_as(weight)
+        weight = weight * (1 - 0.05 * 0.1) - 0.05 * (40 / 18) ** 0.5 * ((u * s) @ vt).view_as(
+            weight)
         ours.step()
         plain.step()
     assert torch.allclose(conv.weight, weight, atol=1e-6) and torch.equal(conv.bias, twin.bias)
 
 
 def test_muon_gets_what_lies_inside():
-    """Matrices and convolutions, but for those that meet pixels, noise level or position; AdamW gets all the rest,
-    and alone it is torch's."""
+    """Matrices and convolutions, but for those that meet pixels, noise level or position; AdamW
+    gets all the rest, and alone it is torch's."""
     net = bs.UNet(width=16, mults=(1, 2))
     inside = {id(p) for p in net.hidden()}
     names = {name for name, p in net.named_parameters() if id(p) in inside}
     assert {"middle1.to_scale_shift.weight", "attention.to_qkv.weight", "unfold.weight"} <= names
     assert all(p.ndim > 1 for p in net.hidden())
-    assert not any(name.startswith(("conv_in", "conv_out", "fine_in", "time", "scalar")) for name in names)
-    first, second = bs.make_optimizer(net, 1e-3, torch.device("cpu"), hidden=net.hidden()).param_groups
+    assert not any(name.startswith(("conv_in", "conv_out", "fine_in", "time", "scalar"))
+                   for name in names)
+    first, second = bs.make_optimizer(net, 1e-3, torch.device("cpu"),
+                                      hidden=net.hidden()).param_groups
     assert {id(p) for p in second["params"]} == inside
     assert {id(p) for p in first["params"]} | inside == {id(p) for p in net.parameters()}
     twin = copy.deepcopy(net)
-    for its, optimizer in ((net, bs.make_optimizer(net, 1e-3, torch.device("cpu"))), (twin, torch.optim.AdamW(
-            twin.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True))):
+    for its, optimizer in ((net, bs.make_optimizer(net, 1e-3, torch.device("cpu"))),
+                           (twin, torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.99),
+                                                    weight_decay=0.01, fused=True))):
         for step in range(3):
             for i, p in enumerate(its.parameters()):
                 p.grad = torch.randn(p.shape, generator=bs.generator(step, i))

@@ -21,13 +21,15 @@ def phi(request):
 
 def images(seed):
     """x0 and eps in float64."""
-    return [torch.randn(2, 3, 16, 24, generator=bs.generator(seed, name), dtype=torch.float64) for name in ("x0", "eps")]
+    return [torch.randn(2, 3, 16, 24, generator=bs.generator(seed, name), dtype=torch.float64)
+            for name in ("x0", "eps")]
 
 
 @pytest.mark.a1
 @pytest.mark.parametrize("theta", ANGLES)
 def test_your_target_is_turned_by_your_angle(phi, theta):
-    """At every noise level it is the combination of eps and x0 that the exercise names, with your phi."""
+    """At every noise level it is the combination of eps and x0 that the exercise names, with your
+    phi."""
     (x0, eps), zero = images(1), torch.zeros(2, 3, 16, 24, dtype=torch.float64)
     ours = lambda x0, eps: bs.your_target(x0, eps, math.cos(theta), math.sin(theta))
     assert torch.allclose(ours(zero, eps), math.cos(theta + phi) * eps), "share of eps"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import brainsyn as bs
+from kit import checks, files, nifti, phantoms, pictures, writing
 
 
 def write(folder, affine=None):
@@ -16,7 +17,8 @@ def write(folder, affine=None):
     labels[2:4, 3:6, 1:4] = rng.integers(1, 4, (2, 3, 3))
     counts = rng.integers(0, 1000, (4, 6, 8, 5)).astype(np.int16)
     affine = np.diag([2.0, 2.0, 3.0, 1.0]) if affine is None else affine
-    home = bs.write_case(folder, "BraTS-SYN-00000-000", counts, labels, affine, {"SyntheticData": "YES"})
+    home = writing.write_case(folder, "BraTS-SYN-00000-000", counts, labels, affine,
+                              {"SyntheticData": "YES"})
     return home, counts, labels
 
 
@@ -26,9 +28,11 @@ def test_written_cases_read_back_as_written(tmp_path):
     folder, counts, labels = write(tmp_path, affine)
     for c, name in enumerate(("t1n", "t1c", "t2w", "t2f")):
         image = nib.load(folder / f"BraTS-SYN-00000-000-{name}.nii.gz")
-        assert np.array_equal(np.asanyarray(image.dataobj), counts[c]) and np.allclose(image.affine, affine)
-        assert np.allclose(image.get_qform(), affine), "viewers that read only the qform see the same place"
-    scans, read, _ = bs.read_case(bs.find_cases(tmp_path)[0])
+        assert np.array_equal(np.asanyarray(image.dataobj), counts[c]) and np.allclose(image.affine,
+                                                                                       affine)
+        assert np.allclose(image.get_qform(),
+                           affine), "viewers that read only the qform see the same place"
+    scans, read, _ = nifti.read_case(nifti.find_cases(tmp_path)[0])
     assert np.array_equal(scans, counts[:, ::-1]) and np.array_equal(read, labels[::-1])
 
 
@@ -44,16 +48,18 @@ def test_every_file_says_synthetic(tmp_path):
 def test_counts_are_zero_in_air_and_positive_in_the_brain():
     """Readers find the outline by what is not 0, so a black voxel inside the brain is 1."""
     images = torch.tensor([[[[-1.0, -1.0, 0.0, 1.0, 1.2]]]])
-    assert bs.image_counts(images, np.array([[[0, 1, 1, 1, 1]]])).tolist() == [[[[0, 1, 500, 1000, 1000]]]]
+    assert writing.image_counts(images, np.array([[[0, 1, 1, 1, 1]]])).tolist() == [
+        [[[0, 1, 500, 1000, 1000]]]]
 
 
 def test_pictures_are_drawn(tmp_path):
-    """Label maps, images, colours and gaps in one grid; lines with and without errors. The files are PNG and
-    appear at once."""
+    """Label maps, images, colours and gaps in one grid; lines with and without errors. The files
+    are PNG and appear at once."""
     grey, labels = np.linspace(-1, 1, 64).reshape(8, 8), np.eye(8, dtype=int) * 3
-    bs.draw_rows(tmp_path / "a.png", [[labels, None, torch.zeros(8, 8), bs.overlay(grey, labels)]],
-                 ["labels", "", "t1", "both"], "tissue")
-    bs.draw_lines(tmp_path / "b.png", [("loss", "log", {"a": ([1, 2, 3], [3.0, 2.0, 1.0])}),
+    pictures.draw_rows(tmp_path / "a.png", [[labels, None, torch.zeros(8, 8),
+                                             pictures.overlay(grey, labels)]],
+                       ["labels", "", "t1", "both"], "tissue")
+    pictures.draw_lines(tmp_path / "b.png", [("loss", "log", {"a": ([1, 2, 3], [3.0, 2.0, 1.0])}),
                                        ("Dice", "linear", {"b": ([1, 2], [0.5, 0.6], [0.1, 0.1])})])
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("a.png", "b.png"))
     assert len(list(tmp_path.iterdir())) == 2
@@ -61,18 +67,19 @@ def test_pictures_are_drawn(tmp_path):
 
 def test_overlays_leave_the_rest_of_the_picture_alone():
     """Colours only where labels are; elsewhere the grey value, -1 black and 1 white."""
-    picture = bs.overlay(np.array([[-1.0, 1.0, 0.0, 0.0]]), np.array([[0, 0, 1, 3]]))
+    picture = pictures.overlay(np.array([[-1.0, 1.0, 0.0, 0.0]]), np.array([[0, 0, 1, 3]]))
     assert picture[0, 0].tolist() == [0, 0, 0] and picture[0, 1].tolist() == [1, 1, 1]
     assert np.ptp(picture[0, 2]) > 0.1 and not np.allclose(picture[0, 2], picture[0, 3])
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_predictions_lie_voxel_for_voxel_on_the_scans_files(phantom_folder, tmp_path, number):
-    """Written in the storage order of the case's own files (RAS or LPS): same affine, and every label where
-    the case's seg file has it in the array as stored."""
-    case = next(c for c in bs.find_cases(phantom_folder) if bs.phantom_seed(c.case) == number)
-    labels, affine = bs.read_labels(case)
-    bs.write_labels(tmp_path / "deep" / "x_prediction.nii.gz", labels, case, affine)
+    """Written in the storage order of the case's own files (RAS or LPS): same affine, and every
+    label where the case's seg file has it in the array as stored."""
+    case = next(c for c in nifti.find_cases(phantom_folder) if phantoms.phantom_seed(c.case)
+                == number)
+    labels, affine = nifti.read_labels(case)
+    nifti.write_labels(tmp_path / "deep" / "x_prediction.nii.gz", labels, case, affine)
     ours, theirs = nib.load(tmp_path / "deep" / "x_prediction.nii.gz"), nib.load(case.files["seg"])
     stored = np.asarray(theirs.dataobj)
     assert np.array_equal(np.asarray(ours.dataobj), np.where(stored == 4, 3, stored))
@@ -84,53 +91,64 @@ def synthetic_case(folder, **facts):
     """A case that is nothing but a folder and a sidecar."""
     (folder / "c").mkdir(parents=True)
     (folder / "c" / "c.json").write_text(json.dumps(facts))
-    return bs.Case("c", {"t1": folder / "c" / "c-t1n.nii.gz"}, True)
+    return nifti.Case("c", {"t1": folder / "c" / "c-t1n.nii.gz"}, True)
 
 
 def test_debts_of_synthetic_cases_are_found(tmp_path):
-    """Its own label map, its outline, or any map its generator was trained on: each alone is enough."""
+    """Its own label map, its outline, or any map its generator was trained on: each alone is
+    enough."""
     held, other = "a" * 64, "b" * 64
-    for i, (label, brain, trained, owes) in enumerate((
-            (held, other, [], True), (other, held, [], True), (other, other, [other[:16], held[:16]], True),
-            (other, other, [other[:16]], False))):
-        case = synthetic_case(tmp_path / str(i), SyntheticData="YES", LabelMapSHA256=label, BrainSHA256=brain,
-                              GeneratorTrainedOn=trained)
-        assert bs.contaminated(case, [held]) == owes
+    for i, (label, brain, trained, owes) in enumerate(((held, other, [], True),
+                                                       (other, held, [], True),
+                                                       (other, other, [other[:16], held[:16]],
+                                                        True),
+                                                       (other, other, [other[:16]], False))):
+        case = synthetic_case(tmp_path / str(i), SyntheticData="YES", LabelMapSHA256=label,
+                              BrainSHA256=brain, GeneratorTrainedOn=trained)
+        assert writing.contaminated(case, [held]) == owes
 
 
 def test_a_case_without_sidecar_is_not_taken_for_synthetic(tmp_path):
     """No sidecar, another file, or one that does not say so: one sentence."""
-    older = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64}       # does not say all of what it owes
+    # does not say all of what it owes
+    older = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64}
     for i, facts in enumerate(({"SyntheticData": "NO"}, {"Name": 1}, older)):
         with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
-            bs.synthetic_facts(synthetic_case(tmp_path / str(i), **facts))
+            writing.synthetic_facts(synthetic_case(tmp_path / str(i), **facts))
     with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
-        bs.synthetic_facts(bs.Case("c", {"t1": tmp_path / "nowhere" / "c.nii.gz"}, True))
+        writing.synthetic_facts(nifti.Case("c", {"t1": tmp_path / "nowhere" / "c.nii.gz"}, True))
 
 
 def test_tables_are_plain_csv_and_json(tmp_path):
     """Six digits in CSV; NaN, which JSON does not know, becomes null at any depth."""
-    bs.write_csv(tmp_path / "a.csv", [{"case": "x", "dice": 1 / 3}, {"case": "y", "dice": float("nan")}])
+    files.write_csv(tmp_path / "a.csv", [{"case": "x", "dice": 1 / 3},
+                                         {"case": "y", "dice": float("nan")}])
     assert (tmp_path / "a.csv").read_text().split() == ["case,dice", "x,0.333333", "y,nan"]
-    bs.write_json(tmp_path / "a.json", {"a": [1, float("nan")], "b": {"c": float("inf"), "d": (2,)}})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None], "b": {"c": None, "d": [2]}}
+    files.write_json(tmp_path / "a.json", {"a": [1, float("nan")],
+                                           "b": {"c": float("inf"), "d": (2,)}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None],
+                                                             "b": {"c": None, "d": [2]}}
 
 
 def small_set(folder, count=3):
-    """Synthetic cases as sample.py writes them, of random voxels, with all that stands beside them."""
+    """Synthetic cases as sample.py writes them, of random voxels, with all that stands beside
+    them."""
     rng = np.random.default_rng(1)
     for number in range(count):
         labels = np.zeros((6, 8, 5), np.uint8)
         labels[1:5, 2:7, 1:4] = rng.integers(0, 4, (4, 5, 3))
         labels[2, 3, 2], labels[2, 4, 2], labels[3, 3, 2] = 1, 2, 3
-        facts = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64, "BrainSHA256": "b" * 64, "GeneratorTrainedOn": [],
-                 "GeneratorPatients": 24, "GeneratorData": "phantoms", "GeneratorVersion": "0.1.0", "UsedInTraining": False,
-                 "VolumesML": {name: 1.5 for name in (*bs.LABELS, "TC", "WT")}, "Condition": "tumour", "Steps": 20}
-        bs.write_case(folder, f"BraTS-SYN-{number:05d}-000", rng.integers(1, 1000, (4, 6, 8, 5)).astype(np.int16), labels,
-                      np.diag([2.0, 2, 3, 1]), facts)
-    bs.write_description(folder)
-    bs.write_dataset_json(folder)
-    bs.write_datasheet(folder)
+        facts = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64, "BrainSHA256": "b" * 64,
+                 "GeneratorTrainedOn": [], "GeneratorPatients": 24, "GeneratorData": "phantoms",
+                 "GeneratorVersion": "0.1.0", "UsedInTraining": False,
+                 "VolumesML": {name: 1.5 for name in (*bs.LABELS, "TC", "WT")},
+                 "Condition": "tumour", "Steps": 20}
+        writing.write_case(folder, f"BraTS-SYN-{number:05d}-000",
+                           rng.integers(1, 1000, (4, 6, 8, 5)).astype(np.int16), labels,
+                           np.diag([2.0, 2, 3, 1]), facts)
+    writing.write_description(folder)
+    writing.write_dataset_json(folder)
+    writing.write_datasheet(folder)
     return folder
 
 
@@ -143,19 +161,19 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
         if str(path).endswith("t2w.nii.gz"):
             path.write_bytes(path.read_bytes()[:-30])
 
-    monkeypatch.setattr(bs.nib, "save", lossy)
+    monkeypatch.setattr(nib, "save", lossy)
     with pytest.raises(OSError, match="cannot be read back"):
         write(tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(bs.nib, "save", lambda image, path: real(nib.Nifti1Image(
+    monkeypatch.setattr(nib, "save", lambda image, path: real(nib.Nifti1Image(
         np.asanyarray(image.dataobj) * 0, image.affine), path))
     with pytest.raises(OSError, match="does not read back"):
         write(tmp_path)
 
 
 def test_any_one_mark_may_be_lost(tmp_path):
-    """Five marks: header, name, sidecar, description of the set, the word on the contact sheet. Without any one
-    of the four a program can read, a file is still known for what it is."""
+    """Five marks: header, name, sidecar, description of the set, the word on the contact sheet.
+    Without any one of the four a program can read, a file is still known for what it is."""
     folder = small_set(tmp_path / "set", 1)
     case = folder / "BraTS-SYN-00000-000"
     file = case / "BraTS-SYN-00000-000-t2w.nii.gz"
@@ -169,36 +187,43 @@ def test_any_one_mark_may_be_lost(tmp_path):
         elif lost == "name":
             its = its.rename(its.with_name("x-t2w.nii.gz"))
         else:
-            (its.with_name(f"{case.name}.json") if lost == "sidecar" else copy / "dataset_description.json").unlink()
-        assert bs.is_synthetic(its), lost
+            (its.with_name(f"{case.name}.json") if lost == "sidecar" else copy
+             / "dataset_description.json").unlink()
+        assert checks.is_synthetic(its), lost
     alone = tmp_path / "alone.nii.gz"
     shutil.copy(file, alone)
-    assert bs.is_synthetic(alone), "moved and renamed, its header still says it"
+    assert checks.is_synthetic(alone), "moved and renamed, its header still says it"
 
 
 def test_the_datasheet_says_what_must_not_be_done(tmp_path):
-    """Made from sidecars alone; figures appear when there are some, and are called missing when not."""
+    """Made from sidecars alone; figures appear when there are some, and are called missing when
+    not."""
     folder = small_set(tmp_path)
     text = (folder / "DATASHEET.md").read_text()
-    for words in ("SYNTHETIC", "3 cases", "24 cases (phantoms)", "Nothing clinical", "No validation of a clinical claim",
-                  "Not judged", "Not audited", "Known limits", "| ET | 1.5 | 1.5 | 1.5 |"):
+    for words in ("SYNTHETIC", "3 cases", "24 cases (phantoms)", "Nothing clinical",
+                  "No validation of a clinical claim", "Not judged", "Not audited", "Known limits",
+                  "| ET | 1.5 | 1.5 | 1.5 |"):
         assert words in text, words
-    bs.write_json(folder / "judge.json", {"held_out_cases": 12, "synthetic": {"Dice WT": 0.81}, "real": {"Dice WT": 0.9}})
-    bs.write_datasheet(folder)
+    files.write_json(folder / "judge.json", {"held_out_cases": 12, "synthetic": {"Dice WT": 0.81},
+                                             "real": {"Dice WT": 0.9}})
+    writing.write_datasheet(folder)
     text = (folder / "DATASHEET.md").read_text()
     assert "against 12 held-out cases" in text and "| Dice WT | 0.81 | 0.9 |" in text and "Not judged" not in text
 
 
 def test_labels_survive_the_way_through_regions(tmp_path):
-    """What nnU-Net does with dataset.json: labels -> regions to train on -> labels by regions_class_order, later
-    ones over earlier ones. NCR, ED and ET must come out as they went in."""
+    """What nnU-Net does with dataset.json: labels -> regions to train on -> labels by
+    regions_class_order, later ones over earlier ones. NCR, ED and ET must come out as they went
+    in."""
     description = json.loads((small_set(tmp_path) / "dataset.json").read_text())
     assert list(description["labels"])[1:] == ["whole_tumor", "tumor_core", "enhancing_tumor"]
-    assert description["numTraining"] == len(description["dataset"]) == len(description["training"]) == 3
-    for case in bs.find_cases(tmp_path):
-        labels = bs.read_labels(case)[0]
+    assert description["numTraining"] == len(description["dataset"]) == len(
+        description["training"]) == 3
+    for case in nifti.find_cases(tmp_path):
+        labels = nifti.read_labels(case)[0]
         out = np.zeros_like(labels)
-        for region, value in zip(list(description["labels"])[1:], description["regions_class_order"]):
+        for region, value in zip(list(description["labels"])[1:],
+                                 description["regions_class_order"]):
             out[np.isin(labels, description["labels"][region])] = value
         assert np.array_equal(out, labels) and set(np.unique(labels)) == {0, 1, 2, 3}
 
@@ -219,6 +244,7 @@ def test_monai_loads_a_set(tmp_path):
     items = data.load_decathlon_datalist(folder / "dataset.json", True, "training", base_dir=folder)
     load = transforms.LoadImaged(["image", "label"], ensure_channel_first=True)
     assert len(items) == 3
-    for item, case in zip(items, bs.find_cases(folder)):
-        got, (scans, labels, _) = load(item), bs.read_case(case)
-        assert np.array_equal(got["image"].numpy(), scans) and np.array_equal(got["label"][0].numpy(), labels)
+    for item, case in zip(items, nifti.find_cases(folder)):
+        got, (scans, labels, _) = load(item), nifti.read_case(case)
+        assert np.array_equal(got["image"].numpy(), scans) and np.array_equal(
+            got["label"][0].numpy(), labels)

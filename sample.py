@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -458,218 +457,6 @@ def close_loop(args, device):
     print(f"wrote: {args.out}\nwrote: {Path(args.out) / 'loop.png'}")
 
 
-def mean_dice(segmenter, prepared):
-    """{region: mean Dice over cases} on the model's grid, where synthetic cases live: on a finer
-    one real cases would lose to resampling what synthetic ones cannot. prepared: [(Case, what
-    prepare_case returns)]."""
-    scores = [segmenter.slice_dice(bs.to_images(got["images"]),
-                                   torch.from_numpy(bs.tumour_labels(got["classes"]))) for _,
-              got in prepared]
-    return dict(zip(bs.REGIONS, np.mean(scores, 0).tolist()))
-
-
-def known_truth(segmenters, sets):
-    """Synthetic cases as known truth: does a segmenter's Dice on them say what it will be on real
-    ones? A dict: mean Dice of every segmenter on both, Spearman's rho (from five segmenters on),
-    mean difference. sets: (synthetic, real) Cases."""
-    pairs = []
-    for one in segmenters:
-        prepared = [[(c, slices.prepare_case(c, one.resolution, one.fov, "tumour")) for c in cases]
-                    for cases in sets]
-        pairs.append([float(np.mean(list(mean_dice(one, its).values()))) for its in prepared])
-    on_made, on_real = zip(*sorted(pairs))
-    return {"dice_on_synthetic": on_made, "dice_on_real": on_real,
-            "spearman": metrics.rank_correlation(on_made, on_real) if len(pairs) >= 5
-            else float("nan"), "mean_error": float(np.mean(np.abs(np.subtract(on_made, on_real))))}
-
-
-def judged_by(args, segmenters, made):
-    """The real cases --judge compares with: the split, and the hashes of its test cases. BadInput
-    where a segmenter was trained or chosen by one of those, or trained on the set it shall
-    judge."""
-    _, split = checks.find_data(SimpleNamespace(data=args.data, out=args.segmenter[0],
-                                                phantoms=args.phantoms, scanner=args.scanner,
-                                                split=args.split, skip_bad=args.skip_bad))
-    hashes = {digest for case in split["test"] for digest in slices.hashes_of(case)}
-    for path, segmenter in zip(args.segmenter, segmenters):
-        if not hashes or segmenter.seen & hashes:
-            raise bs.BadInput(f"no real case is held out from {path}; judge with the --data, "
-                              "--split or --phantoms it was trained with")
-        if segmenter.seen & {writing.sidecar_hash(case) for case in made}:
-            raise bs.BadInput(f"{path} was trained on {args.judge}; judge with a segmenter trained "
-                              "on real cases alone")
-    return split, hashes
-
-
-def judge(args, device):
-    """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json,
-    judge.png."""
-    segmenters = [runs.load_segmenter(path, device) for path in args.segmenter]
-    first, made = segmenters[0], nifti.find_cases(args.judge)
-    for case in made:
-        writing.synthetic_facts(case)                # says at once which case has no sidecar
-    split, hashes = judged_by(args, segmenters, made)
-    held, owing = split["test"], sum(writing.contaminated(case, hashes) for case in made)
-    spread = np.linspace(0, len(split["train"]) - 1, min(5 * len(held),
-                                                         len(split["train"]))).astype(int)
-    prepared = {who: [(c, slices.prepare_case(c, first.resolution, first.fov, "tumour"))
-                      for c in cases] for who, cases in (("synthetic", made), ("real", held),
-                                                         ("training",
-                                                          [split["train"][i] for i in spread]))}
-    sets = {who: judging.slice_set(its) for who, its in prepared.items()}
-    for its in sets.values():
-        its["features"] = first.features(its["images"])
-    far, spreads, cases = judging.compare_draws(sets)
-    dices = {who: mean_dice(first, prepared[who]) for who in ("synthetic", "real")}
-    rough = {who: {"slice-to-slice roughness": judging.mean_roughness(prepared[who])}
-             for who in ("synthetic", "real")}
-    count = cases * len(sets["real"]["case"]) // len(held)
-    print(f"{len(made)} synthetic cases against {len(held)} held-out real ones; distances: ten "
-          f"draws of {cases} cases, {count} slices, of each, mean ± spread;\nfeatures: last stage "
-          f"of the encoder of {args.segmenter[0]}, averaged over a slice")
-    print(f"{'':38}{'synthetic':>10}{'real':>20}  real is")
-    report = {"synthetic_cases": len(made), "held_out_cases": len(held), "cases_a_draw": cases,
-              "slices_a_draw": count, "synthetic_cases_that_owe_to_held_out": owing,
-              "synthetic": {}, "real": {}, "sd_over_draws": spreads}
-    for figures, what in ((dices, "the same segmenter on held-out cases, which is the ceiling"),
-                          (far, "training cases against held-out ones, which is the floor"),
-                          (rough, "held-out cases")):
-        for name in figures["real"]:
-            label, words = f"Dice {name}" if figures is dices else name, what
-            if name.startswith("MS-SSIM"):
-                words = "held-out cases"
-            sd = [f" ± {spreads[who][name]:.3f}" if figures is far else ""
-                  for who in ("synthetic", "real")]
-            print(f"{label:38}{figures['synthetic'][name]:10.4f}{sd[0]}{figures['real'][name]:10.4f}{sd[1]}  {words}")
-            for who in ("synthetic", "real"):
-                report[who][label] = figures[who][name]
-    if owing:
-        print(f"note: {owing} synthetic cases come from a generator or label maps that used "
-              "held-out cases")
-    shares = ["precision", "recall", "density", "coverage"]
-    panels = [("Dice against the labels", "linear",
-               {who: (list(its), list(its.values()), None) for who, its in dices.items()}),
-              ("against held-out cases, in feature space", "linear",
-               {who: (shares, [its[name] for name in shares], None) for who, its in far.items()})]
-    if len(segmenters) > 1:
-        report["known_truth"] = known = known_truth(segmenters, (made, held))
-        on_made, on_real = known["dice_on_synthetic"], known["dice_on_real"]
-        panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
-                       {f"{len(on_made)} segmenters": (on_made, on_real, None),
-                        "equal": (on_made, on_made)}))
-        print("segmenters, mean Dice on synthetic / real: "
-              + ", ".join(f"{a:.3f} / {b:.3f}" for a, b in zip(on_made, on_real)))
-        print(f"as known truth: Spearman {known['spearman']:.2f} (needs five segmenters), "
-              f"mean error {known['mean_error']:.3f}")
-    files.write_json(Path(args.judge) / "judge.json", report)
-    pictures.draw_lines(Path(args.judge) / "judge.png", panels, "")
-    print(f"wrote: {Path(args.judge) / 'judge.json'}\nwrote: {Path(args.judge) / 'judge.png'}")
-
-
-def audit_cases(args, state, seen):
-    """The real cases of an audit: ([Case], which of them were trained on: bool array), one a
-    patient. seen: first 16 digits of the hashes that the synthetic cases owe to; a case that a
-    generator of labels alone has seen is neither trained on nor a decoy. BadInput where there are
-    no training cases of the checkpoint or no others among them."""
-    cases, _ = checks.find_data(SimpleNamespace(data=args.data, out=args.checkpoint,
-                                                phantoms=args.phantoms, split=None,
-                                                scanner=state["args"]["scanner"],
-                                                skip_bad=args.skip_bad))
-    # of several time points the first
-    first = {case.patient: case for case in reversed(cases)}
-    cases, known = [first[patient] for patient in sorted(first)], set(state["trained_on"])
-    hashes = [set(slices.hashes_of(case)) for case in cases]
-    part = [len(its & known) for its in hashes]
-    sure = [i for i, n in enumerate(part) if n == len(hashes[i])
-            or n == 0 and not seen & {digest[:16] for digest in hashes[i]}]
-    trained = np.array([part[i] > 0 for i in sure])
-    if not trained.any() or trained.all():
-        raise bs.BadInput(f"{args.data or 'the phantoms'}: {trained.sum()} cases that "
-                          f"{args.checkpoint} was trained on and {(~trained).sum()} others; an "
-                          "audit needs both, so give the --data it was trained with")
-    return [cases[i] for i in sure], trained, [hashes[i] for i in sure]
-
-
-def audit_set(args, device):
-    """Search a folder of synthetic cases for copies of training cases: table, audit.json,
-    audit.png, pairs.png."""
-    denoiser, state, _ = generator_of(args, device)
-    made = nifti.find_cases(args.audit)
-    facts = [writing.synthetic_facts(case) for case in made]
-    foreign = [case.case for case, its in zip(made, facts)
-               if its["CheckpointSHA256"] != files.file_hash(state["file"])]
-    if len(foreign) == len(made):
-        print(f"note: none of the cases was made with {args.checkpoint}; part C speaks of that, "
-              "not of their generator")
-    cases, trained, hashes = audit_cases(args, state, {digest for its in facts
-                                                       for digest in its["GeneratorTrainedOn"]})
-    prepare = lambda its: slices.prepare_case(its, state["resolution"], state["fov"],
-                                              state["condition"])
-    of_made, of_real = [audit.audit_slices([prepare(case) for case in its])
-                        for its in (made, cases)]
-    own = torch.tensor([[bool({its["LabelMapSHA256"], its["BrainSHA256"]} & owner)
-                         for owner in hashes] for its in facts])
-    # anatomy is there by then
-    settings = {**sampling(args), "coherence": 0.0, "steps": min(args.steps, 10)}
-    report, pairs = audit.audit(of_made, own, of_real, torch.from_numpy(trained),
-                                state["condition"], args.canaries, denoiser, settings)
-    words, out = audit.audit_words(report), Path(args.out)
-    report = {"verdict": report["verdict"], "words": words, "condition": state["condition"],
-              **report, "pairs": [{"synthetic": made[i].case, "slice": audit.AUDIT_POSITIONS[p],
-                                   "training": cases[j].case, "score": report["scores"][i],
-                                   "named": k < report["copies"]} for k,
-                                  (i, p, j) in enumerate(pairs)]}
-    files.write_json(out / "audit.json", report)
-    draw_audit(out / "audit.png", report)
-    shown = pairs[:max(3, min(12, report["copies"]))]
-    pictures.draw_rows(out / "pairs.png", [[*of_made[0][i, p], None, *of_real[0][j, p]] for i, p,
-                                           j in shown],
-                       [*(f"SYNTHETIC\n{name}" for name in bs.MODALITIES), "",
-                        *(f"training case\n{name}" for name in bs.MODALITIES)], state["condition"],
-                       "nearest pairs; the right half shows "
-                       f"{'phantoms' if state['data'] == 'phantoms' else 'real scans'}")
-    for its in report["pairs"][:report["copies"]]:
-        print(f"copy: {its['synthetic']} at {its['slice']:+.1f} of the brain's height is too near "
-              f"to {its['training']} ({its['score']:.1f} robust standard deviations; "
-              f"{audit.LIMIT:.0f} at most)")
-    print(words.replace(". ", ".\n"))
-    print(f"verdict: {report['verdict']}")
-    if args.mark:
-        kept = {name: report[name] for name in ("verdict", "words", "copies", "share",
-                                                "canaries_found")}
-        for case, its in zip(made, facts):
-            files.write_json(case.folder / f"{case.case}.json", {**its, "Audit": kept})
-        writing.write_datasheet(args.audit)
-        print(f"wrote: the audit into {len(made)} sidecars and {Path(args.audit) / 'DATASHEET.md'}")
-    for name in ("audit.json", "audit.png", "pairs.png"):
-        print(f"wrote: {out / name}")
-    if report["verdict"] == "leak":
-        sys.exit(1)
-
-
-def draw_audit(path, report):
-    """A page-wide figure: nearest training case against nearest decoy, scores, canaries, the
-    shares."""
-    near, scores = report["nearest"], sorted(report["scores"])
-    diagonal = [min(near["training"] + near["decoy"]), max(near["training"] + near["decoy"])]
-    chance = {name: report[key] for name, key in (("nearer to training", "share"),
-                                                  ("loss", "loss_auc"),
-                                                  ("reproduction", "reproduction_auc"))
-              if key in report}
-    planted = report["canaries_found"]
-    panels = [("nearest decoy (up) and training case (right)", "points",
-               {"synthetic cases": (near["training"], near["decoy"], None),
-                "equally near": (diagonal, diagonal)}),
-              ("score of every synthetic case, sorted", "points",
-               {"cases": (range(len(scores)), scores, None),
-                "limit": ([0, len(scores) - 1], [audit.LIMIT] * 2)}),
-              ("share of planted copies " "found", "bars",
-               {report["verdict"]: (list(planted), list(planted.values()))}),
-              ("share or AUC, 0.5 if nothing leaked", "bars",
-               {report["verdict"]: (list(chance), list(chance.values()))})]
-    pictures.draw_lines(path, panels, "")
-
-
 def main(argv=None):
     """One of the four: judge a set, audit it, close the loop over scans, make a set."""
     args = parse_arguments(argv)
@@ -679,8 +466,15 @@ def main(argv=None):
     if given and not Path(given).is_dir():
         raise bs.BadInput(f"{given}: no such folder; make synthetic cases first")
     with files.sole_writer(args.judge or args.out):
-        (judge if args.judge else audit_set if args.audit else close_loop if args.scan
-         else make_set)(args, device)
+        if args.judge:
+            judging.judge(args, device)
+        elif args.audit:
+            denoiser, state, _ = generator_of(args, device)
+            audit.audit_folder(args, denoiser, state, sampling(args))
+        elif args.scan:
+            close_loop(args, device)
+        else:
+            make_set(args, device)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
+from kit import checks, files, nifti, pictures, slices, writing
 
 
 AUDIT_POSITIONS = np.linspace(-0.7, 0.7, 10).round(3)   # the slices of a case that are compared
@@ -316,3 +320,106 @@ def audit_words(report):
                                              else "none were planted") + ".")
     return " ".join(words + ["Missed are copies under heavy noise or blur, of a tumour alone, or "
                              "of parts of a slice."])
+
+
+def audit_cases(args, state, seen):
+    """The real cases of an audit: ([Case], which of them were trained on: bool array), one a
+    patient. seen: first 16 digits of the hashes that the synthetic cases owe to; a case that a
+    generator of labels alone has seen is neither trained on nor a decoy. BadInput where there are
+    no training cases of the checkpoint or no others among them."""
+    cases, _ = checks.find_data(SimpleNamespace(data=args.data, out=args.checkpoint,
+                                                phantoms=args.phantoms, split=None,
+                                                scanner=state["args"]["scanner"],
+                                                skip_bad=args.skip_bad))
+    # of several time points the first
+    first = {case.patient: case for case in reversed(cases)}
+    cases, known = [first[patient] for patient in sorted(first)], set(state["trained_on"])
+    hashes = [set(slices.hashes_of(case)) for case in cases]
+    part = [len(its & known) for its in hashes]
+    sure = [i for i, n in enumerate(part) if n == len(hashes[i])
+            or n == 0 and not seen & {digest[:16] for digest in hashes[i]}]
+    trained = np.array([part[i] > 0 for i in sure])
+    if not trained.any() or trained.all():
+        raise bs.BadInput(f"{args.data or 'the phantoms'}: {trained.sum()} cases that "
+                          f"{args.checkpoint} was trained on and {(~trained).sum()} others; an "
+                          "audit needs both, so give the --data it was trained with")
+    return [cases[i] for i in sure], trained, [hashes[i] for i in sure]
+
+
+def audit_folder(args, denoiser, state, settings):
+    """Search a folder of synthetic cases for copies of training cases: table, audit.json,
+    audit.png, pairs.png."""
+    made = nifti.find_cases(args.audit)
+    facts = [writing.synthetic_facts(case) for case in made]
+    foreign = [case.case for case, its in zip(made, facts)
+               if its["CheckpointSHA256"] != files.file_hash(state["file"])]
+    if len(foreign) == len(made):
+        print(f"note: none of the cases was made with {args.checkpoint}; part C speaks of that, "
+              "not of their generator")
+    cases, trained, hashes = audit_cases(args, state, {digest for its in facts
+                                                       for digest in its["GeneratorTrainedOn"]})
+    prepare = lambda its: slices.prepare_case(its, state["resolution"], state["fov"],
+                                              state["condition"])
+    of_made, of_real = [audit_slices([prepare(case) for case in its])
+                        for its in (made, cases)]
+    own = torch.tensor([[bool({its["LabelMapSHA256"], its["BrainSHA256"]} & owner)
+                         for owner in hashes] for its in facts])
+    # anatomy is there by then
+    settings = {**settings, "coherence": 0.0, "steps": min(args.steps, 10)}
+    report, pairs = audit(of_made, own, of_real, torch.from_numpy(trained),
+                                state["condition"], args.canaries, denoiser, settings)
+    words, out = audit_words(report), Path(args.out)
+    report = {"verdict": report["verdict"], "words": words, "condition": state["condition"],
+              **report, "pairs": [{"synthetic": made[i].case, "slice": AUDIT_POSITIONS[p],
+                                   "training": cases[j].case, "score": report["scores"][i],
+                                   "named": k < report["copies"]} for k,
+                                  (i, p, j) in enumerate(pairs)]}
+    files.write_json(out / "audit.json", report)
+    draw_audit(out / "audit.png", report)
+    shown = pairs[:max(3, min(12, report["copies"]))]
+    pictures.draw_rows(out / "pairs.png", [[*of_made[0][i, p], None, *of_real[0][j, p]] for i, p,
+                                           j in shown],
+                       [*(f"SYNTHETIC\n{name}" for name in bs.MODALITIES), "",
+                        *(f"training case\n{name}" for name in bs.MODALITIES)], state["condition"],
+                       "nearest pairs; the right half shows "
+                       f"{'phantoms' if state['data'] == 'phantoms' else 'real scans'}")
+    for its in report["pairs"][:report["copies"]]:
+        print(f"copy: {its['synthetic']} at {its['slice']:+.1f} of the brain's height is too near "
+              f"to {its['training']} ({its['score']:.1f} robust standard deviations; "
+              f"{LIMIT:.0f} at most)")
+    print(words.replace(". ", ".\n"))
+    print(f"verdict: {report['verdict']}")
+    if args.mark:
+        kept = {name: report[name] for name in ("verdict", "words", "copies", "share",
+                                                "canaries_found")}
+        for case, its in zip(made, facts):
+            files.write_json(case.folder / f"{case.case}.json", {**its, "Audit": kept})
+        writing.write_datasheet(args.audit)
+        print(f"wrote: the audit into {len(made)} sidecars and {Path(args.audit) / 'DATASHEET.md'}")
+    for name in ("audit.json", "audit.png", "pairs.png"):
+        print(f"wrote: {out / name}")
+    if report["verdict"] == "leak":
+        sys.exit(1)
+
+
+def draw_audit(path, report):
+    """A page-wide figure: nearest training case against nearest decoy, scores, canaries, the
+    shares."""
+    near, scores = report["nearest"], sorted(report["scores"])
+    diagonal = [min(near["training"] + near["decoy"]), max(near["training"] + near["decoy"])]
+    chance = {name: report[key] for name, key in (("nearer to training", "share"),
+                                                  ("loss", "loss_auc"),
+                                                  ("reproduction", "reproduction_auc"))
+              if key in report}
+    planted = report["canaries_found"]
+    panels = [("nearest decoy (up) and training case (right)", "points",
+               {"synthetic cases": (near["training"], near["decoy"], None),
+                "equally near": (diagonal, diagonal)}),
+              ("score of every synthetic case, sorted", "points",
+               {"cases": (range(len(scores)), scores, None),
+                "limit": ([0, len(scores) - 1], [LIMIT] * 2)}),
+              ("share of planted copies " "found", "bars",
+               {report["verdict"]: (list(planted), list(planted.values()))}),
+              ("share or AUC, 0.5 if nothing leaked", "bars",
+               {report["verdict"]: (list(chance), list(chance.values()))})]
+    pictures.draw_lines(path, panels, "")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import metrics, requests, slices
+from kit import checks, files, metrics, nifti, pictures, requests, runs, slices, writing
 
 
 def erode(mask, times=1):
@@ -319,3 +321,111 @@ def pair_similarity(its, pairs=100):
     partner = [int(((its["position"] - its["position"][i]).abs() + 9
                     * (its["case"] == its["case"][i])).argmin()) for i in picks]
     return ms_ssim(its["images"][picks], its["images"][partner]).mean().item()
+
+
+def mean_dice(segmenter, prepared):
+    """{region: mean Dice over cases} on the model's grid, where synthetic cases live: on a finer
+    one real cases would lose to resampling what synthetic ones cannot. prepared: [(Case, what
+    prepare_case returns)]."""
+    scores = [segmenter.slice_dice(bs.to_images(got["images"]),
+                                   torch.from_numpy(bs.tumour_labels(got["classes"]))) for _,
+              got in prepared]
+    return dict(zip(bs.REGIONS, np.mean(scores, 0).tolist()))
+
+
+def known_truth(segmenters, sets):
+    """Synthetic cases as known truth: does a segmenter's Dice on them say what it will be on real
+    ones? A dict: mean Dice of every segmenter on both, Spearman's rho (from five segmenters on),
+    mean difference. sets: (synthetic, real) Cases."""
+    pairs = []
+    for one in segmenters:
+        prepared = [[(c, slices.prepare_case(c, one.resolution, one.fov, "tumour")) for c in cases]
+                    for cases in sets]
+        pairs.append([float(np.mean(list(mean_dice(one, its).values()))) for its in prepared])
+    on_made, on_real = zip(*sorted(pairs))
+    return {"dice_on_synthetic": on_made, "dice_on_real": on_real,
+            "spearman": metrics.rank_correlation(on_made, on_real) if len(pairs) >= 5
+            else float("nan"), "mean_error": float(np.mean(np.abs(np.subtract(on_made, on_real))))}
+
+
+def judged_by(args, segmenters, made):
+    """The real cases --judge compares with: the split, and the hashes of its test cases. BadInput
+    where a segmenter was trained or chosen by one of those, or trained on the set it shall
+    judge."""
+    _, split = checks.find_data(SimpleNamespace(data=args.data, out=args.segmenter[0],
+                                                phantoms=args.phantoms, scanner=args.scanner,
+                                                split=args.split, skip_bad=args.skip_bad))
+    hashes = {digest for case in split["test"] for digest in slices.hashes_of(case)}
+    for path, segmenter in zip(args.segmenter, segmenters):
+        if not hashes or segmenter.seen & hashes:
+            raise bs.BadInput(f"no real case is held out from {path}; judge with the --data, "
+                              "--split or --phantoms it was trained with")
+        if segmenter.seen & {writing.sidecar_hash(case) for case in made}:
+            raise bs.BadInput(f"{path} was trained on {args.judge}; judge with a segmenter trained "
+                              "on real cases alone")
+    return split, hashes
+
+
+def judge(args, device):
+    """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json,
+    judge.png."""
+    segmenters = [runs.load_segmenter(path, device) for path in args.segmenter]
+    first, made = segmenters[0], nifti.find_cases(args.judge)
+    for case in made:
+        writing.synthetic_facts(case)                # says at once which case has no sidecar
+    split, hashes = judged_by(args, segmenters, made)
+    held, owing = split["test"], sum(writing.contaminated(case, hashes) for case in made)
+    spread = np.linspace(0, len(split["train"]) - 1, min(5 * len(held),
+                                                         len(split["train"]))).astype(int)
+    prepared = {who: [(c, slices.prepare_case(c, first.resolution, first.fov, "tumour"))
+                      for c in cases] for who, cases in (("synthetic", made), ("real", held),
+                                                         ("training",
+                                                          [split["train"][i] for i in spread]))}
+    sets = {who: slice_set(its) for who, its in prepared.items()}
+    for its in sets.values():
+        its["features"] = first.features(its["images"])
+    far, spreads, cases = compare_draws(sets)
+    dices = {who: mean_dice(first, prepared[who]) for who in ("synthetic", "real")}
+    rough = {who: {"slice-to-slice roughness": mean_roughness(prepared[who])}
+             for who in ("synthetic", "real")}
+    count = cases * len(sets["real"]["case"]) // len(held)
+    print(f"{len(made)} synthetic cases against {len(held)} held-out real ones; distances: ten "
+          f"draws of {cases} cases, {count} slices, of each, mean ± spread;\nfeatures: last stage "
+          f"of the encoder of {args.segmenter[0]}, averaged over a slice")
+    print(f"{'':38}{'synthetic':>10}{'real':>20}  real is")
+    report = {"synthetic_cases": len(made), "held_out_cases": len(held), "cases_a_draw": cases,
+              "slices_a_draw": count, "synthetic_cases_that_owe_to_held_out": owing,
+              "synthetic": {}, "real": {}, "sd_over_draws": spreads}
+    for figures, what in ((dices, "the same segmenter on held-out cases, which is the ceiling"),
+                          (far, "training cases against held-out ones, which is the floor"),
+                          (rough, "held-out cases")):
+        for name in figures["real"]:
+            label, words = f"Dice {name}" if figures is dices else name, what
+            if name.startswith("MS-SSIM"):
+                words = "held-out cases"
+            sd = [f" ± {spreads[who][name]:.3f}" if figures is far else ""
+                  for who in ("synthetic", "real")]
+            print(f"{label:38}{figures['synthetic'][name]:10.4f}{sd[0]}{figures['real'][name]:10.4f}{sd[1]}  {words}")
+            for who in ("synthetic", "real"):
+                report[who][label] = figures[who][name]
+    if owing:
+        print(f"note: {owing} synthetic cases come from a generator or label maps that used "
+              "held-out cases")
+    shares = ["precision", "recall", "density", "coverage"]
+    panels = [("Dice against the labels", "linear",
+               {who: (list(its), list(its.values()), None) for who, its in dices.items()}),
+              ("against held-out cases, in feature space", "linear",
+               {who: (shares, [its[name] for name in shares], None) for who, its in far.items()})]
+    if len(segmenters) > 1:
+        report["known_truth"] = known = known_truth(segmenters, (made, held))
+        on_made, on_real = known["dice_on_synthetic"], known["dice_on_real"]
+        panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
+                       {f"{len(on_made)} segmenters": (on_made, on_real, None),
+                        "equal": (on_made, on_made)}))
+        print("segmenters, mean Dice on synthetic / real: "
+              + ", ".join(f"{a:.3f} / {b:.3f}" for a, b in zip(on_made, on_real)))
+        print(f"as known truth: Spearman {known['spearman']:.2f} (needs five segmenters), "
+              f"mean error {known['mean_error']:.3f}")
+    files.write_json(Path(args.judge) / "judge.json", report)
+    pictures.draw_lines(Path(args.judge) / "judge.png", panels, "")
+    print(f"wrote: {Path(args.judge) / 'judge.json'}\nwrote: {Path(args.judge) / 'judge.png'}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import devices, files, metrics
+from kit import devices, files, metrics, pictures
 
 
 WEIGHTS_URL = "https://download.pytorch.org/models/"
@@ -374,3 +374,19 @@ def read_log(path):
     with open(path, newline="") as handle:
         return [{k: int(v) if k == "step" else float(v) for k, v in row.items()}
                 for row in csv.DictReader(handle)]
+
+
+def report(args, closing):
+    """The end of a run: curves.png, closing.json and the same figures on screen."""
+    out, log = Path(args.out), read_log(Path(args.out) / "log.csv")
+    quarters = ("cleanest quarter of t", "second", "third", "noisiest quarter")
+    what = "squared error of v" + (" in units of the prior's" if args.loss == "unit" else "")
+    pictures.draw_lines(out / "curves.png", [(what, "log",
+                                              {label: ([r["step"] for r in log],
+                                                       [r[name] for r in log]) for name,
+                                               label in zip(QUARTERS, quarters)})])
+    files.write_json(out / "closing.json", closing)
+    for name, value in closing.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
+        print(f"wrote: {out / name}")

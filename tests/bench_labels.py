@@ -32,7 +32,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
-from kit import checks, devices, files, judging, pictures, requests, slices
+from kit import checks, devices, files, judging, label_training, pictures, requests, slices
 import train_ddpm
 
 WAYS = ("blocks", "alone", "neighbour", "along z")
@@ -164,7 +164,7 @@ def train_way(way, args, out):
     cases, split = checks.find_data(its)
     cache = slices.build_cache(cases, out.parent / "cache", its.resolution, its.fov, its.condition,
                                split)
-    data, bs.UNet = train_ddpm.heads_to_learn(its, cache), VolumeUNet
+    data, bs.UNet = label_training.heads_to_learn(its, cache), VolumeUNet
     facts = {"condition": its.condition, "classes": list(data.names), "modalities": [],
              "resolution": its.resolution, "fov": its.fov, "data": "bench",
              "trained_on": data.hashes, "measured": data.asked.tolist(),

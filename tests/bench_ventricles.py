@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
-from kit import checks, devices, files, metrics, nifti, phantoms, slices, writing
+from kit import checks, devices, files, metrics, nifti, phantoms, slices, study, writing
 import sample
 import train_ddpm
 import train_seg
@@ -125,7 +125,7 @@ def main():
     parser.add_argument("--words", default="", help="more words for train_ddpm.py")
     parser.add_argument("--count", type=int, default=24, help="synthetic cases a set")
     parser.add_argument("--calls", type=int, default=10, help="network calls a slice")
-    parser.add_argument("--seg-steps", type=int, default=train_seg.STUDY_STEPS,
+    parser.add_argument("--seg-steps", type=int, default=study.STUDY_STEPS,
                         help="training of every segmenter")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every kind")
     parser.add_argument("--device", default="auto", choices=devices.DEVICES)

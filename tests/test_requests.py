@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import files, judging, metrics, nifti, phantoms, requests, runs, slices, writing
+from kit import files, judging, label_training, metrics, nifti, phantoms, requests, runs, slices, writing
 import train_ddpm
 from nursery import run_script
 
@@ -793,7 +793,7 @@ def test_heads_that_do_not_fit_are_named(phantom_folder, tmp_path, capsys):
     for fov, tall in ((192, False), (96, True)):
         args = train_ddpm.parse_arguments(f"--generate labels --resolution 32 --fov {fov} "
                                           "--relatives 2".split())
-        train_ddpm.heads_to_learn(args, slices.build_cache(cases, tmp_path, 32, args.fov, "tumour"))
+        label_training.heads_to_learn(args, slices.build_cache(cases, tmp_path, 32, args.fov, "tumour"))
         assert ("heads (" in capsys.readouterr().out) == tall
 
 

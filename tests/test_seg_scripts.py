@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import checks, desk, metrics, nifti, phantoms, runs, slices, writing
+from kit import checks, desk, metrics, nifti, phantoms, runs, slices, study, writing
 import sample
 import train_ddpm
 import train_seg
@@ -447,7 +447,7 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     rows = list(csv.DictReader((out / "study.csv").open()))
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
     # sizes, arms, seeds, regions, cases
-    assert len(rows) == 2 * len(train_seg.ARMS) * 2 * 3 * len(split["test"])
+    assert len(rows) == 2 * len(study.ARMS) * 2 * 3 * len(split["test"])
     assert {row["patients"] for row in rows} == {"1", str(len(split["train"]))}
     assert {row["case"] for row in rows} == {c.case for c in split["test"]}
     state = runs.load_checkpoint(out / "patients_001/ddpm")
@@ -456,11 +456,11 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
         assert all(f["GeneratorTrainedOn"] == [digest[:16] for digest in state["trained_on"]]
                    for f in facts_of(out / "patients_001" / name))
     summary = json.loads((out / "study.json").read_text())["rows"]
-    assert [row["arm"] for row in summary] == list(train_seg.ARMS) * 2 and "too few to tell" in text
+    assert [row["arm"] for row in summary] == list(study.ARMS) * 2 and "too few to tell" in text
     results = lambda: {p: p.stat().st_mtime_ns for p in out.glob("patients_*/*-*.json")}
     before = results()
     again = run(folder, "train_seg.py", *command)
-    assert before == results() and len(before) == 2 * len(train_seg.ARMS) * 2
+    assert before == results() and len(before) == 2 * len(study.ARMS) * 2
     pairs = {(row["arm"], row["against"]) for row in json.loads((out / "study.json").read_text())[
         "differences"]}
     assert pairs == set(train_seg.AGAINST)
@@ -476,7 +476,7 @@ def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
     monkeypatch.chdir(work[0])
     args = train_seg.parse_arguments(["--study", "--phantoms", "10", "--test-scanner", "B"])
     _, split = checks.find_data(args)
-    other = train_seg.study_test(args, split)
+    other = study.study_test(args, split)
     assert [c.case for c in other] == [c.case for c in split["test"]]
     assert all(c.folder.parent.name == "B" for c in other) and all(c.folder.parent.name == "A"
                                                                    for c in split["train"])

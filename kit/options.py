@@ -1,0 +1,101 @@
+"""Flags that several scripts share, and the kinds of numbers that flags take."""
+from __future__ import annotations
+
+import argparse
+
+import brainsyn as bs
+from kit import devices, phantoms
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, whose errors are a BadInput: one sentence."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc.split("\n\n")[0],
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise bs.BadInput(message)
+
+
+def number(text, kind, low, high=float("inf")):
+    """Text of the command line -> int or float in low..high. ArgumentTypeError otherwise."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limits}")
+    return value
+
+
+def count(text):
+    """A whole number of at least 1."""
+    return number(text, int, 1)
+
+
+def natural(text):
+    """A whole number of at least 0."""
+    return number(text, int, 0)
+
+
+def positive(text):
+    """A number above 0."""
+    return number(text, float, 1e-12, 1e12)
+
+
+def fraction(text):
+    """A number from 0 to 1."""
+    return number(text, float, 0, 1)
+
+
+def add_data(parser, n_phantoms=60):
+    """The group "data": which real cases or phantoms a command works on. Returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
+    group.add_argument("--phantoms", type=count, default=n_phantoms,
+                       help="how many phantom cases to make")
+    group.add_argument("--scanner", choices=sorted(phantoms.SCANNERS), default="A",
+                       help="centre the phantoms come from")
+    group.add_argument("--split", help="JSON file with case or patient names for train, val, test")
+    group.add_argument("--skip-bad", action="store_true",
+                       help="leave out cases of --data that the check rejects")
+    return group
+
+
+def add_grid(group):
+    """Size of slices, and the fraction of training slices with tumour."""
+    group.add_argument("--resolution", type=count, default=64, help="pixels a side of a slice")
+    group.add_argument("--fov", type=positive, default=192.0, help="width of a slice in mm")
+    group.add_argument("--tumour-share", type=fraction, default=0.5,
+                       help="fraction of training slices that show tumour")
+
+
+def add_optimisation(parser, steps, ema):
+    """The group "optimisation" of both training scripts. steps: words for the default length; ema:
+    default decay. Returns the group."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=count, help=f"end after this many steps (default {steps} "
+                       "unless --minutes is given)")
+    group.add_argument("--minutes", type=positive, help="end after this many minutes in the loop")
+    group.add_argument("--batch", type=count, default=16, help="slices a step")
+    group.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate")
+    group.add_argument("--ema", type=fraction, default=ema,
+                       help="decay of the averaged weights a step")
+    return group
+
+
+def add_run(parser, out, seed="all random numbers follow from it", precision=True):
+    """The group "run": output folder, seed, device, precision. out: words for its default. Returns
+    the group."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", help=f"output folder (default {out})")
+    group.add_argument("--seed", type=natural, default=0, help=seed)
+    group.add_argument("--device", default="auto", choices=devices.DEVICES,
+                       help="auto takes the fastest of cuda, mps and cpu; xla is for TPUs")
+    if precision:
+        group.add_argument("--precision", default="auto", choices=devices.PRECISIONS,
+                           help="of the layers in training; auto takes bfloat16 where it is fast")
+    return group

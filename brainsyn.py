@@ -1,44 +1,47 @@
 r"""brainsyn: label maps to four-modality brain MRI, and brain MRI to tumour labels, from scratch.
 
-This file is the book: what one has to read to understand, train and sample both models. It reads
-from top to bottom, each section uses only what stands above it, and it needs nothing but PyTorch
-and numpy. All else (files, phantoms, checks, pictures, figures) is in kit/, one topic a module.
+This file is the book: what one has to read to understand, train and sample both models. Read it
+from top to bottom: each section uses only what stands above it, and PyTorch and numpy. All else
+(files, phantoms, checks, pictures, figures) is in kit/, one topic a module.
 
     1 names          modalities, labels, classes; images as tensors; random numbers
     2 noise          what diffusion is: alpha_bar, add_noise, v_target, split_v
-    3 the start      what is known before any training: the prior, and preconditioning with it
+    3 the start      the prior (mean and std of every class), and what it says before any training
     4 the network    residual blocks, attention, the U-Net
-    5 devices        the little that this file must know of them
+    5 devices        what this file must know about CPUs, GPUs and TPUs
     6 sampling       DDPM, DDIM, DPM-Solver++ as four numbers a step; guidance; noise along z
     7 learning       batches and noise from (seed, step), learning rate, Muon, EMA
     8 the segmenter  ResNet encoder, U-Net decoder; regions, losses, augmentation, Dice
 
-The training step itself stands in train_ddpm.py (and in train_seg.py), between two rules.
+The training step itself is in train_ddpm.py (and train_seg.py), between two lines of dashes.
 
-    python brainsyn.py         draws a phantom and its noise ladder, prints the layer table (10 s)
+    python brainsyn.py         draws a phantom under more and more noise, lists all layers (10 s)
     python brainsyn.py DIR     checks a folder of cases and says what is wrong, file by file
-    python brainsyn.py --publish runs/ddpm weights.npz    writes weights without pickle
+    python brainsyn.py --publish runs/ddpm weights.npz    writes the weights to share them
 
 GLOSSARY (the same names everywhere)
     modality    one kind of MRI scan: T1, T1ce (T1 with contrast agent), T2, FLAIR
     label       what a tumour voxel is: NCR necrotic core, ED oedema, ET enhancing tumour
     region      a union of labels: WT whole tumour, TC tumour core, ET; see REGIONS
     class       a label, or a kind of healthy voxel (air, brain ...); see CONDITIONS
+    label map   a class number for every pixel: `classes`, integers (B, H, W); as `onehot` it is
+                (B, K, H, W) of 0 and 1, all 0 where no label map is given
+    scalars     (B, S): further conditions, one number each; the first is the slice's position
+    position    where along z a slice lies: -1 = lowest .. 1 = highest slice with brain
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
     eps         standard normal noise, same shape as x0
     t           noise level, integer (B,): 0 = clean .. T = pure noise
-    alpha_bar   fraction of signal power that is left at level t, (T + 1,)
+    alpha_bar   fraction of signal power that is left at every t, (T + 1,)
     signal      sqrt(alpha_bar);  sigma = sqrt(1 - alpha_bar);  snr = alpha_bar / (1 - alpha_bar)
     x_t         noisy images: signal * x0 + sigma * eps
     v           signal * eps - sigma * x0, what the network predicts
     _hat        ends the name of a prediction: v_hat, x0_hat
-    classes     label map, integers (B, H, W); onehot is the same as (B, K, H, W) of 0 and 1
-    position    where along z a slice lies: -1 = lowest .. 1 = highest slice with brain
-    axes        B batch, C modality, K class, D slice (foot to head), H row (front to back),
-                W column (the patient's right is on the left, as radiologists look at it)
+    axes        B batch (N: any number of slices), C modality, K class, D slice (foot to head),
+                H row (front to back), W column (the patient's right is on the left, as
+                radiologists look at it)
 
 SOURCES (comments below refer to them by the key in brackets)
-    [DDPM]    ancestral sampling: Ho et al. 2020, arXiv 2006.11239
+    [DDPM]    diffusion, sampling with new noise in every step: Ho et al. 2020, arXiv 2006.11239
               Denoising Diffusion Probabilistic Models
     [DDIM]    deterministic sampling, eta: Song et al. 2020, arXiv 2010.02502
               Denoising Diffusion Implicit Models
@@ -55,6 +58,8 @@ SOURCES (comments below refer to them by the key in brackets)
     [RANGE]   guidance in a limited interval: Kynkaanniemi et al. 2024, arXiv 2404.07724
               Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
               Diffusion Models
+    [COSINE]  the cosine noise schedule: Nichol & Dhariwal 2021, arXiv 2102.09672
+              Improved Denoising Diffusion Probabilistic Models
     [EDM]     preconditioning, loss in its units: Karras et al. 2022, arXiv 2206.00364
               Elucidating the Design Space of Diffusion-Based Generative Models
     [ADM]     scale-shift norm in residual blocks: Dhariwal & Nichol 2021, arXiv 2105.05233
@@ -150,36 +155,37 @@ def generator(*key):
 #             <------------ sample: the network is called at every step -------------
 #
 # At level t the noisy image is x_t = signal * x0 + sigma * eps with signal^2 + sigma^2 = 1. So
-# signal = cos(angle) and sigma = sin(angle): x_t moves on a quarter circle from x0 to eps.
+# there is an angle with signal = cos(angle), sigma = sin(angle), and x_t moves on a quarter circle
+# from x0 (0 degrees) to eps (90 degrees).
 #
 #                 eps
 #       v          |         x_t         v = signal * eps - sigma * x0 is the velocity of x_t on
-#         `-.      |      .-`            that circle: x_t turned by 90 degrees. From x_t and v both
-#            `-.   |   .-`               x0 and eps follow at every level (split_v). From x_t and
-#               `-.|.-`  angle           eps x0 does not follow at t = T, where x_t is eps: so the
-#                  +------------- x0     network predicts v, not eps.
+#         `-.      |      .-`            that circle: x_t turned by 90 degrees. If the network
+#            `-.   |   .-`               predicted eps, x0 could not be computed at t = T, because
+#               `-.|.-`  angle           there x_t equals eps. From x_t and v it can be computed at
+#                  +------------- x0     every t (split_v). So the network predicts v.
 #
-# All of it is pure functions of t; no module and no buffer. A schedule inside a state_dict is
-# averaged by the EMA or overwritten by a checkpoint, and samples turn black. Tables are float64.
+# The schedule is a function, not a part of the network: there a checkpoint or an average of weights
+# could change it, and samples would turn black. Tables are float64 on the CPU.
 # ================================================================================================
 
 T = 1000                                        # noise levels t = 0 (clean) .. T (pure noise)
 
 
 def cosine_alpha_bar(shift=1.0, steps=T):
-    """alpha_bar, float64 (steps + 1,): signal = cos(angle), sigma = sin(angle), with
-    angle = t/steps * pi/2.
+    """alpha_bar, float64 (steps + 1,) [COSINE]: signal / sigma = shift / tan(t/steps * pi/2).
 
-    alpha_bar[0] = 1 and alpha_bar[steps] = 0 exactly. At T nothing of the image is left, so a
-    sampler may start from pure noise, and air can come out black [ZSNR].
-    shift: factor on sqrt(snr) at every t; the first line holds where it is 1. The contrast within
-    healthy brain is about a third of the range of x0, so noise hides it early: 2 suits slices of 64
-    pixels. In larger pictures neighbouring pixels repeat each other and survive noise better: keep
-    shift = 128 / resolution [SHIFT].
-    DIFFERS: no small offset near t = 0; v-prediction does not need it.
+    With shift 1, signal = cos and sigma = sin of t/steps * 90 degrees. alpha_bar[0] = 1 and
+    alpha_bar[steps] = 0 exactly. At T nothing of the image is left, so a sampler may start from
+    pure noise, and air can come out black [ZSNR].
+    shift: factor on signal / sigma, that is sqrt(snr), at every t; larger means less noise at the
+    same t. Grey and white matter differ little, so noise hides them early: 2 suits slices of 64
+    pixels. In larger pictures neighbouring pixels repeat each other and survive more noise: use
+    128 / resolution [SHIFT].
+    DIFFERS from [COSINE]: no small offset near t = 0; v-prediction does not need it.
     """
     angle = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (math.pi / 2)
-    signal, sigma = shift * torch.cos(angle), torch.sin(angle)
+    signal, sigma = shift * torch.cos(angle), torch.sin(angle)  # up to a factor, which cancels
     alpha_bar = signal ** 2 / (signal ** 2 + sigma ** 2)
     alpha_bar[0], alpha_bar[-1] = 1.0, 0.0      # cos(pi/2) is 6e-17 in floating point
     return alpha_bar
@@ -223,41 +229,49 @@ def split_v(x_t, v, signal, sigma):
 
 
 def measure_prior(batches, condition, slabs=16):
-    """Measure mean and spread of training slices -> dict of float32 tensors, for `expected`.
+    """Measure mean and std of training slices -> dict of float32 tensors, for `expected`.
 
     batches  iterable of (x0 (B, C, H, W), classes (B, H, W), position (B,))
     classes  (2, K + 1, C): mean and std of every class in every modality; row K is over all pixels.
-             Mean 0 and std 0.5 where a class does not occur; std is at least 0.01.
-    atlas    (2, slabs, C, H, W): mean and std of healthy brain at every place, in `slabs` equal
-             parts of position -1..1. Left and right are averaged, and 3x3 neighbours. Where few
-             brains reach, it leans on the class's own mean and std, which count as 2 brains. Only
-             where "brain" is a class (tissue labels say it better). A mean over few brains shows
-             them: with a handful of cases the atlas is no secret.
+             0 and 0.5 for a class of fewer than 2 pixels; std is at least 0.01.
+    atlas    (2, slabs, C, H, W), see make_atlas; only for a condition with the class "brain".
     """
     names = CONDITIONS[condition]
-    total = place = None                        # count, sum, sum of squares: of classes, of places
+    has_brain = names[1] == "brain"
+    total = sums = None                         # count, sum, sum of squares: of a class, of a place
     for x0, classes, position in batches:
         if total is None:
             total = torch.zeros(3, len(names) + 1, x0.shape[1])
-            place = torch.zeros(3, slabs, *x0.shape[1:])
+            sums = torch.zeros(3, slabs, *x0.shape[1:])
         slab = ((position + 1) / 2 * slabs).long().clamp(0, slabs - 1)
         for k in range(len(names) + 1):
             here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
             parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
             total[:, k] += torch.stack([part.sum((0, 2, 3)) for part in parts])
-            if k == 1 and names[k] == "brain":
-                place.index_add_(1, slab, torch.stack(parts))
+            if k == 1 and has_brain:
+                sums.index_add_(1, slab, torch.stack(parts))
     count, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
     variance = (total[2] / count.clamp(min=1) - mean ** 2).clamp(min=1e-4)
     std = torch.where(count > 1, variance.sqrt(), 0.5)
     prior = {"classes": torch.stack([mean, std])}
-    if names[1] == "brain":
-        place = F.avg_pool2d((place + place.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(place)
-        brain_mean, brain_std = mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1)
-        mean = (place[1] + 2 * brain_mean) / (place[0] + 2)
-        square = (place[2] + 2 * (brain_std ** 2 + brain_mean ** 2)) / (place[0] + 2)
-        prior["atlas"] = torch.stack([mean, (square - mean ** 2).clamp(min=1e-4).sqrt()])
+    if has_brain:
+        prior["atlas"] = make_atlas(sums, mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1))
     return prior
+
+
+def make_atlas(sums, class_mean, class_std):
+    """Mean and std of healthy brain at every place: sums (3, slabs, C, H, W) of count, value and
+    square over training slices, in `slabs` equal parts of position -1..1 -> (2, slabs, C, H, W).
+
+    The sums are made symmetric (left and right added) and averaged over 3x3 pixels. The class's own
+    mean and std (C, 1, 1) enter with the weight of one slice: they take over where few slices have
+    brain. A mean over few patients shows these patients: with a handful of them the atlas is no
+    secret.
+    """
+    count, value, square = F.avg_pool2d((sums + sums.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(sums)
+    mean = (value + 2 * class_mean) / (count + 2)
+    square = (square + 2 * (class_std ** 2 + class_mean ** 2)) / (count + 2)
+    return torch.stack([mean, (square - mean ** 2).clamp(min=1e-4).sqrt()])
 
 
 def expected(prior, onehot, position):
@@ -265,17 +279,18 @@ def expected(prior, onehot, position):
 
     prior: from measure_prior; onehot (B, K, H, W); position (B,). Mean and std are those of the
     pixel's class; where onehot is all zeros (no label map), those over all pixels. In healthy brain
-    they come from the atlas, interpolated between the two nearest slabs of position; where position
-    is NaN (not given) the class's own are used.
-    A prior {"shares": floor} is for a network that draws label maps: there onehot holds, for every
-    channel, the expected fraction of a class in 0..1. Mean is 2 fraction - 1, std is
-    sqrt(1 - mean^2), at least floor.
+    they come from the atlas: linear between the middles of the two nearest slabs, constant beyond
+    the outer ones; where position is NaN (not given), the class's own.
+    Networks that draw label maps use two other priors. K = 0: the atlas applies everywhere.
+    {"shares": floor}: onehot holds, for every channel of x0, the expected fraction of a class. A
+    pixel that is +1 with that probability and else -1 has mean 2 fraction - 1 and variance
+    1 - mean^2; std is at least floor.
     """
     if "shares" in prior:
         mean = 2 * onehot - 1
         return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
-    known = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)         # (B, K + 1, H, W)
-    mean, std = [torch.einsum("bkhw,kc->bchw", known, table) for table in prior["classes"]]
+    class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
+    mean, std = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
     if "atlas" not in prior:
         return mean, std
     slabs = prior["atlas"].shape[1]
@@ -283,22 +298,22 @@ def expected(prior, onehot, position):
     low = at.long()
     high = (low + 1).clamp(max=slabs - 1)
     weight = (at - low).view(-1, 1, 1, 1)                                   # 0: low, 1: high
-    row = 1 if onehot.shape[1] else 0           # a network without label maps: brain is everywhere
-    there = known[:, row:row + 1] * (~torch.isnan(position)).view(-1, 1, 1, 1)      # (B, 1, H, W)
-    out = []
-    for flat, table, atlas in zip((mean, std), prior["classes"], prior["atlas"]):
-        local = torch.lerp(atlas[low], atlas[high], weight)                 # (B, C, H, W)
-        out.append(flat + there * (local - table[row].view(1, -1, 1, 1)))
-    return out[0], out[1]
+    row = 1 if onehot.shape[1] else 0           # of healthy brain
+    in_brain = class_or_all[:, row:row + 1] * (~torch.isnan(position)).view(-1, 1, 1, 1)
+    local = []
+    for of_class, table, atlas in zip((mean, std), prior["classes"], prior["atlas"]):
+        here = torch.lerp(atlas[low], atlas[high], weight)                  # (B, C, H, W)
+        local.append(of_class + in_brain * (here - table[row].view(1, -1, 1, 1)))
+    return local[0], local[1]
 
 
 def prior_error(signal, sigma, std):
-    """Root mean squared error of the best guess of v when a pixel comes from N(mean, std^2) and
-    nothing else is known: std / sqrt(std^2 signal^2 + sigma^2). It is 1 at t = 0 (for std > 0) and
-    std at t = T.
+    """Suppose a pixel is drawn from N(mean, std^2), and v is guessed from x_t as well as possible.
+    The root mean squared error of that guess is std / sqrt(std^2 signal^2 + sigma^2).
 
-    The network's output and the training loss are in units of it: see precondition and
-    train_ddpm.py. signal, sigma (B, 1, 1, 1); std (B, C, H, W), above 0 -> (B, C, H, W).
+    It is 1 at t = 0 (for std > 0) and std at t = T. The network's output is multiplied by it
+    (precondition), and errors are divided by it in the training loss (train_ddpm.py). signal, sigma
+    (B, 1, 1, 1); std (B, C, H, W), above 0 -> (B, C, H, W).
     """
     return std / ((std * signal) ** 2 + sigma ** 2).sqrt()
 
@@ -309,8 +324,8 @@ def precondition(out, x_t, signal, sigma, mean, std):
     If every pixel were drawn from N(mean, std^2), the best v would be
     sigma (signal (1 - std^2) x_t - mean) / (std^2 signal^2 + sigma^2), with error prior_error. So
     an untrained network (out = 0) already gives black air and the mean brain, and what is left to
-    learn has about unit size at every t. This is the preconditioning of [EDM] with a Gaussian for
-    each pixel instead of one for all.
+    learn has about unit size at every t. [EDM] does this (preconditioning: fixed factors around a
+    network) with one Gaussian for all pixels; here each pixel has its own.
 
     out: the network's output (B, C, H, W), maybe bfloat16; signal, sigma (B, 1, 1, 1); mean, std:
     from expected. Returns v_hat (B, C, H, W), float32.
@@ -379,8 +394,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels: (B, C, H, W) -> the same, in heads of 64 channels (one head
-    where 64 does not divide C).
+    """Self-attention over all places of a feature map: (B, C, H, W) -> the same, in heads of 64
+    channels (one head where 64 does not divide C).
 
     x + to_out(softmax(q k^T / sqrt(channels of a head)) v), where to_qkv(norm(x)) is all of q, then
     all of k, then all of v, each head by head. to_out starts at zero: the layer starts as the
@@ -406,16 +421,19 @@ class UNet(nn.Module):
     """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> the output that
     precondition turns into v_hat, (B, out_channels or channels, H, W) [UNET].
 
-    Row and column of every pixel, in [-1, 1], join as two more channels. Any H and W: padded
-    inside, cropped after.
-    width, mults   level i has width * mults[i] channels; every level halves height and width
-    blocks         residual blocks a level
-    patch          p x p pixels are folded into channels at the start (pixel-unshuffle) and unfolded
-                   at the end: the network works on H/p x W/p, three to four times cheaper at p = 2
-    fine           channels of the one block at full resolution that comes last
-    scalars        how many conditions are one number each, about -1..1 (the first: the slice's
-                   position). NaN means "not given", a state of its own. They enter the time
-                   embedding through a layer that starts at zero.
+    input    x_t, onehot, and row and column of every pixel (in [-1, 1]), padded with zeros at the
+             right and below until all levels divide; patch x patch pixels are folded into channels
+             (pixel-unshuffle: H/patch x W/patch pixels, 3 to 4 times cheaper for 2 x 2), then 3x3
+    down     a level i has width * mults[i] channels and `blocks` residual blocks, each of whose
+             outputs is kept; between two levels a 3x3 convolution of stride 2 halves H and W
+    middle   block, attention, block
+    up       the same levels backwards; each block also gets the output kept at its place; between
+             two levels a 2x2 transposed convolution doubles H and W
+    output   norm, SiLU and 1x1 to fine * patch^2 channels, unfolded to full resolution; plus a 3x3
+             convolution of the input; one block of `fine` channels; norm, SiLU, 3x3 that starts at
+             zero; cropped to H x W
+    scalars  S, how many conditions are one number each, about -1..1; NaN means "not given", a state
+             of its own
     """
 
     def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
@@ -432,7 +450,7 @@ class UNet(nn.Module):
                                     zero_init(nn.Linear(emb, emb)))
         self.conv_in = nn.Conv2d(c_in * patch ** 2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, kept = width, []                                     # channels now; of what is kept
+        c, kept = width, []                                     # channels: at this point, of kept
         for i, w in enumerate(widths):
             level = nn.ModuleDict({"blocks": nn.ModuleList()})
             for _ in range(blocks):
@@ -464,14 +482,16 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
 
     def hidden(self):
-        """The weights that [MUON] is for: all with two axes or more, except in the first and last
-        layers."""
+        """The weights that [MUON] is for: all with two axes or more, except those of the input, the
+        output, time and scalars."""
         ends = ("conv_in", "fine_in", "time", "scalar", "conv_out")
         return [p for name, p in self.named_parameters()
                 if p.ndim > 1 and not name.startswith(ends)]
 
     def embed(self, t, scalars):
-        """t (B,), scalars (B, S) -> embedding (B, E)."""
+        """t (B,), scalars (B, S) -> embedding (B, E), E = 4 width: SiLU(time(waves of t) +
+        scalar(codes)). The code of a scalar is 32 waves of 100 times its value (waves are made for
+        t in 0..1000) and a 1; 33 zeros where it is not given. `scalar` starts at zero."""
         emb = self.time(sinusoid(t, self.emb))
         given = (~torch.isnan(scalars)).float()                             # (B, S)
         value = torch.nan_to_num(scalars)
@@ -507,8 +527,9 @@ class UNet(nn.Module):
 
 # ================================================================================================
 # 5  DEVICES
-# The little that this file must know of them. Scripts choose a device and, where a batch is shared
-# by several processes or by the cores of a TPU, bring their own functions that move tensors.
+# What this file must know about devices. Scripts choose one. Where several share a batch (processes
+# with a GPU each, or the cores of a TPU, which PyTorch drives through the compiler XLA), scripts
+# also bring their own functions that move tensors.
 # ================================================================================================
 
 
@@ -542,9 +563,9 @@ def processes():
 
 
 def all_sum(tensor):
-    """Sum of a tensor over all processes, differentiable. What is not a mean over samples needs it
-    (the Dice loss). The gradient is the sum of all processes' gradients; averaged over processes by
-    DistributedDataParallel, it becomes that of one loss."""
+    """Add a tensor over all processes; differentiable. A loss that is not a mean over samples needs
+    it (Dice). Backward adds over processes too; DistributedDataParallel then divides by their
+    number: the result is the gradient of one common loss."""
     return torch.distributed.nn.functional.all_reduce(tensor) if processes() > 1 else tensor
 
 
@@ -554,7 +575,9 @@ def uses_bf16(device, precision="auto"):
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cpu":
-        can = getattr(torch.cpu, "get_capabilities", dict)()        # older torch cannot tell
+        if not hasattr(torch.cpu, "get_capabilities"):              # older torch cannot tell
+            return False
+        can = torch.cpu.get_capabilities()
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     if device.type == "xla":
         import torch_xla.runtime as xr
@@ -569,8 +592,8 @@ def fast_math(device, precision="auto"):
 
 
 def optimizer_form(device):
-    """The fastest form of AdamW on the device, in torch's words: one kernel for all weights; on XLA
-    the step count as a tensor (as a Python number it would compile the program again)."""
+    """The fastest form of AdamW on the device, as arguments of torch: fused, one kernel for all
+    weights; on XLA capturable, the step count a tensor (a Python number would be compiled anew)."""
     return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "xla"}
 
 
@@ -578,17 +601,17 @@ def optimizer_form(device):
 # 6  SAMPLING
 # From pure noise to an image (DDPM: [DDPM] algorithm 2; DDIM: [DDIM] equation 12):
 #
-#     x = standard normal noise                                       # at level T
-#     for each level t visited, s the next lower one:
+#     x = standard normal noise                                       # at t = T
+#     for every t visited, s the next lower one:
 #         v_hat  = denoiser(x, t, label map, scalars)                 # guided_v: maybe twice
 #         x0_hat = signal_t * x - sigma_t * v_hat                     # split_v; kept in [-1, 1]
 #         x      = a * x + b * x0_hat + c * x0_hat_earlier + d * new noise
 #         x0_hat_earlier = x0_hat
-#     return x                                                        # at level 0
+#     return x                                                        # at t = 0
 #
 # A sampler is a choice of four numbers a step: what stays of x, how much of the predicted image is
 # added, how much of the prediction one step before, how much new noise. They follow from alpha_bar
-# at the levels really visited ("t minus T // n" is wrong as soon as steps are uneven).
+# at the t and s really visited. (Do not compute s as t - T // n: steps are uneven by rounding.)
 # ================================================================================================
 
 
@@ -599,7 +622,8 @@ def timesteps(steps):
 
 
 def ddpm_step(before, after):
-    """Ancestral sampling [DDPM]: x_s = a x_t + b x0_hat + d noise is drawn from q(x_s | x_t, x0).
+    """Sampling with new noise in every step [DDPM]: x_s = a x_t + b x0_hat + d noise has the
+    distribution that x_s has when x_t and x0 are known.
 
     before, after: floats, alpha_bar before (at t) and after (at s < t) the step. Returns
     (a, b, c, d) with c = 0 and d a standard deviation. With ratio = before / after:
@@ -626,14 +650,15 @@ def ddim_step(before, after, eta=0.0):
 
 
 def dpmpp_step(earlier, before, after):
-    """DPM-Solver++(2M) [DPM++]: a straight line through two predictions, in log(signal/sigma).
+    """DPM-Solver++(2M) [DPM++]: x0_hat is extrapolated from the last two predictions, on a straight
+    line over log(signal/sigma).
 
-    x_s = sigma_s/sigma_t x_t + k D,  k = signal_s - signal_t sigma_s/sigma_t,
-    D = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_earlier,
+    x_s = sigma_s/sigma_t x_t + k X,  k = signal_s - signal_t sigma_s/sigma_t,
+    X = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_earlier,
     r = h_earlier / h,  h = length of a step in log(signal/sigma).
     before, after: as in ddpm_step; earlier: alpha_bar one step before `before`, None in the first
     step. Where earlier is None or 0 (its log is -infinity) or after is 1 (+infinity), r has no
-    meaning: D = x0_hat. Returns (a, b, c, 0): factors of x_t, x0_hat, x0_hat_earlier and noise.
+    meaning: X = x0_hat. Returns (a, b, c, 0): factors of x_t, x0_hat, x0_hat_earlier and noise.
     """
     ratio = math.sqrt((1 - after) / (1 - before))
     k = math.sqrt(after) - math.sqrt(before) * ratio
@@ -645,10 +670,11 @@ def dpmpp_step(earlier, before, after):
 
 
 def sampler_table(levels, sampler="ddim", eta=0.0):
-    """The four numbers of every step. levels: alpha_bar at the S + 1 levels visited, increasing
-    from 0 (noise) to 1 (clean); sampler: "ddpm", "ddim" (eta in 0..1) or "dpmpp".
+    """The four numbers of every step. levels: alpha_bar at the t visited, one more than steps,
+    increasing from 0 (noise) to 1 (clean); sampler: "ddpm", "ddim" (eta in 0..1) or "dpmpp".
 
-    Returns float32 (S, 6): signal and sigma before the step, then a, b, c, d. Computed in float64.
+    Returns float32 (steps, 6): signal and sigma before the step, then a, b, c, d. Computed in
+    float64. ValueError for any other sampler.
     """
     levels, rows = [float(level) for level in levels], []
     for i, (before, after) in enumerate(zip(levels, levels[1:])):
@@ -656,19 +682,22 @@ def sampler_table(levels, sampler="ddim", eta=0.0):
             step = ddpm_step(before, after)
         elif sampler == "ddim":
             step = ddim_step(before, after, eta)
-        else:
+        elif sampler == "dpmpp":
             step = dpmpp_step(levels[i - 1] if i else None, before, after)
+        else:
+            raise ValueError(f"no sampler {sampler!r}")
         rows.append([math.sqrt(before), math.sqrt(1 - before), *step])
     return torch.tensor(rows, dtype=torch.float64).float()
 
 
 @torch.no_grad()
 def sample(predict_v, x, visited, table, noise=None, clip=True):
-    """Walk x from the first level visited to the last. x: (B, C, H, W), at T standard normal noise.
+    """Walk from noise to image: x (B, C, H, W) at t = visited[0] -> x at visited[-1]. At T, x is
+    standard normal noise.
 
-    predict_v  function (x_t, level) -> v_hat; gets the entries of `visited` in turn (S + 1 of them;
-               the walk ends at the last, for which it is not called)
-    table      from sampler_table at these levels
+    predict_v  function (x, t) -> v_hat; called for all of visited but the last
+    visited    from timesteps, decreasing: where the walk stops on the way
+    table      from sampler_table at alpha_bar[visited]
     noise      function of the step number, counted from 0 -> noise shaped like x; called only where
                a row's d is not 0
     clip       keep x0_hat in [-1, 1], where images live; x0_hat_earlier is the clipped one
@@ -679,7 +708,7 @@ def sample(predict_v, x, visited, table, noise=None, clip=True):
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
         x = a * x + b * x0_hat + c * x0_earlier
-        if table[i, 5] > 0:                     # the table on the CPU: no wait for the device
+        if table[i, 5] > 0:
             x = x + d * noise(i)
         x0_earlier = x0_hat
     return x
@@ -712,12 +741,12 @@ class Denoiser:
 
 
 def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
-    """Classifier-free guidance [CFG]: v_null + scale (v_cond - v_null). It moves samples towards
-    their condition, and away from what the network draws without one.
+    """Guidance [CFG]: v_null + scale (v_cond - v_null), from one network asked with and without the
+    condition. It moves samples towards their condition, away from what is drawn without one.
 
     denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition: the label map all
     zeros (which no label map is), and NaN (not given) for every scalar but the first, the slice's
-    position, which stays.
+    position, which stays: guidance should strengthen what was asked for, not where the slice lies.
     rescale: fraction by which the spread of v is brought back to that of v_cond, sample by sample:
     v (1 - rescale + rescale std(v_cond) / std(v)), std over all axes but B. Without it large scales
     exaggerate contrast and turn air grey [ZSNR].
@@ -728,21 +757,21 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
         return v_cond
     null_scalars = torch.full_like(scalars, torch.nan)
     null_scalars[:, :1] = scalars[:, :1]
-    v = denoiser(x_t, t, torch.zeros_like(onehot), null_scalars)
-    v = v + scale * (v_cond - v)
+    v_null = denoiser(x_t, t, torch.zeros_like(onehot), null_scalars)
+    v = v_null + scale * (v_cond - v_null)
     spread = v_cond.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
     return v * (1 - rescale + rescale * spread)
 
 
 def volume_noise(key, shape, coherence, thickness):
-    """Standard normal noise (D, C, H, W), float32, whose neighbouring slices agree, so that slices
-    sampled one by one from it agree as well.
+    """Standard normal noise (D, C, H, W), float32, whose neighbouring slices are alike, so that
+    slices sampled one by one from it are more alike.
 
-    The correlation of two slices dz mm apart is exp(-dz^2 / (2 coherence^2)); each voxel alone is
-    N(0, 1). (That holds away from the ends, and where coherence is no less than thickness.) White
-    noise, drawn from generator(*key), is mixed over slices with weights exp(-dz^2 / coherence^2),
-    whose squares are scaled to sum to 1 for every slice. coherence 0: independent slices.
-    thickness: mm between slices.
+    White noise, drawn from generator(*key), is mixed over slices with weights
+    exp(-dz^2 / coherence^2), dz mm apart, whose squares are scaled to sum to 1 for every slice. So
+    each voxel is N(0, 1), and the correlation of two slices is exp(-dz^2 / (2 coherence^2)); the
+    latter away from the ends, and where coherence is no less than thickness. coherence 0:
+    independent slices. thickness: mm between slices.
     """
     white = torch.randn(shape, generator=generator(*key))
     if coherence <= 0:
@@ -775,7 +804,8 @@ def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
 
 
 def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING):
-    """Sample one whole volume from its label map, slice by slice, with noise shared along z.
+    """Sample one whole volume from its label map, slice by slice, with noise shared along z. The
+    network has one scalar, the position.
 
     classes int (D, H, W); position float (D,); thickness: mm between slices; key: (seed, case
     number), from which all noise follows; settings: see SAMPLING. How many slices go into a network
@@ -799,7 +829,7 @@ def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING
 
 def endless(rows, key, start, count):
     """Entries start .. start + count - 1 of an endless sequence that runs through `rows` in a new
-    random order every epoch: int array (count,). It depends on its arguments alone."""
+    random order every epoch, torch.randperm with generator(*key, epoch): int array (count,)."""
     out, end = [], start + count
     while start < end:
         epoch, at = divmod(start, len(rows))
@@ -813,25 +843,27 @@ def batch_rows(tumour, other, fraction, seed, step, batch):
     """Which slices the batch of this step shows: int array (batch,). tumour, other: numbers of the
     training slices with and without tumour; `fraction` of all draws show tumour.
 
-    Of all draws of a run, number n = step * batch + i comes from `tumour` where floor(n * fraction)
-    steps up, else from `other`. Both are run through in shuffled order, again and again.
+    Of all draws of a run, number n = step * batch + i (steps count from 0) comes from `tumour` if
+    floor((n + 1) * fraction) > floor(n * fraction), else from `other`. Both are run through in
+    shuffled order, again and again (endless). If one of them is empty, all come from the other.
     """
     if not len(tumour) or not len(other):
         fraction = float(len(tumour) > 0)
     taken = np.floor(np.arange(step * batch, (step + 1) * batch + 1) * fraction + 1e-9).astype(int)
     from_tumour = np.diff(taken) > 0
-    rows = np.empty(batch, int)
+    before = int(taken[0])                      # draws from tumour in earlier steps
     n = int(from_tumour.sum())
+    rows = np.empty(batch, int)
     if n:
-        rows[from_tumour] = endless(tumour, (seed, "tumour"), int(taken[0]), n)
+        rows[from_tumour] = endless(tumour, (seed, "tumour"), before, n)
     if n < batch:
-        first = step * batch - int(taken[0])
-        rows[~from_tumour] = endless(other, (seed, "other"), first, batch - n)
+        rows[~from_tumour] = endless(other, (seed, "other"), step * batch - before, batch - n)
     return rows
 
 
 def training_noise(seed, step, shape, drop):
-    """All random numbers of one training step, on the CPU, for a batch of shape (B, C, H, W) ->
+    """All random numbers of one training step, on the CPU, for a batch of shape (B, C, H, W), drawn
+    in this order: t; keep, given and mirror; eps ->
 
     t       int64 (B,) in 1..T, one in each of B equal parts of the range, in random order
     eps     float32 (B, C, H, W)
@@ -842,13 +874,15 @@ def training_noise(seed, step, shape, drop):
     g, batch = generator(seed, "noise", step), shape[0]
     place = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
     t = (place * T).long().clamp(max=T - 1) + 1
-    keep, given, mirror = torch.rand(3, batch, generator=g)
-    return t, torch.randn(shape, generator=g), (keep >= drop).float(), given >= drop, mirror < 0.5
+    u = torch.rand(3, batch, generator=g)
+    eps = torch.randn(shape, generator=g)
+    return t, eps, (u[0] >= drop).float(), u[1] >= drop, u[2] < 0.5
 
 
 def learning_rate(peak, progress, step, warmup=50):
-    """Learning rate: a linear rise over `warmup` steps, then half a cosine down to peak / 100.
-    progress: fraction of the run that is over, 0..1, of steps or of minutes."""
+    """Learning rate: half a cosine from peak to peak / 100 as progress goes from 0 to 1, times a
+    linear rise over the first `warmup` steps (step counts from 0). progress: fraction of the run
+    that is over, of steps or of minutes."""
     rise = min(1.0, (step + 1) / warmup)
     cosine = 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return peak * rise * (0.01 + cosine)
@@ -856,8 +890,8 @@ def learning_rate(peak, progress, step, warmup=50):
 
 def orthogonal(matrices, steps=5):
     """Matrices (G, M, N) -> for each, roughly the nearest matrix with orthonormal rows (columns
-    where M > N) [MUON]. Singular vectors stay. Singular values become about 1 (0.7 to 1.2) where
-    they were above a hundredth of the Frobenius norm |matrix|, the root of the sum of squares.
+    where M > N) [MUON]. Singular vectors stay; singular values become about 1 (0.7 to 1.2), those
+    below 1% of |matrix| maybe less. |matrix| is the root of the sum of squares.
 
     Newton-Schulz iteration, which needs nothing but matrix products:
         x = matrix / (|matrix| + 1e-7), then `steps` times
@@ -869,13 +903,15 @@ def orthogonal(matrices, steps=5):
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT                                                   # (G, M, M)
+        # change = -4.7750 square + 2.0315 square^2;  x = 3.4445 x + change x
         change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, change, x, beta=3.4445)
     return x
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW [ADAMW] for most parameters, Muon [MUON] for the matrices inside a network (`hidden`).
+    """Muon [MUON] for the matrices inside a network (`hidden`: nine of ten numbers of UNet), AdamW
+    [ADAMW] for all other parameters.
 
     The gradient of a layer is a matrix that points mostly in a few directions; the rest is learned
     too slowly. Muon gives all directions of the matrix (M outputs, N = all inputs of one) the same
@@ -913,7 +949,7 @@ class Muon(torch.optim.AdamW):
                 for p, change in zip(weights, changes):
                     p.mul_(1 - rate * group["weight_decay"])
                     p.sub_(change.view_as(p), alpha=rate * max(1, rows / columns) ** 0.5)
-                    p.grad = None                           # AdamW leaves it alone
+                    p.grad = None                           # so that AdamW below skips it
         super().step()
 
 
@@ -931,12 +967,10 @@ class EMA:
     sample better than the last ones.
 
     At a step the average becomes d * average + (1 - d) * weights, with d = min(decay, (1 + step) /
-    (10 + step)): a short run averages its last tenth instead of remembering its random start. Every
-    k-th step the newest copy counts k times, with d^k: where weights move slowly that is the same,
-    at 1/k of the cost. Parameters only: no schedule and no buffer (the statistics of a batch norm
-    are taken from the network as they are).
-    On the CPU, since a bfloat16 copy would lose (1 - d) * weights to rounding, and to free the
-    device's memory. The price is one transfer every k steps.
+    (10 + step)): a short run averages its last tenth instead of remembering its random start. To
+    save time that is done every `every` steps only, with d^every instead of d. Averaged are
+    parameters, nothing else; the statistics of a batch norm are taken from the network as they are.
+    It lives on the CPU to free the device's memory; the price is one transfer every `every` steps.
     """
 
     def __init__(self, net, decay=0.999, every=10, to_host=copy_to_cpu):
@@ -969,8 +1003,9 @@ class EMA:
 
 # ================================================================================================
 # 8  THE SEGMENTER
-# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET], parameter for parameter
-# that of torchvision, so that published weights fit. Then regions, losses, augmentation, and Dice.
+# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET] with the parameter names of
+# torchvision, so that published weights fit (the first convolution, made for three colours, is
+# spread evenly over the modalities). Then regions, losses, augmentation, and Dice.
 # ================================================================================================
 
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}     # depth: blocks in each stage
@@ -980,8 +1015,8 @@ class ResNetBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H/stride, W/stride): relu(x + convolutions(x)) [RESNET].
 
     Two 3x3 convolutions, c_out = c; or, as bottleneck, 1x1, 3x3, 1x1 with c_out = 4c. A batch norm
-    follows each; the stride is that of the first 3x3. Where size or channels change, the input
-    passes a 1x1 convolution and a norm (downsample) before it is added.
+    follows each, and a ReLU all but the last; the stride is that of the first 3x3. Where size or
+    channels change, the input passes a 1x1 convolution and a norm (downsample) before it is added.
     """
 
     def __init__(self, c_in, c, stride, bottleneck):
@@ -1009,8 +1044,10 @@ class ResNetBlock(nn.Module):
 class ResNet(nn.Module):
     """Encoder: x (B, channels, H, W) -> [features at 1/2, 1/4, 1/8, 1/16, 1/32 of H and W].
 
-    Names and shapes of parameters and buffers are those of torchvision's resnet18, 34 and 50
-    without fc; only conv1 has `channels` inputs instead of 3. widths: channels of the five outputs.
+    7x7 of stride 2, norm, ReLU (the first output), 3x3 max-pooling of stride 2, then four stages of
+    STAGES[depth] blocks, all but the first with stride 2 in the first block. Names and shapes are
+    those of torchvision's resnet18, 34 and 50 without fc; only conv1 has `channels` inputs instead
+    of 3. widths: channels of the five outputs. Kaiming initialisation.
     """
 
     def __init__(self, depth, channels):
@@ -1021,7 +1058,8 @@ class ResNet(nn.Module):
         for i, blocks in enumerate(STAGES[depth]):
             c, c_in, stage = 64 * 2 ** i, self.widths[-1], []
             for j in range(blocks):
-                stage.append(ResNetBlock(c_in, c, 2 if i and not j else 1, depth == 50))
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(ResNetBlock(c_in, c, stride, depth == 50))
                 c_in = 4 * c if depth == 50 else c
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
             self.widths.append(c_in)
@@ -1078,15 +1116,15 @@ class ResUNet(nn.Module):
             c = c_out
         self.head = nn.Conv2d(c, 3 if predict == "regions" else 4, 1)
         nn.init.zeros_(self.head.bias)
-        self.head.bias.data[-3:] = -3 / self.GAIN
+        self.head.bias.data[-3:] = -3 / self.GAIN               # forward multiplies by GAIN
 
     def forward(self, images):
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % 32, 0, -height % 32), value=-1.0)
         kept = self.encoder(x)
-        h = kept[-1]                                                # (B, 512 or 2048, H/32, W/32)
+        h = kept[-1]                                            # (B, 512 or 2048, H/32, W/32)
         for grow, merge, skip in zip(self.grow, self.merge, [*kept[-2::-1], self.fine(x)]):
-            h = merge(torch.cat([grow(h), skip], 1))                # twice the height and width
+            h = merge(torch.cat([grow(h), skip], 1))            # twice the height and width
         return self.GAIN * self.head(h)[..., :height, :width]
 
 
@@ -1109,14 +1147,14 @@ def labels_of(probability, predict):
     if predict == "labels":
         return probability.argmax(0).to(torch.uint8)
     labels = torch.zeros(probability.shape[1:], dtype=torch.uint8)
-    for region, label in zip(probability, (2, 1, 3)):
+    for region, label in zip(probability, (2, 1, 3)):           # WT -> ED, TC -> NCR, ET -> ET
         labels[region > 0.5] = label
     return labels
 
 
 def dice_loss(probability, target, smooth=1.0):
-    """1 - mean over channels of soft Dice = (2 sum(p g) + smooth) / (sum p + sum g + smooth)
-    [VNET].
+    """1 - mean over channels of D, soft Dice [VNET]:
+    D = (2 sum(p g) + smooth) / (sum p + sum g + smooth), p probability, g target.
 
     Sums run over B, H and W of the whole batch, over all processes that share it (all_sum), so that
     a slice without tumour counts as "nothing here" instead of 0/0. probability, target: float
@@ -1129,7 +1167,8 @@ def dice_loss(probability, target, smooth=1.0):
 
 
 def segmentation_loss(logits, labels, predict):
-    """Cross-entropy + Dice loss, a scalar. logits (B, K, H, W); labels int (B, H, W) in 0..3.
+    """Cross-entropy + Dice loss, a scalar. logits (B, outputs, H, W); labels int64 (B, H, W) in
+    0..3.
 
     "regions": binary cross-entropy and Dice of each region. "labels": cross-entropy over four
     classes, and Dice of the three that are tumour.
@@ -1143,8 +1182,9 @@ def segmentation_loss(logits, labels, predict):
     return F.cross_entropy(logits, labels) + dice_loss(logits.softmax(1)[:, 1:], target[:, 1:])
 
 
-# How far augmentation goes. rotate: degrees; scale, shift, bend (elastic): fractions of the
-# picture; gamma, contrast (per modality), noise: standard deviations, on intensities 0..1.
+# How far augmentation goes. Limits of a uniform draw: rotate in degrees, scale as the log of a
+# factor, shift in half pictures. Standard deviations: bend (elastic) in half pictures; per modality
+# gamma as the log of an exponent, and contrast; per pixel noise, on intensities 0..1.
 AUGMENT = {
     "none": None,
     "standard": {"rotate": 10, "scale": 0.1, "shift": 0.03, "bend": 0.0,
@@ -1158,8 +1198,9 @@ def augment(images, labels, kind, key, part=None):
     """Move and recolour slices at random: images (B, C, H, W) in [-1, 1], labels int (B, H, W) ->
     the same, on the CPU. It depends on its arguments alone.
 
-    One smooth map of the plane for images (linear) and labels (nearest), half of them mirrored;
-    then gamma, contrast and noise for each modality. Air stays -1.
+    Every slice is turned, scaled, shifted and bent (a field of 6x6 random vectors, bicubic between
+    them), the same for images (linear) and labels (nearest); half of them are mirrored; outside the
+    picture is air. Then, on intensities 0..1: power, contrast, noise, clipping. Air stays -1.
     kind: a key of AUGMENT; key: of generator; part: (B, slice) if these images are that slice of a
     batch of B shared by several processes: random numbers are drawn for all of it.
     """
@@ -1198,7 +1239,7 @@ def dice(predicted, truth):
     """Dice = 2 |A and B| / (|A| + |B|) of two bool masks, a float. Both empty: 1.
 
     BraTS counts it per region and per case, over the whole volume. A mean over slices is another,
-    kinder number; so is the Dice of NCR, ED, ET under the names WT, TC, ET.
+    kinder number. The Dice of the labels NCR, ED, ET is another number again.
     """
     total = int(predicted.sum() + truth.sum())
     return 2 * int((predicted & truth).sum()) / total if total else 1.0

@@ -1003,8 +1003,8 @@ class EMA:
 
 # ================================================================================================
 # 8  THE SEGMENTER
-# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET] with the parameter names of
-# torchvision, so that published weights fit (the first convolution, made for three colours, is
+# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET] with the parameter names
+# of torchvision, so that published weights fit (the first convolution, made for three colours, is
 # spread evenly over the modalities). Then regions, losses, augmentation, and Dice.
 # ================================================================================================
 

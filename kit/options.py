@@ -7,15 +7,23 @@ import brainsyn as bs
 from kit import devices, phantoms
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The text of --help: a flag's default stands behind its help, where it has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, whose errors are a BadInput: one sentence."""
 
     def __init__(self, doc):
-        super().__init__(description=doc.split("\n\n")[0],
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=doc.split("\n\n")[0], formatter_class=Help)
 
     def error(self, message):
-        raise bs.BadInput(message)
+        raise bs.BadInput(message.removeprefix("argument "))
 
 
 def number(text, kind, low, high=float("inf")):
@@ -52,7 +60,8 @@ def fraction(text):
 
 
 def add_data(parser, n_phantoms=60):
-    """The group "data": which real cases or phantoms a command works on. Returns the group."""
+    """The group "data": which real cases or phantoms a command works on. n_phantoms: the default
+    of --phantoms. Returns the group."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
     group.add_argument("--phantoms", type=count, default=n_phantoms,

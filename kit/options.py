@@ -108,3 +108,26 @@ def add_run(parser, out, seed="all random numbers follow from it", precision=Tru
         group.add_argument("--precision", default="auto", choices=devices.PRECISIONS,
                            help="of the layers in training; auto takes bfloat16 where it is fast")
     return group
+
+
+def add_study(parser, arms, patients):
+    """The group "study" of train_seg.py. arms: names of its training sets; patients: numbers of
+    patients, as words, of the default study."""
+    group = parser.add_argument_group("study")
+    group.add_argument("--study", action="store_true", help="compare training sets in place of "
+                       "training one segmenter; 120 phantoms unless --phantoms is given")
+    group.add_argument("--seeds", type=count, default=3, help="trainings of every kind")
+    group.add_argument("--patients", nargs="+", help="how many real training patients (default "
+                       f"{' '.join(patients)})")
+    group.add_argument("--test-scanner", choices=sorted(phantoms.SCANNERS),
+                       help="test on the same phantoms in this scanner")
+    group.add_argument("--generator-steps", type=count, default=400,
+                       help="training steps of each generator")
+    group.add_argument("--label-steps", type=natural, default=0, help="training steps of a "
+                       "generator of labels; more than 0 adds sets of generated labels, as they "
+                       "come and with ET volumes spread evenly")
+    group.add_argument("--arms", nargs="+", choices=list(arms), metavar="ARM",
+                       help="only these training sets, of: " + "; ".join(arms))
+    group.add_argument("--made", type=count, default=24, help="synthetic cases a set")
+    group.add_argument("--calls", type=count, default=10, help="network calls a slice when "
+                       "they are sampled")

@@ -6,7 +6,7 @@ request -> label map.
     python train_ddpm.py --minutes 1                        rough but complete
     python train_ddpm.py --generate labels                  label maps from volumes and a place, in
                                                             runs/labels
-    python train_ddpm.py --generate labels --label-maps FILE.npz --data DIR
+    python train_ddpm.py --generate labels --label-maps MAPS --data DIR
 
 Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
 Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
@@ -56,8 +56,8 @@ def parse_arguments(argv=None):
                       help="classes of label maps: tumour (outline, NCR, ED, ET), tissue (CSF, "
                       "grey and white for the rest of the brain) or ventricles (tumour, and "
                       "ventricles)")
-    data.add_argument("--label-maps", metavar="FILE.npz", help="for --generate labels: tumours of "
-                      "these label maps, in outlines of the training cases, see read_label_maps")
+    data.add_argument("--label-maps", metavar="DIR", help="for --generate labels: tumours of the "
+                      "label maps in this folder, in outlines of the training cases")
     data.add_argument("--relatives", type=options.count, default=512, help="for --generate labels: "
                       "learn from about so many heads, training cases and moved copies of them")
     model = parser.add_argument_group("model")
@@ -86,9 +86,9 @@ def parse_arguments(argv=None):
             setattr(args, name, value)
     if args.steps is None and args.minutes is None:
         args.steps = LABEL_STEPS if labels else STEPS
-    if labels and args.resolution % (4 * requests.BLOCK):
-        raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of "
-                          f"{4 * requests.BLOCK}")
+    multiple = 4 * requests.BLOCK
+    if labels and args.resolution % multiple:
+        raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {multiple}")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such "
                           "maps show no tissue")
@@ -243,8 +243,7 @@ def learn(args, device, kind, task, facts):
         return bs.Denoiser(ema.copy_of(net, run.step), task.prior, bs.cosine_alpha_bar(args.shift),
                            device, to_device=devices.to_device)
 
-    # Training in pseudo-code, the keys as in brainsyn.py:
-    #     repeat
+    # Training in pseudo-code, repeated (keys as in brainsyn.py):
     #         x0, onehot, scalars ~ training slices, label maps, positions   a tenth without labels
     #         t ~ uniform{1..T},  eps ~ N(0, I)
     #         x_t   = signal x0 + sigma eps                                   [DDPM eq. 4]

@@ -102,10 +102,8 @@ def draw_batch(sources, args, step):
 
 def validate(segmenter, cache):
     """Dice over the voxels of all validation cases together, mean over WT, TC, ET, on the model's
-    grid; NaN without cases, or where there is nothing to find and nothing found.
-
-    Together, since otherwise a single voxel found in a case without tumour, Dice 0 in place of 1,
-    decides which weights are the best.
+    grid; NaN without cases, or where there is nothing to find and nothing found. Together, since
+    otherwise a single voxel found in a case without tumour, Dice 0 in place of 1, decides.
     """
     shared, total = np.zeros(3), np.zeros(3)
     for case in cache.cases:
@@ -140,9 +138,9 @@ def fit(args, sources, cache, device, trained_on=None):
     run = runs.Run(args, "seg", net, ema, optimizer,
                    {"network": network, "trained_on": trained_on}, keep)
     trained = devices.prepare_training(net, optimizer, device)
-    if keep and not run.step and devices.first_process():
-        (Path(args.out) / "best.pt").unlink(missing_ok=True)        # of a run that was deleted
-    if keep:
+    if keep and devices.first_process():
+        if not run.step:
+            (Path(args.out) / "best.pt").unlink(missing_ok=True)    # of a run that was deleted
         words = [f"{len(part.tumour) + len(part.other)} ({len(part.tumour)} with tumour)"
                  for part in sources]
         print(f"ResNet-{args.depth} U-Net, {bs.count_parameters(net) / 1e6:.1f} M parameters | "
@@ -152,8 +150,7 @@ def fit(args, sources, cache, device, trained_on=None):
         return sorted({name for part, rows in draw_rows(sources, args, step)
                        for name in part.names(rows)})
 
-    # Training in pseudo-code:
-    #     repeat
+    # Training in pseudo-code, repeated:
     #         images, labels ~ training slices: moved and recoloured at random
     #         logits = U-Net(images),  its encoder a ResNet                   [UNET, RESNET]
     #         loss   = 1 - Dice (soft) + cross-entropy                        [VNET]
@@ -162,8 +159,8 @@ def fit(args, sources, cache, device, trained_on=None):
     #         now and then: Dice of the averaged weights on the validation cases; keep the best
     while run.going():
         # ------------------------------------------------------------------ one training step ---
-        # (B, C, R, R), (B, R, R)
-        images, labels = devices.to_device(device, *draw_batch(sources, args, run.step))
+        images, labels = draw_batch(sources, args, run.step)                    # (B, C, R, R)
+        images, labels = devices.to_device(device, images, labels)              # (B, R, R)
         lr = bs.learning_rate(args.lr, run.progress(), run.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -177,19 +174,19 @@ def fit(args, sources, cache, device, trained_on=None):
         devices.end_step(device, losses, finite)
         # ---------------------------------------------------------------------------------------
         run.after_step(finite, losses, case_names)
-        score = math.nan
-        if (keep and devices.first_process()
-                and (run.step % args.validate_every == 0 or run.progress() >= 1)):
-            score = keep_best(run, cache, device)
-        run.record(score)
+        validate_now = run.step % args.validate_every == 0 or run.progress() >= 1
+        if keep and devices.first_process():
+            run.record(keep_best(run, cache, device) if validate_now else math.nan)
     del trained
     first = run.finish()
     if not keep:
         twin = ema.copy_of(net, run.step)
         return metrics.Segmenter(twin, args.resolution, args.fov, device), run
-    if first and best_dice(args.out) is None:   # resumed at its end, and best.pt cannot be used
+    if not first:
+        return None, run
+    if best_dice(args.out) is None:             # resumed at its end, and best.pt cannot be used
         keep_best(run, cache, device)
-    return runs.load_segmenter(args.out, device) if first else None, run
+    return runs.load_segmenter(args.out, device), run
 
 
 def best_dice(out):
@@ -241,13 +238,12 @@ def finish_report(args, segmenter, split, run):
     files.write_csv(out / "cases.csv", rows)
     plot_log(out)
     minutes = run.seconds / 60
-    files.write_json(out / "closing.json", {"steps": run.step, "minutes": round(minutes, 2),
-                                            "cases": title, **metrics.summarise(rows)})
+    closing = {"steps": run.step, "minutes": round(minutes, 2), "cases": title}
+    files.write_json(out / "closing.json", {**closing, **metrics.summarise(rows)})
     print(f"--- {title}, whole volumes on their own grid, after {run.step} steps in "
           f"{minutes:.1f} minutes")
     print("\n".join(metrics.table_of(rows)))
-    for name in ("best.pt", "cases.csv", "predictions.png", "predictions", "curves.png",
-                 "closing.json"):
+    for name in "best.pt cases.csv predictions.png predictions curves.png closing.json".split():
         print(f"wrote: {out / name}")
 
 

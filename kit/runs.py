@@ -30,8 +30,7 @@ GENERATOR = {"kind", "version", "step", "args", "network", "ema", "prior", "cond
              "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"}
 HOLDS = {"ddpm": GENERATOR | TRAINING,
          "labels": GENERATOR | TRAINING | {"measured"},
-         "seg": {"kind", "version", "step", "args", "network", "ema", "trained_on", "best"}
-         | TRAINING,
+         "seg": {"kind", "version", "step", "args", "network", "ema", "trained_on"} | TRAINING,
          "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov",
                        "seen", "dice"}}
 # The script that writes each kind.
@@ -329,8 +328,9 @@ class Run:
 
     def record(self, val_dice=math.nan):
         """Write a line of the log every five seconds, after a validation and at the end; save every
-        minute, and after step 1, which finds a full or read-only disk at once. val_dice: of a
-        segmenter, NaN in a step without validation."""
+        minute, and after step 1, which finds a full or read-only disk at once. Nothing is saved
+        after a step that was not finite. val_dice: of a segmenter, NaN in a step without
+        validation."""
         if not self.keep or not devices.first_process():
             return
         validated = not math.isnan(val_dice)
@@ -338,7 +338,7 @@ class Run:
             self.write_line(val_dice)
         if self.step == 1:
             self.save()
-        elif time.time() - self.save_time >= SAVE_EVERY:
+        elif not self.bad_steps and time.time() - self.save_time >= SAVE_EVERY:
             self.save_time = time.time()
             files.attempt("the checkpoint", self.save)
 
@@ -366,7 +366,7 @@ class Run:
         left = f"{left / 60:.0f}m" if left > 90 else f"{left:.0f}s"
         dice = "" if math.isnan(val_dice) else f" | validation Dice {val_dice:.3f}"
         print(f"step {self.step:05d}{of_steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
-              f"{row['images_per_s']:.0f} img/s | {left} left{dice}", flush=True)
+              f"{row['images_per_s']:.0f} img/s{dice} | {left} left", flush=True)
 
     def save(self):
         """Write the checkpoint."""

@@ -118,8 +118,7 @@ class Images:
         self.first_lesion = self.names.index(bs.LABELS[0])
         self.alpha_bar = bs.cosine_alpha_bar(args.shift)
         self.own = devices.slice_of_batch(args.batch)           # this process's part
-        # of slices, not volumes
-        self.sampling = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}
+        self.sampling = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}   # of slices
         train, val, test = [cache.part(part) for part in ("train", "val", "test")]
         self.train, self.val, self.held_out = train, val, np.concatenate([val, test])
         has_tumour = slices.has_label(cache, train, self.first_lesion)
@@ -146,8 +145,7 @@ class Images:
         noise = bs.training_noise(self.args.seed, step, shape, self.args.drop)
         t, eps, keep, given, mirror = [part[self.own] for part in noise]
         x0, classes, position = self.cache.batch(self.rows(step), mirror)
-        # all zeros: no label map
-        onehot = bs.one_hot(classes, len(self.names)) * keep.view(-1, 1, 1, 1)
+        onehot = bs.one_hot(classes, len(self.names)) * keep.view(-1, 1, 1, 1)  # 0: no label map
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)
         signal, sigma = bs.signal_sigma(self.alpha_bar, t)
         mean, std = bs.expected(self.prior, onehot, scalars[:, 0])
@@ -165,8 +163,8 @@ class Images:
                            f"SYNTHETIC, step {step}")
 
     def report(self, denoiser, run):
-        """End a run: samples.png, closing figures of up to 64 slices with tumour."""
-        # a split file may hold out no case
+        """End a run: samples.png, and the figures of up to 64 slices with tumour, held out where
+        the split holds out any."""
         rows, part = (self.held_out, "held-out") if len(self.held_out) else (self.train, "training")
         rows = pick_rows(self.cache, rows, self.first_lesion, 64)
         real, classes, position = self.cache.batch(rows)
@@ -255,8 +253,8 @@ def learn(args, device, kind, task, facts):
     while run.going():
         # ------------------------------------------------------------------ one training step ---
         levels, *batch = task.batch(run.step)
-        t, x0, eps, onehot, scalars, signal, sigma, mean, std = devices.to_device(device, levels,
-                                                                                  *batch)
+        batch = devices.to_device(device, levels, *batch)
+        t, x0, eps, onehot, scalars, signal, sigma, mean, std = batch
         x_t = bs.add_noise(x0, eps, signal, sigma)
         v = bs.v_target(x0, eps, signal, sigma)
         lr = bs.learning_rate(args.lr, run.progress(), run.step)

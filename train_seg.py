@@ -30,10 +30,9 @@ STEPS = 1200                                    # of a run with neither --steps 
 
 
 def parse_arguments(argv=None):
-    """All flags; argv: list of words, the command line by default. BadInput where they are wrong
-    or do not go together."""
+    """All flags; argv: list of words, the command line by default. BadInput where they are wrong."""
     parser = options.Parser(__doc__)
-    data = options.add_data(parser, None)
+    data = options.add_data(parser, n_phantoms=None)
     options.add_grid(data)
     data.add_argument("--synthetic", help="folder of cases made by sample.py, for training only")
     data.add_argument("--synthetic-share", type=options.fraction, default=0.5,
@@ -109,8 +108,7 @@ def validate(segmenter, cache):
     for case in cache.cases:
         if case["part"] != "val":
             continue
-        rows = np.arange(case["first"], case["first"] + case["count"])
-        images, classes, _ = cache.batch(rows)
+        images, classes, _ = cache.batch(case["first"] + np.arange(case["count"]))
         found = bs.regions_of(segmenter.slice_labels(images))
         true = bs.regions_of(bs.tumour_labels(classes))
         shared += (found & true).sum((1, 2, 3)).numpy()
@@ -150,7 +148,7 @@ def fit(args, sources, cache, device, trained_on=None):
         return sorted({name for part, rows in draw_rows(sources, args, step)
                        for name in part.names(rows)})
 
-    # Training in pseudo-code, repeated:
+    # Training in pseudo-code, repeated (keys as in brainsyn.py):
     #         images, labels ~ training slices: moved and recoloured at random
     #         logits = U-Net(images),  its encoder a ResNet                   [UNET, RESNET]
     #         loss   = 1 - Dice (soft) + cross-entropy                        [VNET]
@@ -206,8 +204,7 @@ def keep_best(run, cache, device):
              "args": runs.kept_arguments(args), "network": run.facts["network"],
              "weights": twin.state_dict(), "resolution": args.resolution, "fov": args.fov,
              "seen": sorted({*run.facts["trained_on"], *cache.hashes("val")})}
-    # NaN: no validation cases, the last weights count
-    if best is None or not score <= best:
+    if best is None or not score <= best:       # NaN: no validation cases, the last weights count
         files.attempt("best.pt", lambda: files.replace_file(
             Path(args.out) / "best.pt", lambda path: runs.save_state(path, state)))
     return score

@@ -30,7 +30,7 @@ STEPS = 1200                                    # of a run with neither --steps 
 
 
 def parse_arguments(argv=None):
-    """All flags; argv: list of words, the command line by default. BadInput where they are wrong."""
+    """All flags; argv: list of words, the command line by default. BadInput where one is wrong."""
     parser = options.Parser(__doc__)
     data = options.add_data(parser, n_phantoms=None)
     options.add_grid(data)

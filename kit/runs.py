@@ -245,8 +245,9 @@ class Run:
     """
 
     def __init__(self, args, kind, net, ema, optimizer, facts, keep=True):
-        self.args, self.kind, self.facts, self.keep = args, kind, facts, keep
+        self.args, self.kind = args, kind
         self.net, self.ema, self.optimizer = net, ema, optimizer
+        self.facts, self.keep = facts, keep
         self.step, self.seconds = 0, 0.0
         self.saved_step = None                  # of the newest checkpoint
         self.bad_steps = 0                      # in a row
@@ -361,9 +362,9 @@ class Run:
         files.attempt(self.log_path, lambda: files.write_csv(self.log_path, self.rows))
         self.losses, self.levels = [], []
         self.line_step, self.line_time = self.step, time.time()
-        left = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
         of_steps = f"/{self.args.steps}" if self.args.steps else ""
-        left = f"{left / 60:.0f}m" if left > 90 else f"{left:.0f}s"
+        seconds = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
+        left = f"{seconds / 60:.0f}m" if seconds > 90 else f"{seconds:.0f}s"
         dice = "" if math.isnan(val_dice) else f" | validation Dice {val_dice:.3f}"
         print(f"step {self.step:05d}{of_steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
               f"{row['images_per_s']:.0f} img/s{dice} | {left} left", flush=True)

@@ -66,9 +66,9 @@ def test_training_ends_with_a_table_and_its_files(work):
     assert np.mean([float(r["dice"]) for r in rows if r["region"] == "WT"]) == pytest.approx(
         json.loads((out / "closing.json").read_text())["WT"]["dice"], abs=1e-5)
     for case in split["test"]:
-        ours, theirs = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz"), nib.load(
-            case.files["t1"])
-        assert ours.shape == theirs.shape and np.array_equal(ours.affine, theirs.affine)
+        predicted = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz")
+        scan = nib.load(case.files["t1"])
+        assert predicted.shape == scan.shape and np.array_equal(predicted.affine, scan.affine)
 
 
 def test_one_voxel_in_a_case_without_tumour_does_not_choose_the_weights():
@@ -102,7 +102,7 @@ def test_the_best_weights_are_those_of_the_best_validation(work):
         max(r["val_dice"] for r in log), abs=1e-5)
     segmenter = runs.load_segmenter(folder / "runs/seg", torch.device("cpu"))
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    assert segmenter.seen == set(train_seg.hashes_of_all([*split["train"], *split["val"]]))
+    assert segmenter.seen == set(study.hashes_of_all([*split["train"], *split["val"]]))
 
 
 class PowerCut(Exception):
@@ -115,7 +115,7 @@ def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     os.symlink(work[0] / "runs/phantoms", tmp_path / "runs/phantoms")
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     real = train_seg.draw_batch
 
     def cut(sources, args, step):
@@ -137,7 +137,11 @@ def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch)
                          for at in (work[0] / "runs/seg", "runs/seg")]
     for part in ("weights", "ema"):
         assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part]), part
-    assert straight["best"] == resumed["best"]
+    straight, resumed = [runs.load_checkpoint(folder, "segmenter", names=("best.pt",))
+                         for folder in (work[0] / "runs/seg", "runs/seg")]
+    assert straight["step"] == resumed["step"] and straight["dice"] == resumed["dice"]
+    assert all(torch.equal(straight["weights"][k], resumed["weights"][k])
+               for k in straight["weights"])
 
 
 def test_synthetic_cases_join_the_training(made):
@@ -499,7 +503,7 @@ def test_generators_saw_all_is_said(made):
 @pytest.mark.parametrize("script, arguments, words", [("train_seg.py", ["--data", "nowhere"],
                                                        "no such folder"),
                                                       ("train_seg.py", ["--synthetic-share", "2"],
-                                                       "--synthetic-share 2"),
+                                                       "--synthetic-share: '2' is not a number from 0"),
                                                       ("train_seg.py", ["--batch", "1"],
                                                        "--batch 1"),
                                                       ("train_seg.py",

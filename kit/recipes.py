@@ -1,5 +1,6 @@
 """Where the label maps of a synthetic set come from: cases or fresh phantoms, as they are or
-edited; a label generator; scans without labels, which a segmenter labels. Each source gives Recipes.
+edited; a label generator; scans without labels, which a segmenter labels. Each source gives
+Recipes.
 """
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def write_case(folder, case, images, labels, affine, facts, classes=None):
 def write_description(folder):
     """dataset_description.json of a set of synthetic cases, as BIDS wants it for derived data: the
     mark that stands above all its cases."""
-    software = {"Name": "brainsyn", "Version": bs.__version__, "Description":
-                "diffusion model, label map -> T1, T1ce, T2, FLAIR; see DATASHEET.md"}
+    words = "diffusion model, label map -> T1, T1ce, T2, FLAIR; see DATASHEET.md"
+    software = {"Name": "brainsyn", "Version": bs.__version__, "Description": words}
     files.write_json(Path(folder) / "dataset_description.json",
                      {"Name": "SYNTHETIC brain MRI with tumour labels, made by brainsyn",
                       "BIDSVersion": "1.9.0", "DatasetType": "derivative", "SyntheticData": "YES",
@@ -149,31 +149,9 @@ def finish_set(folder):
     write_datasheet(folder)
 
 
-def already_there(folder, facts, origin):
-    """True if case facts["Case"] is in `folder` and its sidecar says what `facts` and origin() say;
-    origin is called only if it is there, as it may read files. BadInput where the sidecar says
-    otherwise, or cannot be read."""
-    sidecar = Path(folder) / facts["Case"] / f"{facts['Case']}.json"
-    if not sidecar.parent.exists():
-        return False
-    try:
-        found = json.loads(sidecar.read_text())
-        wanted = json.loads(json.dumps({**facts, **origin()}))
-        differ = [name for name in wanted if found.get(name) != wanted[name]]
-    except (OSError, ValueError, AttributeError) as error:
-        raise bs.BadInput(f"{sidecar}: cannot be read ({error}); delete the case's folder to make "
-                          "it again") from error
-    if differ:
-        name = differ[0]
-        raise bs.BadInput(f"{sidecar.parent} was made with {name} {found.get(name)}, you ask for "
-                          f"{wanted[name]}; choose another --out")
-    return True
-
-
-def synthetic_facts(case):
-    """The sidecar of a synthetic Case as a dict. BadInput where there is none, or it does not say
+def read_sidecar(path):
+    """The sidecar of a synthetic case as a dict. BadInput where there is none, or it does not say
     where the case comes from."""
-    path = case.folder / f"{case.case}.json"
     origin = {"LabelMapSHA256", "BrainSHA256", "GeneratorTrainedOn"}
     try:
         facts = json.loads(path.read_text())
@@ -181,8 +159,28 @@ def synthetic_facts(case):
             raise ValueError("it does not say SyntheticData YES and where it comes from")
         return facts
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise bs.BadInput(f"{path}: no sidecar of a synthetic case ({error}); make the set with "
-                          "sample.py") from error
+        raise bs.BadInput(f"{path}: no sidecar of a synthetic case ({error}); delete the case's "
+                          "folder and make it again with sample.py") from error
+
+
+def synthetic_facts(case):
+    """The sidecar of a synthetic Case as a dict, see read_sidecar."""
+    return read_sidecar(case.folder / f"{case.case}.json")
+
+
+def already_there(folder, facts, origin):
+    """True if case facts["Case"] is in `folder` and its sidecar says what `facts` and origin() say;
+    origin is called only if it is there, as it reads files. BadInput where the sidecar says
+    otherwise, or there is none."""
+    case = Path(folder) / facts["Case"]
+    if not case.exists():
+        return False
+    found = read_sidecar(case / f"{case.name}.json")
+    for name, wanted in json.loads(json.dumps({**facts, **origin()})).items():
+        if found.get(name) != wanted:
+            raise bs.BadInput(f"{case} was made with {name} {found.get(name)}, you ask for "
+                              f"{wanted}; choose another --out")
+    return True
 
 
 def sidecar_hash(case):
@@ -196,6 +194,5 @@ def contaminated(case, hashes):
     """True if the case was made from, or by a generator trained on, one of these label maps or
     outlines (hashes: as slices.case_hashes has them). Compared are the first 16 digits."""
     facts = synthetic_facts(case)
-    known = {digest[:16] for digest in hashes}
-    origin = facts["LabelMapSHA256"], facts["BrainSHA256"], *facts["GeneratorTrainedOn"]
-    return any(digest[:16] in known for digest in origin)
+    origin = {facts["LabelMapSHA256"][:16], facts["BrainSHA256"][:16], *facts["GeneratorTrainedOn"]}
+    return not origin.isdisjoint(digest[:16] for digest in hashes)

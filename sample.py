@@ -194,21 +194,16 @@ def loop_rows(prepared, images, condition):
     return [[*scans], [pictures.overlay(scan, labels[best]) for scan in scans], [*images[best]]]
 
 
-def report_case(facts, before, after, seconds):
-    """Print one line: volumes as they came, and as they were asked for; slice-to-slice roughness of
-    the scans the labels come from (NaN without scans) and of the sample."""
+def volumes_text(facts):
+    """"ED 26.8 mL, ET 11.9 mL for 12.0, ...": the volumes of a case, and what was asked for."""
     asked = facts.get("RequestedML", {})
-    words = [f"{name} {ml:.1f} mL" + (f" for {asked[name]:.1f}" if name in asked else "")
-             for name, ml in facts["VolumesML"].items() if name in asked or name in bs.LABELS]
-    words.append(f"slice-to-slice roughness {after:.3f}")
-    if not math.isnan(before):
-        words.append(f"of the scans its labels come from {before:.3f}")
-    print(f"{facts['Case']}: {seconds:.0f} s, {', '.join(words)}", flush=True)
+    return ", ".join(f"{name} {ml:.1f} mL" + (f" for {asked[name]:.1f}" if name in asked else "")
+                     for name, ml in facts["VolumesML"].items())
 
 
 def report_set(made):
     """Print mean roughness, and how near volumes come to what was asked for. made: list of
-    (sidecar, roughness before, roughness after), see report_case."""
+    (sidecar, roughness of the scans its labels come from, NaN without scans, roughness)."""
     if not made:
         return
     before, after = np.mean([rough for _, *rough in made], 0)
@@ -247,7 +242,8 @@ def make_set(args, device):
             if recipe.case:
                 before = judging.roughness(bs.to_images(prepared["images"]), classes)
             made.append((facts, before, judging.roughness(images, classes)))
-            report_case(*made[-1], time.time() - started)
+            print(f"{facts['Case']}: {time.time() - started:.0f} s, {volumes_text(facts)}",
+                  flush=True)
             if args.scan:
                 rows += loop_rows(prepared, images, state["condition"])
     writing.finish_set(args.out)

@@ -34,11 +34,6 @@ from kit import (audit, devices, edits, files, judging, metrics, nifti, options,
                  requests, runs, slices, writing)
 
 
-def network_calls(text):
-    """A whole number from 1 to T."""
-    return options.number(text, int, 1, bs.T)
-
-
 def add_labels(parser):
     """Flags that say where label maps come from and how they are changed."""
     add = parser.add_argument_group("label maps").add_argument
@@ -68,7 +63,7 @@ def add_model(parser):
     add("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
     add("--segmenter", nargs="+", default=["runs/seg"], help="run of train_seg.py, for --scan and "
         "--judge; with five or more, --judge asks how well synthetic cases rank them")
-    add("--steps", type=network_calls, default=default["steps"],
+    add("--steps", type=options.count, default=default["steps"],
         help="network calls a slice (twice where guided)")
     add("--sampler", choices=["ddim", "ddpm", "dpmpp"], default=default["sampler"])
     add("--eta", type=options.fraction, default=default["eta"],
@@ -101,7 +96,11 @@ def parse_arguments(argv=None):
                     "of the case", precision=False)
     args = parser.parse_args(argv)
     changed = args.labels or args.edit or args.paste or args.balance
+    finished = args.judge or args.audit
     for wrong, message in (
+            (finished and not Path(finished).is_dir(), f"{finished}: no such folder; make "
+             "synthetic cases first"),
+            (args.steps > bs.T, f"--steps {args.steps}: at most {bs.T}"),
             (args.eta and args.sampler != "ddim", "--eta is the noise that ddim adds: leave it "
              "out, or add --sampler ddim"),
             (args.part and not args.labels, "--part needs --labels"),
@@ -154,7 +153,8 @@ def write_sample(args, recipe, prepared, images, state, facts):
     the sidecar says of recipe and model. Returns the whole sidecar."""
     grid, classes, condition = prepared["grid"], prepared["classes"], state["condition"]
     affine, labels = grid.affine, prepared["labels"]
-    every = None                                # all classes are known on the model's grid alone
+    names = bs.CONDITIONS[condition]
+    all_classes = None                          # they are known on the model's grid alone
     if args.native:
         images = np.moveaxis(grid.grow(np.moveaxis(images.numpy(), 1, 0)), 0, 1)   # (D, C, H, W)
         counts = writing.image_counts(images, slices.to_slices(prepared["brain"]))
@@ -162,11 +162,11 @@ def write_sample(args, recipe, prepared, images, state, facts):
         affine = grid.model_affine()
         labels = slices.from_slices(bs.tumour_labels(classes, condition)).astype(np.uint8)
         counts = writing.image_counts(images, classes)
-        every = slices.from_slices(classes) if condition != "tumour" else None
+        all_classes = slices.from_slices(classes) if condition != "tumour" else None
     volumes = {name: edits.volume_ml(labels, affine, name) for name in (*bs.LABELS, "TC", "WT")}
     if condition == "ventricles":               # of the model's grid
         voxel = (state["fov"] / state["resolution"]) ** 2 * nifti.spacing_of(grid.affine)[2] / 1000
-        volumes["ventricles"] = float((classes == 2).sum() * voxel)
+        volumes["ventricles"] = float((classes == names.index("ventricles")).sum() * voxel)
     origin = prepared["hashes"]
     if recipe.donor:
         origin = *slices.hashes_of(recipe.donor), *origin
@@ -178,16 +178,20 @@ def write_sample(args, recipe, prepared, images, state, facts):
              "GeneratorTrainedOn": [digest[:16] for digest in sorted(trained_on)],
              "GeneratorPatients": state["patients"], "GeneratorVersion": state["version"],
              "GeneratorData": "patients" if "patients" in data else "phantoms"}
-    if every is not None:
-        facts["Classes"] = list(bs.CONDITIONS[condition])
+    if all_classes is not None:
+        facts["Classes"] = list(names)
     writing.write_case(args.out, facts["Case"], slices.from_slices(np.moveaxis(counts, 1, 0)),
-                       labels, affine, facts, every)
+                       labels, affine, facts, all_classes)
     return facts
 
 
-def loop_rows(prepared, images, condition):
-    """Three rows of pictures of the slice with most tumour: scans, the same under the predicted
-    labels, synthetic images (D, C, R, R)."""
+def close_loop(out, recipe, prepared, images, condition):
+    """Write the labels predicted for a scan on its own grid. Returns three rows of pictures of the
+    slice with most tumour: scans, the same under the labels, synthetic images (D, C, R, R)."""
+    path = Path(out) / f"predictions/scan_{recipe.key[1]:05d}.nii.gz"
+    nifti.write_labels(path, prepared["labels"], recipe.case, prepared["grid"].affine)
+    # which scan it is stands on the screen, in no file
+    print(f"{recipe.case.case}: predicted labels -> {path}")
     labels = bs.tumour_labels(prepared["classes"], condition)
     best = pictures.fullest(labels > 0, prepared["classes"] > 0)
     scans = bs.to_images(prepared["images"][best]).numpy()
@@ -232,11 +236,9 @@ def make_set(args, device):
             # first: a set that is cut short is marked as well
             writing.write_description(args.out)
             prepared = recipe.prepare(state["resolution"], state["fov"], state["condition"])
-            if args.scan:                       # whose scan it is stands on the screen alone
-                path = Path(args.out) / f"predictions/scan_{number:05d}.nii.gz"
-                nifti.write_labels(path, prepared["labels"], recipe.case, prepared["grid"].affine)
-                print(f"{recipe.case.case}: predicted labels -> {path}")
             images = sample_images(args, recipe, prepared, denoiser)
+            if args.scan:
+                rows += close_loop(args.out, recipe, prepared, images, state["condition"])
             facts = write_sample(args, recipe, prepared, images, state, facts)
             classes, before = torch.from_numpy(prepared["classes"]), math.nan
             if recipe.case:
@@ -244,8 +246,6 @@ def make_set(args, device):
             made.append((facts, before, judging.roughness(images, classes)))
             print(f"{facts['Case']}: {time.time() - started:.0f} s, {volumes_text(facts)}",
                   flush=True)
-            if args.scan:
-                rows += loop_rows(prepared, images, state["condition"])
     writing.finish_set(args.out)
     if rows:
         pictures.plot_rows(Path(args.out) / "loop.png", rows, bs.MODALITIES, "tumour",
@@ -262,9 +262,6 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = devices.pick_device(args.device)
     print(devices.describe(device), flush=True)
-    given = args.judge or args.audit
-    if given and not Path(given).is_dir():
-        raise bs.BadInput(f"{given}: no such folder; make synthetic cases first")
     with files.sole_writer(args.judge or args.out):
         if args.judge:
             judging.judge(args, device)

@@ -33,6 +33,8 @@ import brainsyn as bs
 from kit import (audit, devices, edits, files, judging, metrics, nifti, options, pictures, recipes,
                  requests, runs, slices, writing)
 
+VOLUMES = (*bs.LABELS, "TC", "WT")              # labels and regions whose mL a sidecar says
+
 
 def add_labels(parser):
     """Flags that say where label maps come from and how they are changed."""
@@ -50,7 +52,7 @@ def add_labels(parser):
     add("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) "
         "rotate=15 (degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")
     add("--paste", metavar="DIR", help="cases whose tumours are put into the brains of --labels")
-    add("--balance", choices=(*bs.LABELS, *bs.REGIONS), help="spread this volume evenly over the "
+    add("--balance", choices=VOLUMES, help="spread this volume evenly over the "
         "--count cases, by choice and scale")
     add("--range", type=options.positive, nargs=2, metavar=("LOW", "HIGH"),
         help="mL that --balance spans (default: what the label maps span)")
@@ -163,7 +165,7 @@ def write_sample(args, recipe, prepared, images, state, facts):
         labels = slices.from_slices(bs.tumour_labels(classes, condition)).astype(np.uint8)
         counts = writing.image_counts(images, classes)
         all_classes = slices.from_slices(classes) if condition != "tumour" else None
-    volumes = {name: edits.volume_ml(labels, affine, name) for name in (*bs.LABELS, "TC", "WT")}
+    volumes = {name: edits.volume_ml(labels, affine, name) for name in VOLUMES}
     if condition == "ventricles":               # of the model's grid
         voxel = (state["fov"] / state["resolution"]) ** 2 * nifti.spacing_of(grid.affine)[2] / 1000
         volumes["ventricles"] = float((classes == names.index("ventricles")).sum() * voxel)

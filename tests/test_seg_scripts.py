@@ -219,16 +219,16 @@ def test_real_cases_are_no_synthetic_ones_and_the_other_way_round(made):
 def test_the_closed_loop_needs_no_labels(work, tmp_path):
     """Scan -> predicted labels on its own grid -> a synthetic case with those labels -> a picture.
     The labels that lie beside the scan are not looked at: without them the result is the same, byte
-    for byte."""
+    for byte. The same command again makes nothing; with another segmenter it is refused."""
     folder, _ = work
     case = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))["test"][0]
     bare = tmp_path / "bare"
     shutil.copytree(case.folder, bare / case.case)
     (bare / case.case / case.files["seg"].name).unlink()
     voxels = []
+    command = ["--segmenter", "runs/seg", "--checkpoint", "runs/ddpm", "--steps", "2"]
     for scan, out in ((case.folder, tmp_path / "with"), (bare, tmp_path / "without")):
-        text = run(folder, "sample.py", "--scan", scan, "--segmenter", "runs/seg", "--checkpoint",
-                   "runs/ddpm", "--steps", "2", "--out", out)
+        text = run(folder, "sample.py", "--scan", scan, *command, "--out", out)
         assert (out / "loop.png").exists() and "Traceback" not in text
         made, = nifti.find_cases(out)
         predicted = nib.load(out / "predictions/scan_00000.nii.gz")
@@ -237,6 +237,14 @@ def test_the_closed_loop_needs_no_labels(work, tmp_path):
         assert facts["LabelMaps"] == "segmented" and case.case not in json.dumps(facts)
         voxels.append((np.asarray(predicted.dataobj), nifti.read_case(made)[0]))
     assert all(np.array_equal(a, b) for a, b in zip(*voxels))
+    again = ["sample.py", "--scan", bare, *command, "--out", tmp_path / "without"]
+    assert "made 0 cases, 1 were there already" in run(folder, *again)
+    state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
+    runs.save_state(tmp_path / "best.pt", {**state, "dice": 0.0})
+    before = (tmp_path / "without/predictions/scan_00000.nii.gz").stat().st_mtime_ns
+    text = run(folder, *again, "--segmenter", tmp_path, status=2)
+    assert "was made with SegmenterSHA256" in text and "Traceback" not in text
+    assert (tmp_path / "without/predictions/scan_00000.nii.gz").stat().st_mtime_ns == before
 
 
 NAME = (b"DOE^JOHN", b"DOE_JOHN")              # as a header has it, as a file name has it
@@ -267,8 +275,8 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
             new = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
             for field in ("descrip", "aux_file", "db_name", "intent_name"):
                 new.header[field] = NAME[0]
-            new.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient "
-                                                                    + NAME[0]))
+            comment = nib.nifti1.Nifti1Extension("comment", b"patient " + NAME[0])
+            new.header.extensions.append(comment)
             name = path.name.replace(case.case, f"DOE_JOHN_{number}")
             (tmp_path / f"in/DOE_JOHN_{number}").mkdir(parents=True, exist_ok=True)
             nib.save(new, tmp_path / f"in/DOE_JOHN_{number}" / name)
@@ -283,8 +291,10 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
     sample.main([*common, "--labels", "in", "--paste", "in", "--native", "--out", "out/native"])
     sample.main([*common, "--scan", "in/DOE_JOHN_1", "--segmenter", str(work[0] / "runs/seg"),
                  "--out", "out/loop"])
-    found = {folder: [name for name, data in everything_in(tmp_path / folder) for its in NAME
-                      if its in name + data] for folder in ("in", "out")}
+    found = {"in": [], "out": []}
+    for folder, names in found.items():
+        for name, data in everything_in(tmp_path / folder):
+            names += [name for person in NAME if person in name + data]
     assert len(found["in"]) >= 3 * 5 * 2 and not found["out"], found["out"]
     assert len(list(everything_in(tmp_path / "out"))) > 50
 
@@ -399,12 +409,13 @@ def test_sampling_from_one_part_of_the_split(made):
     sidecar."""
     folder, _ = made
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    allowed = {slices.hashes_of(c)[0] for c in split["train"]}
-    facts = facts_of(folder / "synthetic")
-    assert len(facts) == 4 and all(f["LabelMapSHA256"] in allowed and f["UsedInTraining"]
-                                   for f in facts)
-    assert all(set(f["Edits"]) == {"scale", "rotate", "shift", "mirror", "elastic"} for f in facts)
-    assert len({json.dumps(f["Edits"]) for f in facts}) == 4
+    allowed = {slices.hashes_of(case)[0] for case in split["train"]}
+    sidecars = facts_of(folder / "synthetic")
+    for facts in sidecars:
+        assert facts["LabelMapSHA256"] in allowed and facts["UsedInTraining"]
+        assert set(facts["Edits"]) == {"scale", "rotate", "shift", "mirror", "elastic"}
+        assert facts["EditsApplied"] == facts["Edits"]
+    assert len({json.dumps(facts["Edits"]) for facts in sidecars}) == len(sidecars) == 4
 
 
 def test_a_balanced_set_measures_what_it_was_asked_for(made):
@@ -414,10 +425,12 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
     text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--balance",
                "ET", "--range", "4", "20", "--count", "4", "--steps", "2", "--native", "--out",
                "balanced")
-    facts = facts_of(folder / "balanced")
-    asked, measured = [f["RequestedML"]["ET"] for f in facts], [f["VolumesML"]["ET"] for f in facts]
-    assert sorted(asked) == [6, 10, 14, 18] and np.abs(np.subtract(asked, measured)).max(
-        ) < 1.5, measured
+    sidecars = facts_of(folder / "balanced")
+    asked, measured = [[facts[name]["ET"] for facts in sidecars]
+                       for name in ("RequestedML", "VolumesML")]
+    assert sorted(asked) == [6, 10, 14, 18]
+    assert np.abs(np.subtract(asked, measured)).max() < 1.5, measured
+    assert all(set(facts["EditsApplied"]) == {"scale"} for facts in sidecars)
     assert re.search(r"ET: asked 6.0 to 18.0 mL, mean error 0\.\d\d mL", text)
 
 
@@ -428,13 +441,15 @@ def test_a_tumour_is_pasted_into_another_brain(made):
         "runs/phantoms/A", "--edit", "scale=0.9", "drop=NCR", "--count", "2", "--steps", "2",
         "--native", "--out", "pasted")
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    # --part holds for tumours and brains
-    hashes = [slices.hashes_of(c) for c in split["train"]]
+    # outline -> label map; --part holds for tumours and brains
+    maps = {}
+    for case in split["train"]:
+        of_labels, of_brain = slices.hashes_of(case)
+        maps[of_brain] = of_labels
     for case, facts in zip(nifti.find_cases(folder / "pasted"), facts_of(folder / "pasted")):
         scans, labels, _ = nifti.read_case(case)
-        home = next(of_labels for of_labels, of_brain in hashes if of_brain == facts["BrainSHA256"])
-        assert facts["Pasted"] and facts["LabelMapSHA256"] != home and facts["LabelMapSHA256"] in [
-            h[0] for h in hashes]
+        assert facts["Pasted"] and facts["LabelMapSHA256"] in maps.values()
+        assert facts["LabelMapSHA256"] != maps[facts["BrainSHA256"]]
         assert labels.any() and not (labels == 1).any() and (scans[0][labels > 0] > 0).all()
 
 
@@ -509,7 +524,7 @@ def test_generators_saw_all_is_said(made):
                                                       ("train_seg.py",
                                                        ["--study", "--minutes", "1"],
                                                        "--minutes does not go with --study"),
-                                                      ("sample.py", ["--seed", "-1"], "--seed -1"),
+                                                      ("sample.py", ["--seed", "-1"], "--seed"),
                                                       ("train_seg.py",
                                                        ["--study", "--phantoms", "4", "--patients",
                                                         "77"], "--patients 77"),

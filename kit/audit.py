@@ -253,17 +253,12 @@ def reproduction(denoiser, images, classes, position, condition, head, settings)
     return torch.stack(alike)
 
 
-def evenly(numbers, count):
-    """At most `count` of these numbers (N,), evenly spread."""
-    return numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)]
-
-
 def plant_canaries(finder, made, real, views, head, condition, count):
     """Part D: `count` training cases planted among the synthetic ones in each of the ways of
     CANARIES -> {kind: fraction that the CopyFinder names with the right training case}; {} without
     any. made, real: from audit_slices; views: from audit_views, of the real cases."""
-    victims = evenly(torch.where(finder.training)[0], count)
-    fractions = {}
+    members = torch.where(finder.training)[0]
+    victims, fractions = members[judging.evenly(len(members), count)], {}
     for kind in CANARIES if count else ():
         copies = [canary(kind, real[0][i], real[1][i], made[0][n % len(made[0])], n)
                   for n, i in enumerate(victims)]
@@ -274,7 +269,23 @@ def plant_canaries(finder, made, real, views, head, condition, count):
     return fractions
 
 
-def audit(made, own, real, training, condition, canaries=8, denoiser=None, settings=None, few=12):
+def know_training(denoiser, real, groups, condition, head, settings, few):
+    """Part C: does the generator know its training cases? -> (figures for the report, similarity of
+    decoys to samples from their own label maps (few,)). groups: numbers of training cases and of
+    decoys among `real`; for the rest see audit."""
+    losses, alike = [], []
+    for group in groups:
+        some = [part[group[judging.evenly(len(group), 2 * few)]] for part in real]
+        losses.append(-denoising_loss(denoiser, *some).numpy())
+        some = [part[group[judging.evenly(len(group), few)]] for part in real]
+        alike.append(reproduction(denoiser, *some, condition, head, settings))
+    loss_auc, loss_p = membership(*losses)
+    auc, p = membership(alike[0].numpy(), alike[1].numpy())
+    return {"loss_auc": loss_auc, "loss_p": loss_p, "reproduction_auc": auc, "reproduction_p": p,
+            "reproduction": [values.mean().item() for values in alike]}, alike[1]
+
+
+def audit(made, own, real, training, condition, canaries, denoiser, settings, few=12):
     """The whole audit -> (report, pairs: [(synthetic, slice, real)] to look at, nearest first, as
     indices; the first report["copies"] of them are named).
 
@@ -282,85 +293,60 @@ def audit(made, own, real, training, condition, canaries=8, denoiser=None, setti
     share (from nearer_share) and its p; AUC and p of loss and of reproduction; canaries_found, a
     fraction for each kind; nearest, similarities; and "verdict":
     leak        a copy is named, or share or an AUC is above chance with p < CHANCE
-    underpowered  else, where under 90% of the canaries are found, or there are fewer than 8 cases
-                  on a side, or no denoiser
+    underpowered  else, where under 90% of the canaries are found, or there are fewer than 8
+                  training cases or decoys
     none found  else
 
     made, real: from audit_slices (images, classes, positions), N synthetic and M real cases, one a
     patient; own bool (N, M), training bool (M,): see CopyFinder; canaries: how many training cases
-    are planted, in each of the ways of CANARIES, to see whether they are found; denoiser: the
-    generator, for part C, which is left out without it; settings: of sample_volume; few: part C
-    samples so many cases of each kind, and takes the loss of twice as many.
+    are planted in each of the ways of CANARIES; denoiser: the generator; settings: of
+    sample_volume; few: part C samples so many cases of each kind, and takes the loss of twice as
+    many.
     """
     views = audit_views(*real[:2], condition)
     head = mean_head(*views)
     alike = similarity(audit_views(*made[:2], condition), views, head)
     finder = CopyFinder(alike, similarity(views, views, head), training, own)
-    found, whole = finder.found, alike.mean(1)
     groups = torch.where(training)[0], torch.where(~training)[0]
     share, share_p = nearer_share(alike.masked_fill(own[:, None], -1), training)
+    planted = plant_canaries(finder, made, real, views, head, condition, canaries)
+    figures, decoys = know_training(denoiser, real, groups, condition, head, settings, few)
+    # a synthetic case and the training case that lent its label map: as alike as decoys are to
+    # samples from their own label maps, or more?
+    whole, (middle, spread) = alike.mean(1), robust(decoys)
+    score, pair = torch.where(own & training, (whole - middle) / spread, -math.inf).max(1)
+    pair = torch.where(score > finder.found["score"], pair, finder.found["pair"])
+    score = torch.maximum(score, finder.found["score"])
     report = {"synthetic_cases": len(alike), "training_cases": len(groups[0]),
               "decoys": len(groups[1]), "share": share, "share_p": share_p, "limit": LIMIT,
-              "canaries_found": plant_canaries(finder, made, real, views, head, condition,
-                                               canaries)}
-    if denoiser is not None:
-        losses, alike_own = [], []
-        for group in groups:
-            some = [part[evenly(group, 2 * few)] for part in real]
-            losses.append(-denoising_loss(denoiser, *some).numpy())
-            some = [part[evenly(group, few)] for part in real]
-            alike_own.append(reproduction(denoiser, *some, condition, head, settings))
-        report["loss_auc"], report["loss_p"] = membership(*losses)
-        report["reproduction_auc"], report["reproduction_p"] = membership(
-            *[values.numpy() for values in alike_own])
-        report["reproduction"] = [values.mean().item() for values in alike_own]
-        # a synthetic case and the training case that lent its label map, measured by how alike
-        # decoys are to samples from their own label maps
-        middle, spread = robust(alike_own[1])
-        lender = torch.where(own & training, whole, -math.inf)
-        score = (lender.amax(1) - middle) / spread
-        found["pair"] = torch.where(score > found["score"], lender.argmax(1), found["pair"])
-        found["score"] = torch.maximum(score, found["score"])
-    report["copies"] = int((found["score"] > LIMIT).sum())
-    report["scores"] = found["score"].tolist()
-    report["verdict"] = verdict_of(report)
+              "canaries_found": planted, **figures, "copies": int((score > LIMIT).sum()),
+              "scores": score.tolist()}
+    leak = report["copies"] or min(share_p, report["loss_p"], report["reproduction_p"]) < CHANCE
+    found = np.mean(list(planted.values())) if planted else 0.0
+    weak = found < 0.9 or min(map(len, groups)) < 8
+    report["verdict"] = "leak" if leak else "underpowered" if weak else "none found"
     report["nearest"] = {"training": whole[:, training].amax(-1).tolist(),
                          "decoy": whole[:, ~training].amax(-1).tolist()}
-    order = found["score"].argsort(descending=True)
-    return report, [(int(n), int(found["slice"][n]), int(found["pair"][n])) for n in order]
-
-
-def verdict_of(report):
-    """leak, underpowered or none found: see audit."""
-    ps = [report[name] for name in ("share_p", "loss_p", "reproduction_p") if name in report]
-    if report["copies"] or min(ps) < CHANCE:
-        return "leak"
-    fractions = list(report["canaries_found"].values())
-    few = min(report["training_cases"], report["decoys"]) < 8
-    if not fractions or np.mean(fractions) < 0.9 or few or "loss_p" not in report:
-        return "underpowered"
-    return "none found"
+    order = score.argsort(descending=True)
+    return report, [(int(n), int(finder.found["slice"][n]), int(pair[n])) for n in order]
 
 
 def audit_words(report):
     """The audit in words, for the screen, sidecars and datasheet: no names."""
-    count = report["synthetic_cases"]
-    bound = "" if report["copies"] else (f" (the fraction of such copies is below "
-                                         f"{min(1, 3 / count):.1%} with 95% confidence)")
-    words = [f"{count} synthetic cases against {report['training_cases']} training cases and "
-             f"{report['decoys']} real cases never trained on: {report['copies']} too near to a "
-             f"training case{bound}.",
-             f"Nearer to training cases than to the others: {report['share']:.1%} of slices (50% "
-             f"if nothing leaked, p {report['share_p']:.3f})."]
-    if "loss_auc" in report:
-        words.append("Training cases told from others by the denoising loss: AUC "
-                     f"{report['loss_auc']:.2f} (p {report['loss_p']:.3f}); by how well they are "
-                     f"reproduced from their own label maps: AUC {report['reproduction_auc']:.2f} "
-                     f"(p {report['reproduction_p']:.3f}); 0.50 is chance.")
+    bound = "" if report["copies"] else (" (the fraction of such copies is below "
+                                         f"{min(1, 3 / report['synthetic_cases']):.1%} with 95% "
+                                         "confidence)")
     found = [f"{kind} {fraction:.0%}" for kind, fraction in report["canaries_found"].items()]
-    words.append(f"Planted copies found: {', '.join(found) or 'none were planted'}.")
-    return " ".join(words + ["Missed are copies under heavy noise or blur, of a tumour alone, or "
-                             "of parts of a slice."])
+    return (f"{report['synthetic_cases']} synthetic cases against {report['training_cases']} "
+            f"training cases and {report['decoys']} real cases never trained on: "
+            f"{report['copies']} too near to a training case{bound}. Nearer to training cases than "
+            f"to the others: {report['share']:.1%} of slices (50% if nothing leaked, p "
+            f"{report['share_p']:.3f}). Training cases told from others by the denoising loss: AUC "
+            f"{report['loss_auc']:.2f} (p {report['loss_p']:.3f}); by how well they are reproduced "
+            f"from their own label maps: AUC {report['reproduction_auc']:.2f} (p "
+            f"{report['reproduction_p']:.3f}); 0.50 is chance. Planted copies found: "
+            f"{', '.join(found) or 'none were planted'}. Missed are copies under heavy noise or "
+            "blur, of a tumour alone, or of parts of a slice.")
 
 
 def audit_cases(args, state, seen):
@@ -465,8 +451,7 @@ def draw_audit(path, report):
     fractions and AUCs."""
     near, scores = report["nearest"], sorted(report["scores"])
     ends = [min(near["training"] + near["decoy"]), max(near["training"] + near["decoy"])]
-    keys = {"share": "nearer to training", "loss_auc": "loss", "reproduction_auc": "reproduction"}
-    chance = {label: report[key] for key, label in keys.items() if key in report}
+    chance = [report[name] for name in ("share", "loss_auc", "reproduction_auc")]
     planted = report["canaries_found"]
     pictures.draw_lines(path, [
         ("nearest decoy (up) and training case (right)", "points",
@@ -478,4 +463,4 @@ def draw_audit(path, report):
         ("fraction of planted copies found", "bars",
          {report["verdict"]: (list(planted), list(planted.values()))}),
         ("fraction or AUC, 0.5 if nothing leaked", "bars",
-         {report["verdict"]: (list(chance), list(chance.values()))})], "")
+         {report["verdict"]: (["nearer to training", "loss", "reproduction"], chance)})], "")

@@ -284,6 +284,11 @@ def modality_correlation(images, classes, n_classes, voxels=200):
     return out
 
 
+def evenly(length, count):
+    """At most `count` of the numbers 0 .. length - 1, evenly spread: int array."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int)
+
+
 def slice_set(prepared, per_case=SLICES_A_CASE):
     """Slices of cases as one dict of tensors: images (N, C, R, R) in [-1, 1], classes (N, R, R),
     position (N,), case (N,): `per_case` slices of each, evenly spread over those with brain on 5%
@@ -470,8 +475,8 @@ def judge(args, device):
     synthetic = nifti.find_cases(args.judge)
     split, hashes = held_out_split(args, segmenters, synthetic)
     real, training = split["test"], split["train"]
-    picks = np.linspace(0, len(training) - 1, min(5 * len(real), len(training))).astype(int)
-    figures, sd, cases = judge_cases(segmenters[0], synthetic, real, [training[i] for i in picks])
+    some = [training[i] for i in evenly(len(training), 5 * len(real))]
+    figures, sd, cases = judge_cases(segmenters[0], synthetic, real, some)
     contaminated = sum(writing.contaminated(case, hashes) for case in synthetic)
     report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real),
               "cases_a_draw": cases, "slices_a_draw": cases * SLICES_A_CASE,

@@ -133,10 +133,9 @@ class CopyFinder:
         everyone = torch.cat([alike, among])
         self.by_slice = robust(self.nearer(everyone))
         least = self.by_slice[1] / alike.shape[1] ** 0.5
-        middle, spread = robust(self.nearer(everyone.mean(1)))
-        self.by_case = middle, torch.maximum(spread, least)
-        middle, spread = robust(among.mean(1)[:, training].amax(-1))
-        self.near = middle, torch.maximum(spread, least)
+        whole, nearest = self.nearer(everyone.mean(1)), among.mean(1)[:, training].amax(-1)
+        self.by_case, self.near = [(middle, torch.maximum(spread, least))
+                                   for middle, spread in (robust(whole), robust(nearest))]
         self.found = self.scores(alike)
 
     def nearer(self, alike):
@@ -269,7 +268,7 @@ def plant_canaries(finder, made, real, views, head, condition, count):
     return fractions
 
 
-def know_training(denoiser, real, groups, condition, head, settings, few):
+def audit_generator(denoiser, real, groups, condition, head, settings, few):
     """Part C: does the generator know its training cases? -> (figures for the report, similarity of
     decoys to samples from their own label maps (few,)). groups: numbers of training cases and of
     decoys among `real`; for the rest see audit."""
@@ -310,7 +309,7 @@ def audit(made, own, real, training, condition, canaries, denoiser, settings, fe
     groups = torch.where(training)[0], torch.where(~training)[0]
     share, share_p = nearer_share(alike.masked_fill(own[:, None], -1), training)
     planted = plant_canaries(finder, made, real, views, head, condition, canaries)
-    figures, decoys = know_training(denoiser, real, groups, condition, head, settings, few)
+    figures, decoys = audit_generator(denoiser, real, groups, condition, head, settings, few)
     # a synthetic case and the training case that lent its label map: as alike as decoys are to
     # samples from their own label maps, or more?
     whole, (middle, spread) = alike.mean(1), robust(decoys)

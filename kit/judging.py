@@ -28,10 +28,11 @@ from kit import checks, files, metrics, nifti, pictures, requests, runs, slices,
 SLICES_A_CASE = 40              # that are compared
 PAIRS = "MS-SSIM of pairs (less: more varied)"
 FRACTIONS = ("precision", "recall", "density", "coverage")
+DICES = ("Dice WT", "Dice TC", "Dice ET")
 # What the figures in the column "real" of --judge are.
 FLOOR = "training cases against held-out ones, which is the floor"
 CEILING = "the same segmenter on held-out cases, which is the ceiling"
-MEANING = {"Dice WT": CEILING, "Dice TC": CEILING, "Dice ET": CEILING, PAIRS: "held-out cases",
+MEANING = {**dict.fromkeys(DICES, CEILING), PAIRS: "held-out cases",
            "slice-to-slice roughness": "held-out cases"}
 
 
@@ -363,14 +364,15 @@ def prepare(segmenter, cases):
 
 
 def mean_dice(segmenter, prepared):
-    """Mean Dice over cases of WT, TC, ET -> list of three. It is measured on the model's grid,
-    where synthetic cases live: on a finer grid only real cases would lose by resampling. prepared:
-    from prepare."""
+    """Mean Dice over cases of WT, TC, ET: {name of DICES: number}. It is measured on the model's
+    grid, where synthetic cases live: on a finer grid only real cases would lose by resampling.
+    prepared: from prepare."""
     dices = []
     for got in prepared:
-        labels = torch.from_numpy(bs.tumour_labels(got["classes"]))
-        dices.append(segmenter.slice_dice(bs.to_images(got["images"]), labels))
-    return np.mean(dices, 0).tolist()
+        found = bs.regions_of(segmenter.slice_labels(bs.to_images(got["images"])))
+        truth = bs.regions_of(torch.from_numpy(bs.tumour_labels(got["classes"])))
+        dices.append([bs.dice(a, b) for a, b in zip(found, truth)])
+    return dict(zip(DICES, np.mean(dices, 0).tolist()))
 
 
 def known_truth(segmenters, synthetic, real):
@@ -379,8 +381,8 @@ def known_truth(segmenters, synthetic, real):
     else NaN), mean |difference|."""
     pairs = []
     for segmenter in segmenters:
-        pairs.append([float(np.mean(mean_dice(segmenter, prepare(segmenter, cases))))
-                      for cases in (synthetic, real)])
+        dices = [mean_dice(segmenter, prepare(segmenter, cases)) for cases in (synthetic, real)]
+        pairs.append([float(np.mean(list(dice.values()))) for dice in dices])
     on_synthetic, on_real = zip(*sorted(pairs))
     spearman = metrics.rank_correlation(on_synthetic, on_real) if len(pairs) >= 5 else math.nan
     return {"dice_on_synthetic": on_synthetic, "dice_on_real": on_real, "spearman": spearman,
@@ -405,30 +407,29 @@ def held_out_split(args, segmenters, synthetic):
     return split, hashes
 
 
-def judge_cases(segmenter, synthetic, real, training):
-    """The figures of --judge: Cases -> ({"synthetic": {figure: number}, "real": {..}}, standard
-    deviations over draws in the same form, cases a draw). MEANING says what the real ones are."""
-    prepared = {"synthetic": prepare(segmenter, synthetic), "real": prepare(segmenter, real),
-                "training": prepare(segmenter, training)}
+def judge_cases(segmenter, groups):
+    """The figures of --judge: {"synthetic": [Case], "real": .., "training": ..} -> ({"synthetic":
+    {figure: number}, "real": {..}}, standard deviations over draws in the same form, cases a draw).
+    MEANING says what the real ones are."""
+    prepared = {name: prepare(segmenter, cases) for name, cases in groups.items()}
     sets = {name: slice_set(group) for name, group in prepared.items()}
     for group in sets.values():
         group["features"] = segmenter.features(group["images"])
     mean, sd, cases = compare_draws(sets)
     figures = {}
     for name in ("synthetic", "real"):
-        dices = zip(bs.REGIONS, mean_dice(segmenter, prepared[name]))
         rough = [roughness(bs.to_images(got["images"]), torch.from_numpy(got["classes"]))
                  for got in prepared[name]]
-        figures[name] = {**{f"Dice {region}": dice for region, dice in dices}, **mean[name],
+        figures[name] = {**mean_dice(segmenter, prepared[name]), **mean[name],
                          "slice-to-slice roughness": float(np.mean(rough))}
     return figures, sd, cases
 
 
 def judge_words(report, segmenter):
     """The report of --judge as text; segmenter: path of the one that gave the features."""
-    lines = [f"{report['synthetic_cases']} synthetic cases against {report['held_out_cases']} "
-             f"held-out real ones; distances: ten draws of {report['cases_a_draw']} cases, "
-             f"{report['slices_a_draw']} slices, of each, mean ± spread;",
+    lines = ["{synthetic_cases} synthetic cases against {held_out_cases} held-out real ones; "
+             "distances: ten draws of {cases_a_draw} cases, {slices_a_draw} slices, of each, "
+             "mean ± spread;".format(**report),
              f"features: last stage of the encoder of {segmenter}, averaged over a slice",
              f"{'':38}{'synthetic':>10}{'real':>20}  real is"]
     for figure in report["real"]:
@@ -446,21 +447,19 @@ def judge_words(report, segmenter):
         pairs = zip(known["dice_on_synthetic"], known["dice_on_real"])
         lines += ["segmenters, mean Dice on synthetic / real: "
                   + ", ".join(f"{a:.3f} / {b:.3f}" for a, b in pairs),
-                  f"as known truth: Spearman {known['spearman']:.2f} (needs five segmenters), "
-                  f"mean error {known['mean_error']:.3f}"]
+                  "as known truth: Spearman {spearman:.2f} (needs five segmenters), "
+                  "mean error {mean_error:.3f}".format(**known)]
     return "\n".join(lines)
 
 
 def draw_judge(path, report):
     """The report of --judge as a figure: Dice, fractions in feature space, known truth."""
-    panels = []
-    for title, prefix, names in (("Dice against the labels", "Dice ", bs.REGIONS),
-                                 ("against held-out cases, in feature space", "", FRACTIONS)):
-        lines = {}
-        for source in ("synthetic", "real"):
-            values = [report[source][prefix + name] for name in names]
-            lines[source] = (list(names), values, None)
-        panels.append((title, "linear", lines))
+    dices, fractions = {}, {}
+    for source in ("synthetic", "real"):
+        dices[source] = list(bs.REGIONS), [report[source][name] for name in DICES], None
+        fractions[source] = FRACTIONS, [report[source][name] for name in FRACTIONS], None
+    panels = [("Dice against the labels", "linear", dices),
+              ("against held-out cases, in feature space", "linear", fractions)]
     if "known_truth" in report:
         x, y = report["known_truth"]["dice_on_synthetic"], report["known_truth"]["dice_on_real"]
         panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
@@ -476,7 +475,8 @@ def judge(args, device):
     split, hashes = held_out_split(args, segmenters, synthetic)
     real, training = split["test"], split["train"]
     some = [training[i] for i in evenly(len(training), 5 * len(real))]
-    figures, sd, cases = judge_cases(segmenters[0], synthetic, real, some)
+    groups = {"synthetic": synthetic, "real": real, "training": some}
+    figures, sd, cases = judge_cases(segmenters[0], groups)
     contaminated = sum(writing.contaminated(case, hashes) for case in synthetic)
     report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real),
               "cases_a_draw": cases, "slices_a_draw": cases * SLICES_A_CASE,

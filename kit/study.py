@@ -229,8 +229,8 @@ def report(args, rows, patients):
     by_seed = np.nanmean(dice, 2)                                               # (A, 4, S)
     mean = by_seed.mean(2)
     sd = by_seed.std(2, ddof=1) if args.seeds > 1 else np.full_like(mean, math.nan)
-    print(f"--- Dice on {len(et)} held-out cases, mean ± spread over {args.seeds} seeds; small ET: "
-          f"the {len(small)} cases with least ET, up to "
+    print(f"--- Dice on {len(et)} held-out cases, mean ± spread over {args.seeds} seeds; small "
+          f"ET: the {len(small)} cases with least ET, up to "
           f"{max((et[case] for case in small), default=0):.1f} mL")
     summary = []
     for i, (size, arm) in enumerate(arms):

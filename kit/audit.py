@@ -391,9 +391,9 @@ def audit_folder(args, denoiser, state, settings):
     for i, row in enumerate(facts):
         for j, digests in enumerate(hashes):
             own[i, j] = row["LabelMapSHA256"] in digests or row["BrainSHA256"] in digests
-    made, pool = prepare(synthetic), prepare(real)
     # coarse anatomy is there after ten calls
     settings = {**settings, "coherence": 0.0, "steps": min(settings["steps"], 10)}
+    made, pool = prepare(synthetic), prepare(real)
     report, pairs = audit(made, own, pool, torch.tensor(training), state["condition"],
                           args.canaries, denoiser, settings)
     rows = [{"synthetic": synthetic[i].case, "slice": AUDIT_POSITIONS[p], "training": real[j].case,
@@ -409,8 +409,7 @@ def audit_folder(args, denoiser, state, settings):
     print_audit(report)
     if args.mark:
         mark_set(args.audit, report)
-        print(f"wrote: the audit into {len(made[0])} sidecars and "
-              f"{Path(args.audit) / 'DATASHEET.md'}")
+        print(f"wrote: the audit into {len(synthetic)} sidecars and {args.audit}/DATASHEET.md")
     for name in ("audit.json", "audit.png", "pairs.png"):
         print(f"wrote: {out / name}")
     if report["verdict"] == "leak":

@@ -369,9 +369,8 @@ def mean_dice(segmenter, prepared):
     prepared: from prepare."""
     dices = []
     for got in prepared:
-        found = bs.regions_of(segmenter.slice_labels(bs.to_images(got["images"])))
-        truth = bs.regions_of(torch.from_numpy(bs.tumour_labels(got["classes"])))
-        dices.append([bs.dice(a, b) for a, b in zip(found, truth)])
+        labels = torch.from_numpy(bs.tumour_labels(got["classes"]))
+        dices.append(segmenter.slice_dice(bs.to_images(got["images"]), labels))
     return dict(zip(DICES, np.mean(dices, 0).tolist()))
 
 
@@ -443,12 +442,8 @@ def judge_words(report, segmenter):
         lines.append(f"note: {contaminated} synthetic cases come from a generator or label maps "
                      "that used held-out cases")
     if "known_truth" in report:
-        known = report["known_truth"]
-        pairs = zip(known["dice_on_synthetic"], known["dice_on_real"])
-        lines += ["segmenters, mean Dice on synthetic / real: "
-                  + ", ".join(f"{a:.3f} / {b:.3f}" for a, b in pairs),
-                  "as known truth: Spearman {spearman:.2f} (needs five segmenters), "
-                  "mean error {mean_error:.3f}".format(**known)]
+        lines.append("as known truth, over the segmenters: Spearman {spearman:.2f} (needs five), "
+                     "mean error of Dice {mean_error:.3f}".format(**report["known_truth"]))
     return "\n".join(lines)
 
 
@@ -484,7 +479,7 @@ def judge(args, device):
     if len(segmenters) > 1:
         report["known_truth"] = known_truth(segmenters, synthetic, real)
     print(judge_words(report, args.segmenter[0]))
-    files.write_json(Path(args.judge) / "judge.json", report)
-    draw_judge(Path(args.judge) / "judge.png", report)
-    for name in ("judge.json", "judge.png"):
-        print(f"wrote: {Path(args.judge) / name}")
+    folder = Path(args.judge)
+    files.write_json(folder / "judge.json", report)
+    draw_judge(folder / "judge.png", report)
+    print(f"wrote: {folder / 'judge.json'}\nwrote: {folder / 'judge.png'}")

@@ -89,8 +89,7 @@ def dilate(mask, times):
     edge)."""
     for _ in range(times):
         grown = mask.float()[None, None]
-        planes = [F.max_pool3d(grown, size, 1, pad) for size, pad in PLANES]
-        mask = sum(planes)[0, 0] > 0
+        mask = sum(F.max_pool3d(grown, size, 1, pad) for size, pad in PLANES)[0, 0] > 0
     return mask
 
 
@@ -179,6 +178,12 @@ class Segmenter:
         """Labels of slices on the model's grid: images float (D, C, R, R) in [-1, 1] -> uint8 (D,
         R, R) in 0..3."""
         return bs.labels_of(self.probability(images).movedim(1, 0), self.net.predict)
+
+    def slice_dice(self, images, labels):
+        """Dice of WT, TC, ET over all slices of one case on the model's grid: images float (D, C,
+        R, R) in [-1, 1], labels int (D, R, R) -> list of three."""
+        regions = zip(bs.regions_of(self.slice_labels(images)), bs.regions_of(labels))
+        return [bs.dice(predicted, truth) for predicted, truth in regions]
 
     def segment(self, got):
         """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the

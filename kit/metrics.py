@@ -97,11 +97,11 @@ def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
     """Lesion-wise Dice of two bool masks (X, Y, Z), as BraTS 2023 counts it [LESION].
 
     A zone is one component of the dilation of `truth` by `reach` voxels. A lesion is the part of
-    `truth` in one zone. The lesion is compared with the union of all predicted
-    components that have a voxel in its zone. A predicted component of any size that has no voxel in
-    any zone is a false positive. Lesions of at most `smallest` mm^3 get no Dice, but the components
-    in their zones are no false positives. spacing: mm a voxel (3,). Returns the sum of Dice over
-    lesions, divided by lesions + false positives; 1 where there is neither.
+    `truth` in one zone. It is compared with the union of all predicted components that have a voxel
+    in its zone. A predicted component of any size that has no voxel in any zone is a false
+    positive. Lesions of at most `smallest` mm^3 get no Dice, but the components in their zones are
+    no false positives. spacing: mm a voxel (3,). Returns the sum of Dice over lesions, divided by
+    lesions + false positives; 1 where there is neither.
     """
     either = predicted | truth
     if not either.any():

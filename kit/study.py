@@ -74,20 +74,18 @@ def make_sets(args, folder, cases, out):
              f"--fov {args.fov} --sample-every 0")
     edited = f"--labels {data} --part train {common} --edit random"
     generated = f"--label-checkpoint {here}/labels {chance} --request"
-    sets, commands = {"synthetic": edited}, []
+    sets = {"synthetic": edited}
     if any((nifti.read_labels(case)[0] == 3).any() for case in cases):
         sets["balanced"] = f"{edited} --balance ET --range {low} {high}"
     if args.label_steps:
         sets |= {"generated": f"{generated} ''", "flat": f"{generated} et={low}..{high}"}
     if not (out / "ddpm/closing.json").exists():
-        commands.append(f"{train} --steps {args.generator_steps} --out {here}/ddpm")
+        run_command(f"{train} --steps {args.generator_steps} --out {here}/ddpm")
     if args.label_steps and not (out / "labels/fine/closing.json").exists():
-        commands.append(f"{train} --generate labels --steps {args.label_steps} --out {here}/labels")
+        run_command(f"{train} --generate labels --steps {args.label_steps} --out {here}/labels")
     for name, words in sets.items():
-        commands.append(f"sample.py --checkpoint {here}/ddpm {words} --count {args.made} "
-                        f"--steps {args.calls} --out {here}/{name}")
-    for command in commands:
-        run_command(command)
+        run_command(f"sample.py --checkpoint {here}/ddpm {words} --count {args.made} "
+                    f"--steps {args.calls} --out {here}/{name}")
     return {name: out / name for name in sets}
 
 

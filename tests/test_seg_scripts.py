@@ -305,7 +305,7 @@ def test_judging_writes_one_table_one_json_one_plot(made):
     trusted."""
     folder, _ = made
     state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
-    # four weaker ones: the head's bias moved
+    # four weaker segmenters: the head's bias moved
     for i in range(1, 5):
         (folder / f"runs/weak{i}").mkdir()
         weights = {**state["weights"], "head.bias": state["weights"]["head.bias"] + 0.2 * i}
@@ -322,21 +322,21 @@ def test_judging_writes_one_table_one_json_one_plot(made):
     assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text
     assert report["cases_a_draw"] == 2 and report["slices_a_draw"] == 80
     known = report["known_truth"]
-    assert len(known["dice_on_real"]) == 5 and known["dice_on_synthetic"] == sorted(
-        known["dice_on_synthetic"])
-    assert known["spearman"] == pytest.approx(metrics.rank_correlation(known["dice_on_synthetic"],
-                                                                       known["dice_on_real"]))
+    on_synthetic, on_real = known["dice_on_synthetic"], known["dice_on_real"]
+    assert len(on_real) == 5 and on_synthetic == sorted(on_synthetic)
+    expected = metrics.rank_correlation(on_synthetic, on_real)
+    assert known["spearman"] == pytest.approx(expected)
     assert "MS-SSIM of pairs" in text
 
 
 def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path):
     """The ceiling would be no ceiling: refused by the hashes in its checkpoint."""
     folder, _ = made
-    split = {part: [c.case for c in cases] for part, cases in
-             slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A")).items()}
-    for known in ("train", "val"):
-        (tmp_path / "other.json").write_text(json.dumps({"train": split["test"],
-                                                         "test": split[known][:1]}))
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
+    held_out = [case.case for case in split["test"]]
+    for part in ("train", "val"):
+        other = {"train": held_out, "test": [split[part][0].case]}
+        (tmp_path / "other.json").write_text(json.dumps(other))
         text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A",
                    "--split", tmp_path / "other.json", status=2)
         assert "no real case is held out from runs/seg" in text and "Traceback" not in text
@@ -369,8 +369,8 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
                   if slices.hashes_of(case)[0] in state["trained_on"])
     scans, labels, affine = nifti.read_case(victim)
     facts = {**facts_of(syn)[0], "LabelMapSHA256": "0" * 64, "BrainSHA256": "0" * 64}
-    writing.write_case(syn, "BraTS-SYN-00009-000", (scans / scans.max((1, 2, 3), keepdims=True)
-                                                    * 999).astype(np.int16), labels, affine, facts)
+    counts = (scans / scans.max((1, 2, 3), keepdims=True) * 999).astype(np.int16)
+    writing.write_case(syn, "BraTS-SYN-00009-000", counts, labels, affine, facts)
     digests = [writing.sidecar_hash(case) for case in nifti.find_cases(syn)]
     with pytest.raises(SystemExit) as left:
         sample.main([*few, "--out", str(tmp_path / "after"), "--mark"])
@@ -379,15 +379,15 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     assert re.search(f"copy: BraTS-SYN-00009-000 at .* is too near to {victim.case}", text), text
     report = json.loads((tmp_path / "after/audit.json").read_text())
     first = report["pairs"][0]
-    assert report["copies"] >= 1 and first["training"] == victim.case and first[
-        "named"] and "00009" in first["synthetic"]
-    assert report["training_cases"] == 7 and report["decoys"] == 3 and report[
-        "condition"] == "tumour"
+    assert report["copies"] >= 1 and first["named"]
+    assert first["training"] == victim.case and "00009" in first["synthetic"]
+    assert report["training_cases"] == 7 and report["decoys"] == 3
+    assert report["condition"] == "tumour"
     assert {p.name for p in (tmp_path / "after").iterdir()} == {"audit.json", "audit.png",
                                                                 "pairs.png"}
     marked = facts_of(syn)
-    assert all(its["Audit"]["verdict"] == "leak"
-               for its in marked) and victim.case not in json.dumps(marked)
+    assert {facts["Audit"]["verdict"] for facts in marked} == {"leak"}
+    assert victim.case not in json.dumps(marked)
     sheet = (syn / "DATASHEET.md").read_text()
     assert "**leak**" in sheet and victim.case not in sheet
     assert [writing.sidecar_hash(case) for case in nifti.find_cases(syn)] == digests
@@ -464,28 +464,32 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
     rows = list(csv.DictReader((out / "study.csv").open()))
+    summary = json.loads((out / "study.json").read_text())
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
     # sizes, arms, seeds, regions, cases
     assert len(rows) == 2 * len(study.ARMS) * 2 * 3 * len(split["test"])
     assert {row["patients"] for row in rows} == {"1", str(len(split["train"]))}
     assert {row["case"] for row in rows} == {c.case for c in split["test"]}
     state = runs.load_checkpoint(out / "patients_001/ddpm")
-    assert len(state["trained_on"]) == 2                        # one label map, one outline
+    assert len(state["trained_on"]) == 2                        # of a label map and of its outline
+    trained_on = [digest[:16] for digest in state["trained_on"]]
     for name in ("synthetic", "balanced"):
-        assert all(f["GeneratorTrainedOn"] == [digest[:16] for digest in state["trained_on"]]
-                   for f in facts_of(out / "patients_001" / name))
-    summary = json.loads((out / "study.json").read_text())["rows"]
-    assert [row["arm"] for row in summary] == list(study.ARMS) * 2 and "too few to tell" in text
-    results = lambda: {p: p.stat().st_mtime_ns for p in out.glob("patients_*/*-*.json")}
+        for facts in facts_of(out / "patients_001" / name):
+            assert facts["GeneratorTrainedOn"] == trained_on
+    assert [row["arm"] for row in summary["rows"]] == list(study.ARMS) * 2
+    pairs = {(row["arm"], row["against"]) for row in summary["differences"]}
+    assert pairs == set(study.AGAINST) and "too few to tell" in text
+
+    def results():
+        return {path: path.stat().st_mtime_ns for path in out.glob("patients_*/*-*.json")}
+
     before = results()
     again = run(folder, "train_seg.py", *command)
     assert before == results() and len(before) == 2 * len(study.ARMS) * 2
-    pairs = {(row["arm"], row["against"]) for row in json.loads((out / "study.json").read_text())[
-        "differences"]}
-    assert pairs == set(train_seg.AGAINST)
     assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
     text = run(folder, "train_seg.py", *command, "--arms", "real", "generated")
-    assert [row["arm"] for row in json.loads((out / "study.json").read_text())["rows"]] == ["real", "generated"] * 2
+    summary = json.loads((out / "study.json").read_text())
+    assert [row["arm"] for row in summary["rows"]] == ["real", "generated"] * 2
     text = run(folder, "train_seg.py", *command, "--lr", "0.5", status=2)
     assert "other settings" in text and "Traceback" not in text
 
@@ -496,9 +500,9 @@ def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
     args = train_seg.parse_arguments(["--study", "--phantoms", "10", "--test-scanner", "B"])
     _, split = checks.find_data(args)
     other = study.study_test(args, split)
-    assert [c.case for c in other] == [c.case for c in split["test"]]
-    assert all(c.folder.parent.name == "B" for c in other) and all(c.folder.parent.name == "A"
-                                                                   for c in split["train"])
+    assert [case.case for case in other] == [case.case for case in split["test"]]
+    assert {case.folder.parent.name for case in other} == {"B"}
+    assert {case.folder.parent.name for case in split["train"]} == {"A"}
     assert np.array_equal(nifti.read_labels(other[0])[0], nifti.read_labels(split["test"][0])[0])
     assert not np.array_equal(nifti.read_case(other[0])[0], nifti.read_case(split["test"][0])[0])
 
@@ -511,8 +515,8 @@ def test_generators_saw_all_is_said(made):
                "--resolution", "24", "--batch", "2", "--steps", "1", "--patients", "1", "all",
                "--seeds", "1", "--out", "runs/given")
     marked = [line for line in text.splitlines() if "generator saw all" in line]
-    assert len(marked) == 2 and all(" 1 patients" in line and "synthetic" in line
-                                    for line in marked)
+    assert len(marked) == 2
+    assert all(" 1 patients" in line and "synthetic" in line for line in marked)
 
 
 @pytest.mark.parametrize("script, arguments, words", [("train_seg.py", ["--data", "nowhere"],

@@ -145,7 +145,8 @@ def look_at(case, notes):
         notes.append(nifti.Finding("warned", str(case.files["seg"]), "has no tumour; trained on as "
                                    "healthy"))
     step = np.maximum(1, np.rint(3 / nifti.spacing_of(affine))).astype(int)
-    coarse = (..., *[slice(None, None, int(k)) for k in step])  # voxels of 3 mm are enough from here
+    # voxels of 3 mm are enough from here
+    coarse = (..., *[slice(None, None, int(k)) for k in step])
     scans, labels = scans[coarse].copy(order="K"), labels[coarse]
     brain = slices.brain_mask(scans, case.folder)
     if brain.sum() < 500:                       # 14 mL; a head has a hundred times as much

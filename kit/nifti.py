@@ -96,8 +96,8 @@ def unpack(path):
     size = expected_bytes(content)
     content += stream.read(max(0, size + 1 - len(content)))
     if len(content) != size:
-        raise ValueError(f"it holds {'more' if len(content) > size else len(content)} bytes where "
-                         f"its header says {size}")
+        held = "more" if len(content) > size else len(content)
+        raise ValueError(f"it holds {held} bytes where its header says {size}")
     return content, packed
 
 

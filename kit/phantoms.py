@@ -223,8 +223,8 @@ def mr_signal(modality, times, t1, t2, density, leak=0.0):
 
 
 def phantom_scans(rng, fractions, brain, scanner):
-    """What a scanner, one of the values of SCANNERS, makes of {tissue or label: fraction (X, Y, Z)}:
-    images (4, X, Y, Z) >= 0 in arbitrary units, 0 outside the brain, bool (X, Y, Z)."""
+    """What a scanner, a value of SCANNERS, makes of {tissue or label: fraction (X, Y, Z)}: images
+    float32 (4, X, Y, Z) >= 0 in arbitrary units, 0 outside the brain, bool (X, Y, Z)."""
     texture = {name: 1 + strength * smooth_noise(rng, grain, brain.shape)
                for name, (strength, grain) in TEXTURE.items()}
     longer = (scanner["field"] / 1.5) ** 0.33               # T1 grows with the field

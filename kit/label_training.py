@@ -1,196 +1,293 @@
-"""Learning to draw label maps on request: what the two networks of --generate labels learn from.
+"""What the two networks of --generate labels learn from: heads in blocks, then their voxels.
+
+`Heads` and `Voxels` have what the training loop in train_ddpm.py uses, as its `Images` does:
+
+network, prior, words    arguments of UNet; see `expected`; the data in words, for the log
+batch(step)              t, x0, eps, onehot, scalars, signal, sigma, mean, std of a training step
+case_names(step)         the cases that the batch of this step came from
+picture(denoiser, step)  sample_STEP.png: what has been learned so far
+report(denoiser, run)    samples.png and the figures at the end; run has .step and .seconds
 """
 from __future__ import annotations
 
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import judging, metrics, pictures, requests, runs
+from kit import judging, metrics, nifti, pictures, requests, runs, slices
 
 
-def label_maps(args, outlines, held, step_mm, hashes):
-    """The maps of --label-maps in outlines (M, D, R, R) of training cases, without those that show
-    a tumour of the cases held out (N, D, R, R) -> (volumes, names, hashes of the maps and of the
-    outlines' cases)."""
-    volumes, names, its, lost = requests.read_label_maps(args.label_maps, outlines, step_mm,
-                                                         args.seed)
-    near, _ = requests.nearest_tumour(volumes, held, args.condition)
-    keep = ~(near > 0.9)
-    print(f"label maps: {len(names)} in outlines of {len(outlines)} training cases, {lost:.1%} of "
-          f"the tumours cut off; {int((~keep).sum())} show the tumour of a validation or test case "
-          "(Dice above 0.9): left out", flush=True)
-    kept = [i for i in range(len(names)) if keep[i]]
-    return volumes[keep], [names[i] for i in kept], sorted({*hashes, *(its[i] for i in kept)})
+BRATS_SIZE = (155.0, 240.0, 240.0)      # mm along D, H, W: the volume of every BraTS release
+# mm from the first slice, row and column: the centre of the brain there, within 4 mm in 33 cases.
+BRATS_CENTRE = (72.0, 128.0, 119.5)
+
+
+def read_label_maps(folder, outlines, step, seed=0):
+    """Label maps that come without scans: every .nii and .nii.gz at any depth below `folder`,
+    labels 0, 1 NCR, 2 ED, 3 or 4 ET on any grid. They show no brain: each gets the outline of one
+    of `outlines`, classes uint8 (M, D, R, R), cubic voxels of `step` mm, drawn at random. Returns
+
+    volumes   uint8 (N, D, R, R), classes of the condition "tumour"
+    names     [name of the file without .nii.gz]
+    hashes    [the hash of the labels, see case_hashes]
+    lost      fraction of all tumour voxels that lay outside the outline and were cut off
+
+    The middle of the outline's volume is put on the centre of the map's own volume, whatever origin
+    its affine has. A volume of 240 x 240 x 155 mm (within 2 mm) is taken for one of BraTS, in which
+    the brain has its centre at BRATS_CENTRE. BadInput names a file that cannot be read or holds
+    other values, and a folder without such files.
+    """
+    paths = [path for path in sorted(Path(folder).rglob("[!.]*"))
+             if path.name.endswith((".nii", ".nii.gz"))]
+    if not paths:
+        raise bs.BadInput(f"{folder}: holds no label map; expected NIfTI files (.nii.gz or .nii)")
+    volumes, hashes = [], []
+    kept, total = 0, 0
+    order = torch.randint(len(outlines), (len(paths),), generator=bs.generator(seed, "outlines"))
+    for path, brain in zip(paths, outlines[order] > 0):
+        volume, affine = nifti.read_nifti(path)
+        labels = nifti.standard_labels(volume, False, path)
+        hashes.append(slices.case_hashes(labels, brain.numpy())[0])
+        labels = slices.to_slices(labels)
+        spacing = nifti.spacing_of(affine)[::-1]                                # along D, H, W
+        size = spacing * labels.shape
+        centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
+        matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
+                    for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
+        labels = torch.from_numpy(requests.resample(labels, 1 + len(bs.LABELS), matrices))
+        total += int((labels > 0).sum())
+        kept += int((brain & (labels > 0)).sum())
+        volumes.append(brain * torch.where(labels > 0, labels + 1, 1).to(torch.uint8))
+    names = [path.name.removesuffix(".gz").removesuffix(".nii") for path in paths]
+    return torch.stack(volumes), names, hashes, 1 - kept / max(total, 1)
+
+
+@dataclass
+class LabelData:
+    """The heads that both networks learn from. args: of the command line."""
+    args: argparse.Namespace
+    cases: list                 # names of the N training cases
+    hashes: list                # see case_hashes
+    heads: torch.Tensor         # uint8 (M, D, R, R): N training heads, then relatives, N at a time
+    shown: torch.Tensor         # uint8: heads that pictures and figures compare with
+    shown_are: str              # "held-out" or "training"
+
+    def __post_init__(self):
+        self.step_mm = self.args.fov / self.args.resolution                     # mm a voxel
+        self.names = bs.CONDITIONS[self.args.condition]
+        self.asked = self.measure(self.heads)                                   # (M, len(ASKED))
+        self.fractions = requests.block_fractions(self.heads, len(self.names))  # (M, D', K, r, r)
+
+    def measure(self, volumes):
+        """Characteristics of label maps int (N, D, R, R) -> (N, len(ASKED))."""
+        return torch.stack([requests.characteristics(classes.long(), self.args.condition,
+                                                     self.step_mm) for classes in volumes])
+
+    def case_names(self, heads):
+        """Names of the cases that these heads, int (B,), are or are relatives of."""
+        return [self.cases[i % len(self.cases)] for i in heads]
+
+    def report(self, args, run, real, sampled, figures):
+        """The end of a run: samples.png, classes of `shown` heads beside those sampled with their
+        characteristics, and runs.report of these figures. args: of this network's run."""
+        pictures.draw_planes(Path(args.out) / "samples.png", list(zip(real, sampled))[:6],
+                             [self.shown_are, "SYNTHETIC"], args.condition)
+        print(f"--- sampled with the characteristics of {self.shown_are} cases")
+        runs.report(args, {"steps": run.step, "minutes": round(run.seconds / 60, 2),
+                           "heads": f"{len(sampled)} {self.shown_are}",
+                           "sampler_calls": bs.SAMPLING["steps"], **figures})
 
 
 def heads_to_learn(args, cache):
-    """What both networks of labels learn from: relatives of the training volumes, made once, what
-    they could be asked for, their blocks; and who they are."""
-    names, depth, step_mm = bs.CONDITIONS[args.condition], args.resolution * 3 // 4, args.fov / args.resolution
-    train, held = [requests.label_volumes(cache, parts, depth)
-                   for parts in (("train",), ("val", "test"))]
-    cases, hashes = [its["case"] for its in cache.cases if its["part"] == "train"], cache.hashes(
-        "train")
-    tall = [its["case"] for its in cache.cases if its["count"] * its["thickness"] > depth * step_mm]
+    """LabelData from a cache: the training cases, or the maps of --label-maps in their outlines,
+    and moved copies of them, --relatives in all. BadInput where no map is left."""
+    depth, step_mm = args.resolution * 3 // 4, args.fov / args.resolution
+    train = requests.label_volumes(cache, ("train",), depth)
+    held_out = requests.label_volumes(cache, ("val", "test"), depth)
+    cases = [case["case"] for case in cache.cases if case["part"] == "train"]
+    hashes = cache.hashes("train")
+    tall = [case["case"] for case in cache.cases
+            if case["count"] * case["thickness"] > depth * step_mm]
     if tall:
         print(f"note: {len(tall)} heads ({tall[0]} for one) are taller than {depth * step_mm:.0f} "
               "mm, three quarters of --fov; their ends are cut off")
     if args.label_maps:
-        train, cases, hashes = label_maps(args, train, held, step_mm, hashes)
-    if not len(train):
-        raise bs.BadInput(f"{args.label_maps}: every map shows the tumour of a validation or test "
-                          "case; none is left")
-    times = max(1, args.relatives // len(train))
-    heads = torch.cat([requests.move_volumes(train, (args.seed, "moves", i)) if i else train
-                       for i in range(times)])
-    shown, who = (held[:12], "held-out") if len(held) else (train[:12], "training")
-    measure = lambda volumes: torch.stack([requests.characteristics(its.long(), args.condition,
-                                                                    step_mm) for its in volumes])
-    return SimpleNamespace(names=names, step_mm=step_mm, train=train, cases=cases, hashes=hashes,
-                           heads=heads, asked=measure(heads),
-                           shares=requests.block_shares(heads, len(names)), shown=shown, who=who,
-                           measure=measure)
+        maps, names, map_hashes, lost = read_label_maps(args.label_maps, train, step_mm, args.seed)
+        dice, _ = requests.nearest_tumour(maps, held_out, args.condition)
+        keep = [i for i in range(len(maps)) if not dice[i] > 0.9]               # NaN: no other
+        print(f"label maps: {len(maps)} in outlines of {len(train)} training cases, {lost:.1%} of "
+              f"the tumours cut off; {len(maps) - len(keep)} show the tumour of a validation or "
+              "test case (Dice above 0.9): left out", flush=True)
+        if not keep:
+            raise bs.BadInput(f"{args.label_maps}: every map shows the tumour of a validation or "
+                              "test case; none is left")
+        train, cases = maps[keep], [names[i] for i in keep]
+        hashes = sorted({*hashes, *(map_hashes[i] for i in keep)})
+    relatives = [requests.move_volumes(train, (args.seed, "moves", i))
+                 for i in range(1, args.relatives // len(train))]
+    shown, shown_are = (held_out, "held-out") if len(held_out) else (train, "training")
+    return LabelData(args, cases, hashes, torch.cat([train, *relatives]), shown[:12], shown_are)
 
 
-def learn_heads(args, data):
-    """The coarse network: blocks of a whole head from what is asked of it, as the loop sees them;
-    see learn_images."""
-    alpha_bar = bs.cosine_alpha_bar(args.shift)
-    # (N, D' K, r, r)
-    x_all = requests.head_pictures(data.shares)
-    shown_asked = data.measure(data.shown)
-
-    def draw_heads(step):
-        return bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * args.batch,
-                          args.batch)
-
-    def draw_batch(step):
-        t, eps, keep, _, mirror = bs.training_noise(args.seed, step, (args.batch, *x_all.shape[1:]),
-                                                    args.drop)
-        open_ = torch.rand(args.batch, 2 + len(requests.ASKED),
-                           generator=bs.generator(args.seed, "open", step))
-        heads = draw_heads(step)
-        x0 = torch.where(mirror.view(-1, 1, 1, 1), x_all[heads].flip(-1), x_all[heads])
-        asked = data.asked[heads]                                           # (B, len(ASKED))
-        # x points the other way
-        asked[:, 3] *= torch.where(mirror, -1.0, 1.0)
-        asked[requests.open_entries(open_) | (keep == 0).unsqueeze(1)] = torch.nan
-        scalars = requests.head_scalars(asked)
-        return (t, x0, eps, x0[:, :0], scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
-                *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, x0[:, :0], scalars[:, 0]))
-
-    def sample(denoiser, count):
-        settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([requests.sample_shares(denoiser, args.condition, data.step_mm, asked,
-                                                   (args.seed, "shown", i), settings) for i,
-                            asked in enumerate(shown_asked[:count])])
-
-    def draw(denoiser, step):
-        pictures.draw_planes(Path(args.out) / f"sample_{step:06d}.png",
-                             [[its.argmax(1)] for its in sample(denoiser, 3)],
-                             [f"SYNTHETIC blocks, step {step}"], args.condition)
-
-    def close(denoiser, pace):
-        made, real = sample(denoiser, len(data.shown)), requests.block_shares(data.shown,
-                                                                              len(data.names))
-        pictures.draw_planes(Path(args.out) / "samples.png",
-                             [[a.argmax(1), b.argmax(1)] for a, b in zip(real, made)][:6],
-                             [f"{data.who}, blocks", "SYNTHETIC blocks"], args.condition)
-        figures, ml = {}, (requests.BLOCK * data.step_mm) ** 3 / 1000
-        for name in bs.LABELS:
-            a, b = [its[:, :, data.names.index(name)].sum((1, 2, 3)) * ml for its in (real, made)]
-            figures |= {f"{name}_error": (a - b).abs().mean().item(),
-                        f"{name}_rank_correlation": metrics.rank_correlation(a.tolist(),
-                                                                             b.tolist())}
-        print(f"--- blocks as asked for by what {data.who} cases have")
-        runs.report(args, {"steps": pace.step, "minutes": round(pace.seconds / 60, 2),
-                      "heads": f"{len(made)} {data.who}", "sampler_calls": bs.SAMPLING["steps"],
-                      **figures})
-
-    its = SimpleNamespace(network={"channels": x_all.shape[1], "classes": 0, "scalars": 1
-                                   + len(requests.ASKED), "patch": 1, "fine": 48},
-                          prior=requests.label_prior(data.shares), draw_batch=draw_batch, draw=draw,
-                          close=close, who=lambda step: [data.cases[i % len(data.cases)]
-                                                         for i in draw_heads(step)],
-                          words=f"blocks of {len(data.train)} training heads and of "
-                          f"{len(data.heads) - len(data.train)} relatives")
-    return its
+def compare(names, asked, got):
+    """Mean error and rank correlation of the named columns of (N, len(ASKED)), as a dict; columns
+    without a number are left out."""
+    figures = {}
+    for name, a, b in zip(names, asked.T, got.T):
+        known = ~torch.isnan(a + b)
+        if known.any():
+            a, b = a[known], b[known]
+            figures[f"{name}_error"] = (a - b).abs().mean().item()
+            figures[f"{name}_rank_correlation"] = metrics.rank_correlation(a.tolist(), b.tolist())
+    return figures
 
 
-def learn_voxels(args, data):
-    """The fine network: voxels of a slab from what the blocks say, as the loop sees them; see
-    learn_images."""
-    count, slabs, k = *data.shares.shape[:2], len(data.names)
-    alpha_bar, out = bs.cosine_alpha_bar(args.shift), Path(args.out)
-    # head * D' + slab, those with brain
-    rows = np.where((data.shares[:, :, 0].mean((2, 3)) < 0.99).flatten())[0]
-    ill = (data.shares[:, :, data.names.index(bs.LABELS[0]):].sum((2, 3, 4)) > 0).flatten().numpy()[
-        rows]
+class Heads:
+    """The coarse network learns the class fractions of all blocks of a head, conditioned on its
+    characteristics, of which a random part is left open."""
 
-    def draw_slabs(step):
-        return bs.batch_rows(rows[ill], rows[~ill], args.tumour_share, args.seed, step, args.batch)
+    def __init__(self, args, data):
+        self.args, self.data = args, data
+        self.x0 = requests.head_pictures(data.fractions)                        # (M, D' K, r, r)
+        self.network = {"channels": self.x0.shape[1], "classes": 0,
+                        "scalars": 1 + len(requests.ASKED), "patch": 1, "fine": 48}
+        self.prior = requests.label_prior(data.fractions)
+        self.words = (f"blocks of {len(data.cases)} training heads and of "
+                      f"{len(data.heads) - len(data.cases)} relatives")
 
-    def draw_batch(step):
-        size = data.heads.shape[-1]
-        t, eps, _, _, mirror = bs.training_noise(args.seed, step,
-                                                 (args.batch, requests.BLOCK * k, size, size), 0.0)
-        heads, which = [torch.from_numpy(its) for its in np.divmod(draw_slabs(step), slabs)]
-        # (B, BLOCK, R, R)
-        voxels = data.heads.unflatten(1, (slabs, requests.BLOCK))[heads, which].long()
-        x0 = 2 * bs.one_hot(voxels.flatten(0, 1), k).unflatten(0, (-1, requests.BLOCK)).flatten(1, 2) - 1
-        # (B, BLOCK K, R, R)
-        onehot = requests.slab_shares(data.shares[heads], which)
-        x0, onehot = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part)
-                      for part in (x0, onehot)]
-        open_ = torch.rand(args.batch, len(requests.ASKED),
-                           generator=bs.generator(args.seed, "open", step)) < 0.3
-        scalars = requests.slab_scalars(which, slabs, torch.where(open_, torch.nan,
-                                                                  data.asked[heads]))
-        return (t, x0, eps, onehot, scalars, bs.min_snr_weight(alpha_bar, t, args.min_snr),
-                *bs.signal_sigma(alpha_bar, t), *bs.expected(its.prior, onehot, scalars[:, 0]))
+    def rows(self, step):
+        """The heads in the batch of this step, int (B,)."""
+        return bs.endless(np.arange(len(self.x0)), (self.args.seed, "heads"),
+                          step * self.args.batch, self.args.batch)
 
-    def sample(denoiser, count):
-        coarse, _ = runs.load_generator(out.parent / "coarse", denoiser.device, kind="labels")
+    def case_names(self, step):
+        """Names of the cases in the batch of this step."""
+        return self.data.case_names(self.rows(step))
+
+    def batch(self, step):
+        """The batch of a training step, see the module."""
+        seed, heads = self.args.seed, self.rows(step)
+        x0, asked = self.x0[heads], self.data.asked[heads]
+        t, eps, keep, _, mirror = bs.training_noise(seed, step, x0.shape, self.args.drop)
+        x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
+        asked[:, requests.ASKED.index("x")] *= torch.where(mirror, -1.0, 1.0)
+        chance = torch.rand(len(x0), 2 + len(requests.ASKED),
+                            generator=bs.generator(seed, "open", step))
+        asked[requests.open_entries(chance) | (keep == 0)[:, None]] = torch.nan
+        return with_levels(self, t, x0, eps, x0[:, :0], requests.head_scalars(asked))
+
+    def sample(self, denoiser, count):
+        """Blocks sampled with the characteristics of the first `count` shown heads."""
+        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
+        return torch.stack([
+            requests.sample_blocks(denoiser, self.args.condition, self.data.step_mm, wanted,
+                                   (self.args.seed, "shown", i), settings)
+            for i, wanted in enumerate(self.data.measure(self.data.shown[:count]))])
+
+    def picture(self, denoiser, step):
+        """sample_STEP.png: three heads in blocks."""
+        draw_progress(self.args, step, self.sample(denoiser, 3).argmax(2))
+
+    def report(self, denoiser, run):
+        """The end of a run: how well the volumes of blocks come as asked for."""
+        condition, data = self.args.condition, self.data
+        blocks = (requests.block_fractions(data.shown, len(data.names)),
+                  self.sample(denoiser, len(data.shown)))
+        measured = [requests.block_characteristics(part, condition, data.step_mm)
+                    for part in blocks]
+        data.report(self.args, run, blocks[0].argmax(2), blocks[1].argmax(2),
+                    compare(bs.LABELS, *measured))
+
+
+class Voxels:
+    """The fine network learns the voxels of a slab, conditioned on the blocks of its head and on
+    the characteristics that blocks do not show, each left open with probability 0.3."""
+
+    def __init__(self, args, data):
+        self.args, self.data = args, data
+        self.slabs = data.fractions.shape[1]
+        # a row is head * slabs + slab; those with almost no brain are left out
+        rows = np.where((data.fractions[:, :, 0].mean((2, 3)) < 0.99).flatten())[0]
+        tumour = data.fractions[:, :, -len(bs.LABELS):].sum((2, 3, 4)).flatten()[rows] > 0
+        self.with_tumour, self.without = rows[tumour], rows[~tumour]
+        channels = requests.BLOCK * len(data.names)
+        self.network = {"channels": channels, "classes": channels,
+                        "scalars": 1 + len(requests.UNSEEN)}
+        self.prior = {"shares": torch.tensor(0.1)}
+        self.words = f"{len(rows)} slabs of {len(data.heads)} heads"
+
+    def rows(self, step):
+        """The heads and the slabs in the batch of this step, int (B,) each."""
+        rows = bs.batch_rows(self.with_tumour, self.without, self.args.tumour_share,
+                             self.args.seed, step, self.args.batch)
+        return np.divmod(rows, self.slabs)
+
+    def case_names(self, step):
+        """Names of the cases in the batch of this step."""
+        return self.data.case_names(self.rows(step)[0])
+
+    def batch(self, step):
+        """The batch of a training step, see the module."""
+        seed, data = self.args.seed, self.data
+        heads, index = [torch.from_numpy(part) for part in self.rows(step)]
+        volumes = data.heads.unflatten(1, (self.slabs, requests.BLOCK))
+        classes = volumes[heads, index].long()                                  # (B, BLOCK, R, R)
+        onehot = bs.one_hot(classes.flatten(0, 1), len(data.names))
+        x0 = requests.to_slabs(2 * onehot[None] - 1, requests.BLOCK)            # (B, BLOCK K, R, R)
+        blocks = requests.slab_fractions(data.fractions[heads], index)          # the same shape
+        t, eps, _, _, mirror = bs.training_noise(seed, step, x0.shape, 0.0)
+        x0, blocks = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part)
+                      for part in (x0, blocks)]
+        chance = torch.rand(len(x0), len(requests.ASKED),
+                            generator=bs.generator(seed, "open", step))
+        wanted = torch.where(chance < 0.3, torch.nan, data.asked[heads])
+        scalars = requests.slab_scalars(index, self.slabs, wanted)
+        return with_levels(self, t, x0, eps, blocks, scalars)
+
+    def sample(self, denoiser, count):
+        """Label maps sampled with the characteristics of the first `count` shown heads."""
+        args, data = self.args, self.data
+        coarse, _ = runs.load_generator(Path(args.out).parent / "coarse", denoiser.device,
+                                        kind="labels")
         model = requests.LabelGenerator(coarse, denoiser, args.condition, data.step_mm, data.asked)
         settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([requests.sample_labels(model, asked, (args.seed, "shown", i), settings,
-                                                   drafts=1) for i,
-                            asked in enumerate(data.measure(data.shown[:count]))])
+        return torch.stack([
+            requests.sample_labels(model, wanted, (args.seed, "shown", i), settings, drafts=1)
+            for i, wanted in enumerate(data.measure(data.shown[:count]))])
 
-    def draw(denoiser, step):
-        pictures.draw_planes(out / f"sample_{step:06d}.png",
-                             [[volume] for volume in sample(denoiser, 3)],
-                             [f"SYNTHETIC, step {step}"], args.condition)
+    def picture(self, denoiser, step):
+        """sample_STEP.png: three heads."""
+        draw_progress(self.args, step, self.sample(denoiser, 3))
 
-    def close(denoiser, pace):
-        made, asked = sample(denoiser, len(data.shown)), data.measure(data.shown)
-        pictures.draw_planes(out / "samples.png", list(zip(data.shown, made))[:6],
-                             [data.who, "SYNTHETIC"], args.condition)
-        figures = {"steps": pace.step, "minutes": round(pace.seconds / 60, 2),
-                   "volumes": f"{len(made)} {data.who}", "sampler_calls": bs.SAMPLING["steps"]}
-        for name, a, b in zip(requests.ASKED, asked.T, data.measure(made).T):
-            both = ~torch.isnan(a + b)
-            if both.any():
-                figures |= {f"{name}_error": (a - b)[both].abs().mean().item(),
-                            f"{name}_rank_correlation": metrics.rank_correlation(a[both].tolist(),
-                                                                                 b[both].tolist())}
-        near, own = [requests.nearest_tumour(its, data.heads, args.condition)[0]
-                     for its in (made, data.shown)]
-        print(f"--- label maps as asked for by what {data.who} cases have")
-        runs.report(args, {**figures, **judging.judge_labels(made, data.shown, args.condition,
-                                                        data.step_mm),
-                      "nearest_training_tumour_dice": near.nanmean().item(),
-                      "the_same_of_held_out_cases": own.nanmean().item() if data.who == "held-out"
-                      else float("nan"), "copies": int((near > 0.9).sum())})
+    def report(self, denoiser, run):
+        """The end of a run: how well requests are met, how label maps hang together, how close they
+        are to the heads learned from."""
+        condition, data = self.args.condition, self.data
+        sampled = self.sample(denoiser, len(data.shown))
+        near, near_shown = [requests.nearest_tumour(volumes, data.heads, condition)[0]
+                            for volumes in (sampled, data.shown)]
+        if data.shown_are == "training":
+            near_shown = near_shown * torch.nan
+        data.report(self.args, run, data.shown, sampled, {
+            **compare(requests.ASKED, data.measure(data.shown), data.measure(sampled)),
+            **judging.judge_labels(sampled, data.shown, condition, data.step_mm),
+            "nearest_training_tumour_dice": near.nanmean().item(),
+            "the_same_of_held_out_cases": near_shown.nanmean().item(),
+            "copies": int((near > 0.9).sum())})
 
-    its = SimpleNamespace(network={"channels": requests.BLOCK * k, "classes": requests.BLOCK * k,
-                                   "scalars": 1 + len(requests.UNSEEN)},
-                          prior={"shares": torch.tensor(0.1)}, draw_batch=draw_batch, draw=draw,
-                          close=close, who=lambda step: [data.cases[i % len(data.cases)]
-                                                         for i in draw_slabs(step) // slabs],
-                          words=f"{len(rows)} slabs of {count} heads")
-    return its
+
+def with_levels(learner, t, x0, eps, onehot, scalars):
+    """A batch of Heads or Voxels with the noise levels and the prior of t, see the module."""
+    alpha_bar = bs.cosine_alpha_bar(learner.args.shift)
+    return (t, x0, eps, onehot, scalars, *bs.signal_sigma(alpha_bar, t),
+            *bs.expected(learner.prior, onehot, scalars[:, 0]))
+
+
+def draw_progress(args, step, volumes):
+    """sample_STEP.png: sampled classes (N, D, H, W), a row each."""
+    pictures.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[head] for head in volumes],
+                         [f"SYNTHETIC, step {step}"], args.condition)

@@ -1,5 +1,6 @@
-"""What several test files share: phantom cases on disk, made once, and a cache of them; hand-ins
-put in place."""
+"""What several test files share: phantom cases on disk, made once, and a cache of them; a student's
+functions in the place of the library's."""
+import inspect
 import os
 import re
 import shutil
@@ -9,30 +10,105 @@ import pytest
 import torch
 
 from kit import nifti, phantoms, slices
-from blank import ASSIGNMENTS, hand_in, home
+import blank
+
+# --- hand-ins: pytest --impl=student.py -m a1
+
+HAND_IN = {}                                    # {exercise: function or class}, of --impl
 
 
 def pytest_addoption(parser):
     """For hand-ins, see blank.py."""
-    parser.addoption("--impl", help="a hand-in: its functions take the place of brainsyn's, of the "
-                     "assignment named by -m")
-    parser.addoption("--blank-rest", action="store_true", help="functions that the hand-in lacks "
-                     "are blank, not brainsyn's")
+    parser.addoption("--impl", help="a hand-in: tests run with its functions in the place of the "
+                     "library's, one function at a time; tests of other functions do not run")
     parser.addoption("--student", help="student number, for the exercise that differs by it")
 
 
 def pytest_configure(config):
-    """The graft: functions of the hand-in in the place of brainsyn's."""
+    """Read the hand-in."""
     path = config.getoption("--impl")
     if not path:
         return
-    for assignment in re.findall(r"\ba\d\b", config.getoption("-m")) or ASSIGNMENTS:
-        try:
-            found = hand_in(path, assignment, config.getoption("--blank-rest"))
-        except (Exception, SystemExit) as error:
-            raise pytest.UsageError(f"{path} does not run: {type(error).__name__}: {error}") from error
-        for name, its in found.items():
-            setattr(home(name), name, its)
+    try:
+        HAND_IN.update(blank.read_hand_in(path))
+    except (Exception, SystemExit) as error:
+        raise pytest.UsageError(f"{path} does not run: {type(error).__name__}: {error}") from error
+
+
+def exercises_of(test):
+    """The exercises that a test marks: those that its marker names, @pytest.mark.a1("v_target"),
+    or, where the marker names none, those that the test calls."""
+    found = []
+    for mark in test.iter_markers():
+        if mark.name not in blank.ASSIGNMENTS:
+            continue
+        exercises = blank.ASSIGNMENTS[mark.name] + (blank.VARIANTS if mark.name == "a1" else [])
+        called = set(re.findall(r"\.(\w+)", inspect.getsource(test.function)))
+        names = mark.args or [name for name in exercises if name.split(".")[0] in called]
+        unclear = not names or set(names) - set(exercises)
+        if unclear and mark.name in test.config.getoption("-m"):
+            raise pytest.UsageError(
+                f"{test.nodeid} marks {list(names) or 'no exercise'} of {mark.name}; name those "
+                f'that it marks, as in @pytest.mark.{mark.name}("{exercises[0]}")')
+        found += names
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    """With a hand-in, a test runs once for each exercise that it marks."""
+    names = exercises_of(metafunc.definition) if metafunc.config.getoption("--impl") else []
+    if names:
+        metafunc.parametrize("in_place", names, indirect=True)
+
+
+def exercise_of(item):
+    """The exercise that this run of a test marks, or None."""
+    return item.callspec.params.get("in_place") if hasattr(item, "callspec") else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """With a hand-in, only tests of its functions run."""
+    if config.getoption("--impl"):
+        others = [item for item in items if exercise_of(item) not in HAND_IN]
+        items[:] = [item for item in items if exercise_of(item) in HAND_IN]
+        config.hook.pytest_deselected(items=others)
+        for item in items:
+            item.user_properties.append(("exercise", exercise_of(item)))
+
+
+@pytest.fixture(autouse=True)
+def in_place(request, monkeypatch):
+    """The hand-in's version of one function, in the place of the library's."""
+    name = getattr(request, "param", None)
+    if name:
+        monkeypatch.setattr(blank.module_of(name), name.split(".")[0], HAND_IN[name], raising=False)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """How many tests of each function passed."""
+    if not HAND_IN:
+        return
+    terminalreporter.section("tests passed")
+    results = {}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = dict(getattr(report, "user_properties", ())).get("exercise")
+            results.setdefault(name, []).append(outcome == "passed")
+    for name in HAND_IN:
+        if name in results:
+            passed = results[name]
+            terminalreporter.write_line(f"{name:<20} {sum(passed):3d} of {len(passed)}")
+    wanted = re.findall(r"\ba\d\b", config.getoption("-m"))
+    lacking = [name for assignment in wanted for name in blank.ASSIGNMENTS.get(assignment, [])
+               if name not in HAND_IN]
+    if lacking:
+        terminalreporter.write_line(f"not in {config.getoption('--impl')}: {', '.join(lacking)}")
+
+
+# --- phantoms
+
+# How many times coarser than a scan phantoms are where a test needs files and not anatomy.
+SCALE = 1
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +126,22 @@ def phantom_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def lay_phantoms(phantom_folder):
-    """lay_phantoms(folder, count) -> folder, with the first of them where scripts look that write
-    into `runs` there: a copy takes no time, making them a second each."""
+def coarse_folder(request, tmp_path_factory):
+    """The same twelve on a coarse grid, which are read and made in a fraction of the time: for
+    tests of what is done with files, not of anatomy and thresholds."""
+    if SCALE == 1:
+        return request.getfixturevalue("phantom_folder")
+    folder = tmp_path_factory.mktemp("coarse")
+    phantoms.make_phantoms(folder, 12, scale=SCALE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lay_phantoms(coarse_folder):
+    """lay_phantoms(folder, count) -> folder, with the first of the coarse ones where scripts look
+    that write into `runs` there: a copy takes no time."""
     def lay(folder, count, runs="runs"):
-        for path in phantom_folder.iterdir():
+        for path in coarse_folder.iterdir():
             if phantoms.phantom_seed(path.name) < count:
                 shutil.copytree(path, folder / runs / "phantoms/A" / path.name)
         return folder

@@ -17,6 +17,7 @@ import importlib
 import inspect
 import re
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +181,9 @@ def read_hand_in(path):
     library = {}
     for name in exercises:
         library = {**vars(module_of(name)), **library}
-    names = {**library, "__name__": "hand_in"}
+    module = sys.modules["hand_in"] = types.ModuleType("hand_in")
+    names = vars(module)
+    names.update((name, value) for name, value in library.items() if not name.startswith("__"))
     exec(compile(Path(path).read_bytes(), str(path), "exec"), names)
     found = {}
     for name in exercises:

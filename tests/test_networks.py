@@ -184,8 +184,8 @@ def test_attention_by_hand(channels):
     out = torch.einsum("oc,bcn->bon", layer.to_out.weight[..., 0, 0], out) + layer.to_out.bias.view(
         -1, 1)
     assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-2, rtol=1e-3), (
-        "look at: norm first; q, k, v in this order, each head by head; 1/sqrt(channels of a head); "
-        "softmax over the pixels that are looked at; axes back in place; plus x")
+        "look at: norm first; q, k, v in this order, each head by head; 1/sqrt(channels of a "
+        "head); softmax over the pixels that are looked at; axes back in place; plus x")
 
 
 @pytest.mark.a1("prior_error", "precondition")

@@ -82,7 +82,10 @@ def first_reasons(failures, count=5):
     """[(exercise, test, message)] -> the first reasons in words, one for each test."""
     words = {}
     for exercise, test, message in failures:
-        line = re.sub(r"^\w*Error: ", "", (message or "no message").splitlines()[0])
+        line = (message or "no message").splitlines()[0]
+        if line.startswith("NotImplementedError"):
+            line = "not written yet"
+        line = line.removeprefix("AssertionError: ")
         words.setdefault((exercise, test), f"{exercise or test}: {line[:150]}")
     reasons = list(dict.fromkeys(words.values()))
     more = f"; and {len(reasons) - count} more" if len(reasons) > count else ""

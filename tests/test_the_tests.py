@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ WRONG = {
         ("range(3)", "range(2)")],
     "hd95": [
         ("0.95", "0.5"),
-        ("max((torch.quantile", "min((torch.quantile"),
+        ("return max(", "return min("),
         ("* mm", ""),
         ("HD95_MISSED", "0.0"),
         ("0.0 if predicted.any() == truth.any() else HD95_MISSED", "HD95_MISSED")],
@@ -185,11 +186,11 @@ WRONG = {
     "membership": [
         ("- n * (n + 1) / 2", ""),
         ("(scores == value).sum() / 2", "0"),
-        (">= seen - 1e-09", "<= seen - 1e-09")],
+        (">= seen", "<= seen")],
     "nearer_share": [
         ("first > second", "first < second"),
         ("min(map(len, groups))", "10 ** 9"),
-        (">= seen", "> 2 + seen")],
+        (">= seen", "> 2")],
 }
 # Per exercise with more than one natural way: the body of another right answer.
 RIGHT = {
@@ -271,15 +272,15 @@ def library_answer(name):
 def other_right_answer(name):
     """The same signature with the body that stands in RIGHT."""
     signature = re.search(r"^def .*:$", library_answer(name), re.M).group()
-    return ast.unparse(ast.parse(signature + inspect.cleandoc(RIGHT[name]).replace("\n", "\n    ")
-                                 .join(["\n    ", "\n"])))
+    body = textwrap.indent(inspect.cleandoc(RIGHT[name]), "    ")
+    return ast.unparse(ast.parse(f"{signature}\n{body}"))
 
 
 def wrong_answer(name, change):
     """An answer with one change."""
     answers = [library_answer(name)] + ([other_right_answer(name)] if name in RIGHT else [])
     fitting = [answer for answer in answers if change[0] in answer]
-    assert fitting, f"{name}: {change[0]!r} stands in no right answer; this wrong one must change too"
+    assert fitting, f"{name}: no right answer has {change[0]!r}; this wrong one must change too"
     return fitting[0].replace(*change, 1)
 
 
@@ -302,7 +303,8 @@ def slow_unless(is_default):
     return [] if is_default else [pytest.mark.slow]
 
 
-MUTANTS = [pytest.param(name, change, id=f"{name}-{i}", marks=slow_unless(name in DEFAULT and i == 0))
+MUTANTS = [pytest.param(name, change, id=f"{name}-{i}",
+                        marks=slow_unless(name in DEFAULT and i == 0))
            for name, changes in WRONG.items() for i, change in enumerate(changes)]
 
 
@@ -356,8 +358,8 @@ def test_a_blank_is_signatures_docstrings_and_what_is_needed(tmp_path, assignmen
             for node in ast.walk(ast.parse(library_answer(name))) if isinstance(node, ast.Name)}
     modules = {blank.module_of(name) for name in blank.ASSIGNMENTS[assignment]}
     used &= {name for module in modules for name in vars(module)}
-    check = f"\nmissing = {sorted(used)!r} - vars().keys()\nassert not missing, missing\n"
-    (tmp_path / "student.py").write_text(text + check.replace("[", "{").replace("]", "}"))
+    check = f"\nmissing = set({sorted(used)!r}) - set(vars())\nassert not missing, missing\n"
+    (tmp_path / "student.py").write_text(text + check)
     status, said = nursery.run_script(tmp_path, tmp_path / "student.py")
     assert status == 0, said
 
@@ -384,7 +386,7 @@ def test_nothing_done_is_no_mark(tmp_path, assignment):
     (tmp_path / "nothing.py").write_text(blank.blank(assignment))
     row = grade.grade(tmp_path / "nothing.py", assignment)
     assert all(row[name] == 0 for name in ("mark", *blank.ASSIGNMENTS[assignment])), row
-    assert row["why"].startswith(f"{blank.ASSIGNMENTS[assignment][0]}: {assignment}: "), row
+    assert "not written yet" in row["why"], row
 
 
 HIDDEN = inspect.cleandoc("""
@@ -426,7 +428,7 @@ def test_a_folder_is_graded_whatever_is_in_it(tmp_path):
     assert marks["most"] == round(100 * (1 - 1 / len(names))), rows["most"]
     assert rows["most"]["why"] == "signal_sigma: not in the file"
     assert [name for name in names if rows["most"][name] != "100"] == ["signal_sigma"]
-    assert rows["wrong"]["v_target"] == "0" == rows["wrong"]["mark"], rows["wrong"]
+    assert int(rows["wrong"]["v_target"]) < 40 and marks["wrong"] < 40 / 7, rows["wrong"]
     assert "hidden words" in rows["wrong"]["why"] and "look at the signs" in rows["wrong"]["why"]
     assert {marks[name] for name in ("raises", "endless", "gone", "words")} == {0}
     for name, words in (("raises", "does not run: ZeroDivisionError"),

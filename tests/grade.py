@@ -44,8 +44,9 @@ def pytest_words(path, assignment, *words):
     marker = re.compile(rf"^@pytest\.mark\.{assignment}\b", re.M)
     files = [str(file) for file in sorted(TESTS.glob("test_*.py"))
              if marker.search(file.read_text(encoding="utf-8"))]
-    return ["-q", "-p", "no:cacheprovider", "-c", str(TESTS.parent / "pyproject.toml"),
-            "--rootdir", str(TESTS.parent), f"--impl={Path(path).resolve()}", *words, *files]
+    root = TESTS.parent
+    return ["-q", "--tb=native", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml"),
+            "--rootdir", str(root), f"--impl={Path(path).resolve()}", *words, *files]
 
 
 def run_tests(words, folder, seconds):

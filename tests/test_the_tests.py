@@ -285,12 +285,11 @@ def wrong_answer(name, change):
 
 
 def passes(folder, assignment, text, *words):
-    """Whether all tests of the functions that `text` defines pass with it as the hand-in; it ends
-    at the first that does not."""
+    """Whether all tests of the functions that `text` defines pass with it as the hand-in."""
     (folder / "hand_in.py").write_text(text)
     program = folder / "program.py"
     program.write_text("import sys, pytest\nsys.exit(int(pytest.main(sys.argv[1:])))\n")
-    words = grade.pytest_words(folder / "hand_in.py", assignment, "-x", "-m",
+    words = grade.pytest_words(folder / "hand_in.py", assignment, "-m",
                                f"{assignment} and not slow", *words)
     status, said = nursery.run_script(folder, program, *words,
                                       environments=[{"OMP_NUM_THREADS": "1"}])
@@ -311,7 +310,7 @@ MUTANTS = [pytest.param(name, change, id=f"{name}-{i}",
 @pytest.mark.parametrize("name, change", MUTANTS)
 def test_wrong_answers_are_caught(tmp_path, name, change):
     """A test of the assignment goes red."""
-    assert not passes(tmp_path, assignment_of(name), wrong_answer(name, change)), (
+    assert not passes(tmp_path, assignment_of(name), wrong_answer(name, change), "-x"), (
         f"no test minds {change[1]!r} in {name}")
 
 
@@ -383,10 +382,12 @@ def test_work_is_not_overwritten(tmp_path):
 def test_nothing_done_is_no_mark(tmp_path, assignment):
     """The blank itself passes no test of any of its functions; so no test is a present, and every
     test uses each function that it marks."""
-    (tmp_path / "nothing.py").write_text(blank.blank(assignment))
-    row = grade.grade(tmp_path / "nothing.py", assignment)
-    assert all(row[name] == 0 for name in ("mark", *blank.ASSIGNMENTS[assignment])), row
-    assert "not written yet" in row["why"], row
+    report = tmp_path / "report.xml"
+    assert not passes(tmp_path, assignment, blank.blank(assignment), f"--junitxml={report}")
+    results = grade.read_report(report)
+    assert [result for result in results if result[2] is None] == [], "passed"
+    assert {exercise for exercise, _, _ in results} == set(blank.ASSIGNMENTS[assignment])
+    assert grade.first_reasons(results).count("not written yet") >= 4
 
 
 HIDDEN = inspect.cleandoc("""

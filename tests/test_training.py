@@ -32,8 +32,7 @@ def test_tumour_share_is_what_was_asked(share):
     assert np.array_equal(batches[33], bs.batch_rows(tumour, other, share, 0, 33, 8))
     joined = np.concatenate([bs.batch_rows(tumour, other, share, 0, step, 16)
                              for step in range(25)])
-    assert sorted(joined) == sorted(np.concatenate(batches)), (
-        "batch size must not change what is drawn")
+    assert sorted(joined) == sorted(np.concatenate(batches)), "batch size must not change what is drawn"
 
 
 def test_batches_need_only_one_kind_of_slice():
@@ -264,9 +263,7 @@ def test_muon_by_hand():
     weight, momentum = conv.weight.detach().clone(), 0.0
     for _ in range(2):
         gradient = torch.randn(40, 2, 3, 3, dtype=torch.float64)
-        conv.weight.grad = gradient.clone()
-        conv.bias.grad = gradient[:, 0, 0, 0]
-        twin.bias.grad = gradient[:, 0, 0, 0]
+        conv.weight.grad, conv.bias.grad, twin.bias.grad = gradient.clone(), gradient[:, 0, 0, 0], gradient[:, 0, 0, 0]
         momentum = 0.95 * momentum + 0.05 * gradient
         u, s, vt = torch.linalg.svd((0.95 * momentum + 0.05 * gradient).reshape(40, 18),
                                     full_matrices=False)

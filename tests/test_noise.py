@@ -1,4 +1,4 @@
-"""Section 4: the noise process."""
+"""The noise process."""
 import math
 
 import pytest
@@ -87,12 +87,6 @@ def test_at_T_x0_is_minus_v():
     assert torch.equal(x0, -v), (
         "at T signal is 0 and sigma 1, so x0 must be -v: is t counted from 0, and is nothing "
         "divided by signal?")
-
-
-def test_lesion_weight_touches_tumour_only():
-    """Weight 1 + extra in tumour labels, 1 in air and healthy brain."""
-    classes = torch.tensor([[[0, 1, 2], [3, 4, 1]]])
-    assert bs.lesion_weight(classes, 2, 3.0).tolist() == [[[[1, 1, 4], [4, 4, 1]]]]
 
 
 def test_no_schedule_in_any_state_dict():

@@ -5,7 +5,7 @@
                                                                     by student number
     pytest --impl=student.py -m a1                                  how far along it is
 
-A hand-in is that file, filled in, or one that holds some of its functions alone. conftest.py puts
+A hand-in is that file, filled in, or one that holds some of its functions alone. hand_ins.py puts
 its functions in the place of the library's; test_the_tests.py does so with wrong answers.
 """
 from __future__ import annotations
@@ -103,11 +103,11 @@ def blank_function(assignment, name):
     whole, function = find(tree, name.split(".")[0]), find(tree, name)
     if not ast.get_docstring(whole):
         raise SystemExit(f"{name} has no docstring: nobody could write it again")
-    has_docstring = ast.get_docstring(function) is not None
-    first = min(node.lineno for node in [whole, *whole.decorator_list]) - 1
-    kept = function.body[0].end_lineno if has_docstring else function.body[0].lineno - 1
-    indent = " " * function.body[0].col_offset
-    return "\n".join([*lines[first:kept],
+    first_line = min(node.lineno for node in [whole, *whole.decorator_list]) - 1
+    start = function.body[0]                    # the docstring, or the first statement
+    kept = start.end_lineno if ast.get_docstring(function) else start.lineno - 1
+    indent = " " * start.col_offset
+    return "\n".join([*lines[first_line:kept],
                       f'{indent}raise NotImplementedError("{assignment}: {name}")',
                       *lines[function.end_lineno:whole.end_lineno]])
 

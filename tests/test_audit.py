@@ -47,7 +47,7 @@ def take(pool, rows):
     return [part[rows] for part in pool]
 
 
-@pytest.mark.a5
+@pytest.mark.a5("robust")
 def test_fresh_heads_raise_no_alarm(alike):
     """Sixty times other phantoms are dealt as training cases, decoys and synthetic cases: none is
     ever named."""
@@ -89,7 +89,7 @@ def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
     return audit.CopyFinder(alike, audit.similarity(views, views, head), known, own).found
 
 
-@pytest.mark.a5
+@pytest.mark.a5("mean_head", "robust")
 @pytest.mark.parametrize("seed", range(5))
 def test_one_copied_slice_in_two_hundred_is_named(pool, seed):
     """A single slice, copied exactly, among 200: the case, the slice and the training case are

@@ -54,7 +54,7 @@ def test_dice_loss_by_hand():
     assert abs(loss.item() - 1 / 3) < 1e-6, why
 
 
-@pytest.mark.a4
+@pytest.mark.a4("dice_loss")
 @pytest.mark.parametrize("predict", ["regions", "labels"])
 def test_the_right_answer_has_the_least_loss(predict):
     """Confident right logits cost almost nothing, confident wrong ones a lot."""

@@ -65,7 +65,7 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert math.isclose(bs.learning_rate(1.0, 1.0, 500), 0.01)
 
 
-@pytest.mark.a2
+@pytest.mark.a2("EMA.advanced")
 @pytest.mark.parametrize("every", [1, 4, 10])
 def test_ema_equals_its_closed_form(every):
     """EMA after n updates = sum of weights times (1 - keep_i) times the product of later keeps."""
@@ -81,11 +81,13 @@ def test_ema_equals_its_closed_form(every):
             keeps.append(min(0.97, (1 + step) / (10 + step)) ** every)
     share = [(1 - k if i else 1.0) * math.prod(keeps[i + 1:]) for i, k in enumerate(keeps)]
     assert math.isclose(sum(share), 1.0)
-    assert torch.allclose(ema.weights["weight"].double(),
-                          sum(s * w for s, w in zip(share, history)), atol=1e-5)
+    closed_form = sum(s * w for s, w in zip(share, history))
+    assert torch.allclose(ema.weights["weight"].double(), closed_form, atol=1e-5), (
+        "look at: decay to the power of count; the smaller decay of early steps; and which of both "
+        "factors belongs to the average, which to the network")
 
 
-@pytest.mark.a2
+@pytest.mark.a2("EMA.advanced")
 def test_ema_forgets_the_random_start_of_a_short_run():
     """Too young an EMA gives noise: after 300 steps less than 1% of the start is left."""
     net = torch.nn.Linear(1, 1, bias=False)
@@ -94,7 +96,9 @@ def test_ema_forgets_the_random_start_of_a_short_run():
     torch.nn.init.constant_(net.weight, 0.0)
     for step in range(1, 301):
         ema.update(net, step)
-    assert 0 <= ema.weights["weight"].item() < 1.0
+    assert 0 <= ema.weights["weight"].item() < 1.0, (
+        "after 300 steps more than 1% of the random start is left: the decay of a young average is "
+        "min(decay, (1 + step) / (10 + step))")
 
 
 def test_samples_of_a_run_of_any_length_use_all_of_it():
@@ -270,7 +274,7 @@ def test_averaged_networks_keep_the_batch_norms_as_they_are():
     assert not torch.equal(ema.copy_of(net, 1).head.bias, net.head.bias)
 
 
-@pytest.mark.a2
+@pytest.mark.a2("orthogonal")
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
 def test_orthogonalised_matrices_keep_their_directions(shape):
     """U diag(s) V^T becomes U diag(about 1) V^T: no direction is left behind, none is mixed into
@@ -280,8 +284,12 @@ def test_orthogonalised_matrices_keep_their_directions(shape):
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     inside = u.T @ bs.orthogonal(torch.stack([100 * other, matrix]))[1] @ vt.T
     assert (s > s.max() * 0.05).sum() > 20 and s.max() > 5
-    assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-9)
-    assert (inside.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.28
+    assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-9), (
+        "singular vectors must stay what they are: look at the order of products, and whether a "
+        "tall matrix comes back tall")
+    assert (inside.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.28, (
+        "singular values must come near 1: is every matrix divided by its own norm, and are there "
+        "five steps with the right factors?")
 
 
 def test_muon_by_hand():

@@ -124,7 +124,7 @@ class Images:
         has_tumour = slices.has_label(cache, train, self.first_lesion)
         self.tumour, self.other = train[has_tumour], train[~has_tumour]
         self.network = {"channels": len(self.modalities), "classes": len(self.names)}
-        self.prior = bs.measure_prior(cache, train, args.condition)
+        self.prior = bs.measure_prior(cache.batches(train), args.condition)
         self.words = (f"{len(train)} training slices ({len(self.tumour)} with tumour) of "
                       f"{args.resolution}x{args.resolution}, {len(self.held_out)} held out")
 
@@ -157,7 +157,7 @@ class Images:
         _, classes, position = self.cache.batch(pick_rows(self.cache, rows, self.first_lesion, 4))
         sampled = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, "shown"),
                                    self.sampling)
-        pictures.draw_rows(Path(self.args.out) / f"sample_{step:06d}.png",
+        pictures.plot_rows(Path(self.args.out) / f"sample_{step:06d}.png",
                            [[labels, *image] for labels, image in zip(classes, sampled)],
                            ["labels", *self.modalities], self.args.condition,
                            f"SYNTHETIC, step {step}")
@@ -173,7 +173,7 @@ class Images:
         few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
         titles = ["labels", *(f"{part}\n{name}" for name in self.modalities), "",
                   *(f"SYNTHETIC\n{name}" for name in self.modalities)]
-        pictures.draw_rows(Path(self.args.out) / "samples.png",
+        pictures.plot_rows(Path(self.args.out) / "samples.png",
                            [[classes[i], *real[i], None, *sampled[i]] for i in few], titles,
                            self.args.condition)
         print(f"--- slices of {part} cases, sampled from their label maps")

@@ -229,7 +229,7 @@ def finish_report(args, segmenter, split, run):
     dice = np.reshape([row["dice"] for row in rows], (len(shown), -1)).mean(1)
     few = np.unique(np.linspace(0, len(dice) - 1, min(6, len(dice))).astype(int))
     worst_first = np.argsort(dice, kind="stable")[few]
-    pictures.draw_rows(out / "predictions.png", [shown[i] for i in worst_first],
+    pictures.plot_rows(out / "predictions.png", [shown[i] for i in worst_first],
                        ["t1ce", "flair", "truth", "prediction"], "tumour",
                        f"{title}, worst (above) to best")
     files.write_csv(out / "cases.csv", rows)
@@ -261,7 +261,7 @@ def plot_log(out):
     validated = [row for row in log if not math.isnan(row["val_dice"])]
     loss = ([row["step"] for row in log], [row["loss"] for row in log])
     dice = ([row["step"] for row in validated], [row["val_dice"] for row in validated])
-    pictures.draw_lines(out / "curves.png",
+    pictures.plot_lines(out / "curves.png",
                         [("Dice + cross-entropy", "log", {"loss": loss}),
                          ("mean Dice of WT, TC, ET", "linear", {"validation cases": dice})])
 

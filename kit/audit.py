@@ -440,7 +440,7 @@ def draw_pairs(path, pairs, state):
     titles = [f"SYNTHETIC\n{name}" for name in bs.MODALITIES] + [""]
     titles += [f"training case\n{name}" for name in bs.MODALITIES]
     shown = "phantoms" if state["data"] == "phantoms" else "real scans"
-    pictures.draw_rows(path, [[*synthetic, None, *real] for synthetic, real in pairs], titles,
+    pictures.plot_rows(path, [[*synthetic, None, *real] for synthetic, real in pairs], titles,
                        state["condition"], f"nearest pairs; the right half shows {shown}")
 
 
@@ -451,7 +451,7 @@ def draw_audit(path, report):
     ends = [min(near["training"] + near["decoy"]), max(near["training"] + near["decoy"])]
     chance = [report[name] for name in ("share", "loss_auc", "reproduction_auc")]
     planted = report["canaries_found"]
-    pictures.draw_lines(path, [
+    pictures.plot_lines(path, [
         ("nearest decoy (up) and training case (right)", "points",
          {"synthetic cases": (near["training"], near["decoy"], None),
           "equally near": (ends, ends)}),

@@ -286,10 +286,10 @@ def find_data(args):
             print(text, flush=True)
 
     if args.data:
-        cases = devices.in_turn(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
+        cases = devices.first_process_first(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
         return cases, slices.split_patients(cases, args.split)
     folder = home / "phantoms" / args.scanner
-    new = devices.in_turn(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
+    new = devices.first_process_first(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
     if new:
         print(f"phantoms: {new} cases made -> {folder}")
     # a folder may hold more than this run asks for

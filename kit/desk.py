@@ -24,7 +24,7 @@ def first_look():
     for t in (100, 300, 500, 700, 900, bs.T):
         x_t = bs.add_noise(x0, eps, *bs.signal_sigma(alpha_bar, torch.tensor([t])))
         rows.append([None, *x_t[0]])
-    pictures.draw_rows("runs/first_look.png", rows, ["labels", *bs.MODALITIES], "tumour",
+    pictures.plot_rows("runs/first_look.png", rows, ["labels", *bs.MODALITIES], "tumour",
                        "phantom 0; below it t = 100, 300, 500, 700, 900, 1000")
     print("\n".join(pictures.layer_table(bs.UNet(), 64)))
     print("a phantom and its noise ladder -> runs/first_look.png")

@@ -147,9 +147,6 @@ def first_process_first(make):
     return result if first_process() else make()
 
 
-in_turn = first_process_first
-
-
 def broadcast_from_first(value):
     """The first process's number, in all processes: clocks differ, and all must stop at the same
     step."""

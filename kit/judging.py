@@ -459,7 +459,7 @@ def draw_judge(path, report):
         x, y = report["known_truth"]["dice_on_synthetic"], report["known_truth"]["dice_on_real"]
         panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
                        {f"{len(x)} segmenters": (x, y, None), "equal": (x, x)}))
-    pictures.draw_lines(path, panels, "")
+    pictures.plot_lines(path, panels, "")
 
 
 def judge(args, device):

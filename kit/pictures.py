@@ -149,8 +149,3 @@ def layer_table(net, size):
     for (module, shape), count in zip(shapes.items(), counts):
         lines.append(f"{names[module]:<28} {str(shape):<18} {count:>10,}")
     return lines + [f"{'total':<28} {'':<18} {sum(counts):>10,}"]
-
-
-draw_rows = plot_rows
-draw_planes = plot_planes
-draw_lines = plot_lines

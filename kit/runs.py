@@ -419,7 +419,7 @@ def report(args, closing):
     labels = ("cleanest quarter of t", "second", "third", "noisiest quarter")
     lines = {label: (steps, [row[name] for row in log]) for name, label in zip(QUARTERS, labels)}
     title = "squared error of v in units of the prior's"
-    pictures.draw_lines(out / "curves.png", [(title, "log", lines)])
+    pictures.plot_lines(out / "curves.png", [(title, "log", lines)])
     files.write_json(out / "closing.json", closing)
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")

@@ -460,6 +460,11 @@ class Cache:
         return (bs.to_images(block[:, :-1]), block[:, -1].long(),
                 torch.from_numpy(self.position[rows]))
 
+    def batches(self, rows, size=128):
+        """These rows in turn, as batches of `size` or fewer."""
+        for i in range(0, len(rows), size):
+            yield self.batch(rows[i:i + size])
+
 
 def cached_case(case, resolution, fov, condition):
     """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,

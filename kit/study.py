@@ -251,7 +251,7 @@ def report(args, rows, patients):
             at = [k for k, (_, name) in enumerate(arms) if name == arm]
             lines[arm] = [arms[k][0] for k in at], mean[at, i], np.nan_to_num(sd[at, i])
         panels.append((f"Dice, {column}", "linear", lines))
-    pictures.draw_lines(out / "study.png", panels, "real training patients", "log")
+    pictures.plot_lines(out / "study.png", panels, "real training patients", "log")
     for name in ("study.csv", "study.json", "study.png"):
         print(f"wrote: {out / name}")
 

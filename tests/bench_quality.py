@@ -112,7 +112,7 @@ def look(denoiser, cache, args, condition="tumour", settings=None, picture=None)
     figures["ET"], _ = judging.lesion_contrast(made, classes, condition, "t1ce", "ET")
     if picture:
         few = np.linspace(0, len(x0) - 1, 6).astype(int)
-        pictures.draw_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
+        pictures.plot_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
                      ["labels", *(f"held-out\n{n}" for n in bs.MODALITIES), "",
                       *(f"SYNTHETIC\n{n}" for n in bs.MODALITIES)], condition, Path(picture).stem)
     return figures
@@ -537,7 +537,7 @@ def show(args):
                                                        line in curves.items()}) for name,
               sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
     if curves:
-        pictures.draw_lines(Path(args.out) / "curves.png", panels, "minutes")
+        pictures.plot_lines(Path(args.out) / "curves.png", panels, "minutes")
         print(f"wrote: {Path(args.out) / 'curves.png'}")
 
 

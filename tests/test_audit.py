@@ -220,11 +220,7 @@ def learn(pool, rows, steps, every):
     of the pool."""
     x0, classes, position = [part[rows][:, ::every].flatten(0, 1) for part in pool]
 
-    class Slices:
-        rows = np.zeros((len(x0), 5, 32, 32), np.uint8)
-        batch = staticmethod(lambda at: (x0[at], classes[at], position[at]))
-
-    prior = bs.measure_prior(Slices, np.arange(len(x0)), TUMOUR)
+    prior = bs.measure_prior([(x0, classes, position)], TUMOUR)
     alpha_bar = bs.cosine_alpha_bar(2.0)
     torch.manual_seed(0)
     net = bs.UNet(width=32, mults=(1, 2), patch=4)

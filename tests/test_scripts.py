@@ -3,9 +3,9 @@ import hashlib
 import json
 import os
 import re
-import shlex
+
 import signal
-import sys
+
 from pathlib import Path
 
 import nibabel as nib

@@ -213,34 +213,32 @@ def test_a_run_with_a_dropped_flag_is_not_continued_in_silence(begin, flag, valu
         begin()
 
 
-class TwoSlices:
-    """A cache of two slices, one modality: half brain (class 1, values 0 and 0.2), half ET
-    (1.0)."""
-    rows = np.zeros((2, 2, 4, 6), np.uint8)
-
-    def batch(self, rows):
-        x0, classes = torch.ones(len(rows), 1, 4, 6), torch.full((len(rows), 4, 6), 4)
-        x0[..., :3], classes[..., :3] = torch.tensor([[[[0.0]]], [[[0.2]]]])[rows], 1
-        return x0, classes, torch.tensor([-1.0, 1.0])[rows]
+def two_slices():
+    """Two slices, one modality: half brain (class 1, values 0 and 0.2), half ET (1.0)."""
+    x0, classes = torch.ones(2, 1, 4, 6), torch.full((2, 4, 6), 4)
+    x0[..., :3] = torch.tensor([0.0, 0.2]).view(2, 1, 1, 1)
+    classes[..., :3] = 1
+    return x0, classes, torch.tensor([-1.0, 1.0])
 
 
 def test_prior_by_hand():
     """Mean and spread of the pixels of each class; 0 and 0.5 for one that never occurs; the atlas
     knows the two heights apart, and both sides alike."""
-    prior = bs.measure_prior(TwoSlices(), np.arange(2), "tumour", slabs=2)
+    prior = bs.measure_prior([two_slices()], "tumour", slabs=2)
     mean, std = prior["classes"][:, :, 0]
     assert torch.allclose(mean, torch.tensor([0.0, 0.1, 0, 0, 1.0, 0.55])) and std[0] == 0.5
     assert torch.allclose(std[[1, 4]], torch.tensor([0.1, 0.01]), atol=1e-5)
     atlas = prior["atlas"][0, :, 0]
     assert (atlas[0] < 0.09).all() and (atlas[1] > 0.11).all() and torch.allclose(atlas,
                                                                                   atlas.flip(-1))
-    assert "atlas" not in bs.measure_prior(TwoSlices(), np.arange(2), "tissue")
+    assert "atlas" not in bs.measure_prior([two_slices()], "tissue")
 
 
 def test_one_batch_can_be_learned(cache):
     """If the loss on a single batch does not fall below a tenth, something in the step is wrong."""
     x0, classes, position = cache.batch(cache.part("train")[10:14])
-    prior, alpha_bar = bs.measure_prior(cache, cache.part("train"), "tumour"), bs.cosine_alpha_bar()
+    prior = bs.measure_prior(cache.batches(cache.part("train")), "tumour")
+    alpha_bar = bs.cosine_alpha_bar()
     t, eps = torch.tensor([150, 400, 700, 950]), torch.randn(x0.shape)
     signal, sigma = bs.signal_sigma(alpha_bar, t)
     x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal,

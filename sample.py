@@ -14,7 +14,7 @@ Reads     a checkpoint of train_ddpm.py; label maps from one of four sources: Br
 Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, if the
           condition has more than tumour, not with --native), a JSON sidecar that says how the case
           was made; beside them contact_sheet.png (and loop.png), dataset.json, DATASHEET.md;
-          --judge: judge.json, judge.png; --audit: audit.json, audit.png, pairs.png, which shows
+          --judge: judge.json; --audit: audit.json, audit.png, pairs.png, which shows
           real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """

@@ -3,12 +3,6 @@
 SOURCES
     [FID]     Frechet distance of features: Heusel et al. 2017, arXiv 1706.08500
               GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium
-    [KID]     kernel distance of features: Binkowski et al. 2018, arXiv 1801.01401
-              Demystifying MMD GANs
-    [PRDC]    precision, recall, density, coverage: Naeem et al. 2020, arXiv 2002.09797
-              Reliable Fidelity and Diversity Metrics for Generative Models
-    [MSSSIM]  multi-scale structural similarity: Wang et al. 2003, Asilomar conference
-              Multiscale structural similarity for image quality assessment
     [SWD]     sliced Wasserstein distance of patches: Karras et al. 2017, arXiv 1710.10196
               Progressive Growing of GANs for Improved Quality, Stability, and Variation
 """
@@ -23,17 +17,14 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import checks, files, metrics, nifti, pictures, requests, runs, slices, writing
+from kit import checks, files, metrics, nifti, requests, runs, slices, writing
 
 SLICES_A_CASE = 40              # that are compared
-PAIRS = "MS-SSIM of pairs (less: more varied)"
-FRACTIONS = ("precision", "recall", "density", "coverage")
 DICES = ("Dice WT", "Dice TC", "Dice ET")
 # What the figures in the column "real" of --judge are.
 FLOOR = "training cases against held-out ones, which is the floor"
 CEILING = "the same segmenter on held-out cases, which is the ceiling"
-MEANING = {**dict.fromkeys(DICES, CEILING), PAIRS: "held-out cases",
-           "slice-to-slice roughness": "held-out cases"}
+MEANING = {**dict.fromkeys(DICES, CEILING), "slice-to-slice roughness": "held-out cases"}
 
 
 def healthy_brain(classes, condition):
@@ -173,69 +164,6 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)) ** 2).sum().item() + spread.item()
 
 
-def kernel_distance(a, b):
-    """Kernel distance of two sets of features (N, F), (M, F) [KID]: the squared maximum mean
-    discrepancy with kernel (x.y / F + 1)^3, unbiased: its expectation is 0 for two samples of one
-    distribution, whatever N; it may be negative."""
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    a, b = a.double(), b.double()
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
-    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
-
-
-def precision_recall(real, made, k=5):
-    """Precision, recall, density, coverage of features (N, F), (M, F) [PRDC]; a dict.
-
-    Each point has a ball that reaches to its k-th nearest neighbour in its own set. precision:
-    fraction of made points inside some real ball; recall: the other way round; density: mean number
-    of real balls around a made point, / k; coverage: fraction of real balls that hold a made point.
-    NaN where a set has no more than k points.
-    """
-    if min(len(real), len(made)) <= k:
-        return dict.fromkeys(FRACTIONS, math.nan)
-    real, made = real.double(), made.double()
-    # the nearest point is the point itself
-    reach_real, reach_made = [torch.cdist(x, x).kthvalue(k + 1).values for x in (real, made)]
-    distance = torch.cdist(real, made)                                          # (N, M)
-    inside = distance < reach_real[:, None]
-    return {"precision": inside.any(0).double().mean().item(),
-            "recall": (distance < reach_made).any(1).double().mean().item(),
-            "density": inside.double().sum(0).mean().item() / k,
-            "coverage": inside.any(1).double().mean().item()}
-
-
-def ms_ssim(a, b):
-    """Multi-scale structural similarity [MSSSIM] of pictures (N, C, H, W) in [-1, 1], pair by pair:
-    (N,).
-
-    As many of the five scales as leave 11 pixels a side, weights renormalised (three at 64 pixels);
-    a Gaussian window of 11 pixels, sigma 1.5; each scale is averaged over pixels and channels
-    before the scales are multiplied, and counts as 0 where negative.
-    """
-    weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
-    weights = weights[: max(1, min(5, int(math.log2(min(a.shape[-2:]) / 11)) + 1))]
-    weights = weights / weights.sum()
-    line = torch.exp(-((torch.arange(11.0) - 5) / 1.5) ** 2 / 2)
-    window = (line[:, None] * line / line.sum() ** 2).expand(a.shape[1], 1, 11, 11)
-
-    def mean(x):
-        return F.conv2d(x, window, groups=len(window))
-
-    a, b = (a + 1) / 2, (b + 1) / 2
-    c1, c2, product = 0.01 ** 2, 0.03 ** 2, 1.0
-    for i, weight in enumerate(weights):
-        mean_a, mean_b = mean(a), mean(b)
-        var_a, var_b = mean(a * a) - mean_a ** 2, mean(b * b) - mean_b ** 2
-        value = (2 * (mean(a * b) - mean_a * mean_b) + c2) / (var_a + var_b + c2)
-        if i + 1 == len(weights):               # brightness counts at the coarsest scale
-            value = value * (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
-        product = product * value.mean((1, 2, 3)).clamp(min=0) ** weight
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return product
-
-
 def texture_distance(a, b, size=7, directions=64, points=2000):
     """What pictures look like close up, anywhere in the brain: the sliced Wasserstein distance of
     their patches [SWD].
@@ -272,19 +200,6 @@ def texture_distance(a, b, size=7, directions=64, points=2000):
     return sum(distances) / 2
 
 
-def modality_correlation(images, classes, n_classes, voxels=200):
-    """How modalities go together inside each class: Pearson correlation of every pair of modalities
-    over all its voxels, (n_classes - 1, pairs) without air; NaN where a class has fewer than
-    `voxels`. images (N, C, H, W), classes (N, H, W)."""
-    first, second = torch.triu_indices(images.shape[1], images.shape[1], 1)
-    out = torch.full((n_classes - 1, len(first)), math.nan)
-    for k in range(1, n_classes):
-        inside = images.movedim(1, 0)[:, classes == k]                          # (C, voxels)
-        if inside.shape[1] >= voxels:
-            out[k - 1] = torch.corrcoef(inside)[first, second]
-    return out
-
-
 def evenly(length, count):
     """At most `count` of the numbers 0 .. length - 1, evenly spread: int array."""
     return np.linspace(0, length - 1, min(count, length)).astype(int)
@@ -307,15 +222,10 @@ def slice_set(prepared, per_case=SLICES_A_CASE):
 
 
 def compare_sets(real, other):
-    """How far apart two sets of slices are: {figure: number}. real, other: from slice_set, with
-    "features" (N, F) of each slice added. Frechet distance, kernel distance and precision_recall
-    compare features; texture_distance compares patches; the last figure is how much the correlation
-    of modalities inside each label differs."""
-    a, b = real["features"], other["features"]
-    r, s = [modality_correlation(group["images"], group["classes"], 5) for group in (real, other)]
-    return {"Frechet distance": frechet_distance(a, b), "kernel distance": kernel_distance(a, b),
-            **precision_recall(a, b), "texture distance": texture_distance(real, other),
-            "modality correlation, mean error": (r - s).abs().nanmean().item()}
+    """How far apart two sets of slices are, in features and in patches: {figure: number}. real,
+    other: from slice_set, with "features" (N, F) of each slice added."""
+    return {"Frechet distance": frechet_distance(real["features"], other["features"]),
+            "texture distance": texture_distance(real, other)}
 
 
 def compare_draws(sets, draws=10):
@@ -324,8 +234,7 @@ def compare_draws(sets, draws=10):
 
     A set of more cases is nearer to anything. Therefore every draw takes the same number of cases
     from each set, at random. Returns ({"synthetic": {figure: mean over draws}, "real": {..}}, the
-    same with standard deviations, number of cases). The figure PAIRS is pair_similarity of
-    synthetic and of held-out slices.
+    same with standard deviations, number of cases).
     """
     cases = min(len(group["case"].unique()) for group in sets.values())
     rng, found = np.random.default_rng(0), {"synthetic": [], "real": []}
@@ -336,25 +245,13 @@ def compare_draws(sets, draws=10):
             rows = torch.isin(group["case"], torch.from_numpy(chosen))
             drawn[name] = {key: values[rows] for key, values in group.items()}
         for name, other in (("synthetic", "synthetic"), ("real", "training")):
-            found[name].append({**compare_sets(drawn["real"], drawn[other]),
-                                PAIRS: pair_similarity(drawn[name])})
+            found[name].append(compare_sets(drawn["real"], drawn[other]))
     mean, sd = {}, {}
     for name, rows in found.items():
         values = np.array([list(row.values()) for row in rows]).T.copy()        # (figures, draws)
         mean[name] = dict(zip(rows[0], values.mean(1).tolist()))
         sd[name] = dict(zip(rows[0], values.std(1).tolist()))
     return mean, sd, cases
-
-
-def pair_similarity(group, pairs=100):
-    """Mean MS-SSIM of pairs of slices from different cases at about the same height in the brain:
-    the lower, the more varied a set is. group: from slice_set; NaN for a set of one case."""
-    position, case = group["position"], group["case"]
-    if len(case.unique()) < 2:
-        return math.nan
-    picks = np.random.default_rng(0).integers(0, len(case), pairs)
-    apart = (position - position[picks, None]).abs() + 9 * (case == case[picks, None])
-    return ms_ssim(group["images"][picks], group["images"][apart.argmin(1)]).mean().item()
 
 
 def prepare(segmenter, cases):
@@ -447,24 +344,8 @@ def judge_words(report, segmenter):
     return "\n".join(lines)
 
 
-def draw_judge(path, report):
-    """The report of --judge as a figure: Dice, fractions in feature space, known truth."""
-    dices, fractions = {}, {}
-    for source in ("synthetic", "real"):
-        dices[source] = list(bs.REGIONS), [report[source][name] for name in DICES], None
-        fractions[source] = FRACTIONS, [report[source][name] for name in FRACTIONS], None
-    panels = [("Dice against the labels", "linear", dices),
-              ("against held-out cases, in feature space", "linear", fractions)]
-    if "known_truth" in report:
-        x, y = report["known_truth"]["dice_on_synthetic"], report["known_truth"]["dice_on_real"]
-        panels.append(("segmenters: Dice on real over Dice on synthetic", "linear",
-                       {f"{len(x)} segmenters": (x, y, None), "equal": (x, x)}))
-    pictures.plot_lines(path, panels, "")
-
-
 def judge(args, device):
-    """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json,
-    judge.png."""
+    """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json."""
     segmenters = [runs.load_segmenter(path, device) for path in args.segmenter]
     synthetic = nifti.find_cases(args.judge)
     split, hashes = held_out_split(args, segmenters, synthetic)
@@ -479,7 +360,6 @@ def judge(args, device):
     if len(segmenters) > 1:
         report["known_truth"] = known_truth(segmenters, synthetic, real)
     print(judge_words(report, args.segmenter[0]))
-    folder = Path(args.judge)
-    files.write_json(folder / "judge.json", report)
-    draw_judge(folder / "judge.png", report)
-    print(f"wrote: {folder / 'judge.json'}\nwrote: {folder / 'judge.png'}")
+    path = Path(args.judge) / "judge.json"
+    files.write_json(path, report)
+    print(f"wrote: {path}")

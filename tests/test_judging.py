@@ -95,71 +95,6 @@ def test_frechet_distance_of_gaussians_is_known():
     assert judging.frechet_distance(a, c) < 1e-3
 
 
-def test_kernel_distance_is_unbiased():
-    """Its mean over many small samples of one distribution is 0; of two it is above 0."""
-    pairs = torch.randn(300, 2, 20, 3, generator=torch.Generator().manual_seed(0))
-    same = [judging.kernel_distance(a, b) for a, b in pairs]
-    assert abs(np.mean(same)) < 3 * np.std(same) / 300 ** 0.5 and min(same) < 0
-    assert np.mean([judging.kernel_distance(a, b + 1) for a, b in pairs[:50]]) > 0.5
-
-
-def test_precision_and_recall_tell_poor_from_narrow():
-    """Samples all at one place of the real set are precise and cover nothing; far ones are not
-    precise."""
-    real = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
-    narrow, far = real[:1] + 1e-3 * torch.randn(300, 2), real + 5
-    got = judging.precision_recall(real, narrow)
-    assert got["precision"] > 0.95 and got["recall"] < 0.1 and got["coverage"] < 0.1
-    got = judging.precision_recall(real, far)
-    assert got == {"precision": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0}
-    got = judging.precision_recall(real, torch.rand(300, 2))
-    assert min(got["precision"], got["recall"], got["coverage"]) > 0.9
-    assert 0.8 < got["density"] < 1.2
-
-
-def test_precision_recall_by_hand():
-    """Real points 0, 1, 3 on a line, k = 1: balls of radius 1, 1, 2. Made: 0.5 and 4, balls of 3.5
-    each."""
-    got = judging.precision_recall(torch.tensor([[0.0], [1.0], [3.0]]),
-                                   torch.tensor([[0.5], [4.0]]), k=1)
-    assert got == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
-
-
-def test_ms_ssim_knows_sameness_noise_and_size():
-    """1 for equal pictures, less for noisier ones, also at 64 pixels where only three scales
-    fit."""
-    for size in (64, 192):
-        smooth = torch.nn.functional.interpolate(torch.rand(3, 4, 12, 12), size, mode="bicubic")
-        a = smooth.clamp(0, 1) * 2 - 1
-        some, much = [(a + sd * torch.randn(a.shape)).clamp(-1, 1) for sd in (0.1, 0.6)]
-        assert torch.allclose(judging.ms_ssim(a, a), torch.ones(3), atol=1e-5)
-        assert (judging.ms_ssim(a, some) > judging.ms_ssim(a, much) + 0.1).all()
-        assert (judging.ms_ssim(a, some) < 0.999).all()
-
-
-def test_ms_ssim_agrees_with_monai():
-    """All five scales, against the library."""
-    monai = pytest.importorskip("monai.metrics")
-    a, b = torch.rand(2, 1, 192, 192), torch.rand(2, 1, 192, 192)
-    b = 0.7 * a + 0.3 * b
-    metric = monai.MultiScaleSSIMMetric(spatial_dims=2, data_range=1.0, kernel_size=11,
-                                        kernel_sigma=1.5)
-    found = judging.ms_ssim(a * 2 - 1, b * 2 - 1)
-    assert torch.allclose(found, metric(a, b).flatten(), atol=2e-3)
-
-
-def test_modality_correlation_finds_what_is_linear():
-    """Second modality = minus the first inside class 1, independent in class 2; a small class is
-    left out."""
-    images, classes = torch.randn(4, 3, 16, 24), torch.ones(4, 16, 24, dtype=torch.long)
-    classes[2:], classes[0, 0, :5] = 2, 3
-    images[:2, 1] = -images[:2, 0]
-    # pairs 01, 02, 12
-    got = judging.modality_correlation(images, classes, 4)
-    assert got.shape == (3, 3) and got[0, 0] == pytest.approx(-1, abs=1e-5)
-    assert abs(got[1, 0]) < 0.15 and got[2].isnan().all()
-
-
 def test_rank_correlation_agrees_with_scipy():
     """Spearman's rho, ties included; NaN when one list is constant."""
     stats = pytest.importorskip("scipy.stats")
@@ -229,15 +164,12 @@ def test_every_case_gives_equally_many_slices(slice_sets):
         assert group["position"].min() < -0.6 and group["position"].max() > 0.6
 
 
-def test_a_set_of_copies_is_found_far_and_monotonous(slice_sets):
-    """One head six times over: further from the held-out heads than other heads are, misses most of
-    them, and its pairs look alike."""
+def test_a_set_of_copies_is_found_far(slice_sets):
+    """One head six times over is further from the held-out heads than other heads are."""
     mean, sd, cases = judging.compare_draws(slice_sets, draws=3)
     synthetic, real = mean["synthetic"], mean["real"]
     assert cases == 6 and set(sd["real"]) == set(real)
     assert synthetic["Frechet distance"] > 1.3 * real["Frechet distance"]
-    assert synthetic["coverage"] < real["coverage"]
-    assert synthetic[judging.PAIRS] > 0.95 > real[judging.PAIRS] + 0.1
 
 
 def test_distances_are_between_equal_numbers_of_cases(slice_sets):
@@ -246,5 +178,3 @@ def test_distances_are_between_equal_numbers_of_cases(slice_sets):
     real = slice_sets["real"]
     two = {name: values[real["case"] < 2] for name, values in real.items()}
     assert judging.compare_draws({**slice_sets, "real": two}, draws=1)[2] == 2
-    single = {name: values[real["case"] < 1] for name, values in real.items()}
-    assert np.isnan(judging.pair_similarity(single))

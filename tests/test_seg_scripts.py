@@ -299,7 +299,7 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
     assert len(list(everything_in(tmp_path / "out"))) > 50
 
 
-def test_judging_writes_one_table_one_json_one_plot(made):
+def test_judging_writes_one_table_and_one_json(made):
     """Re-segmentation beside the ceiling, distances beside the floor and the number of images,
     diversity, consistency, roughness; five segmenters ask how far Dice on synthetic cases can be
     trusted."""
@@ -313,10 +313,8 @@ def test_judging_writes_one_table_one_json_one_plot(made):
     text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter",
                "runs/seg", *[f"runs/weak{i}" for i in range(1, 5)])
     report = json.loads((folder / "synthetic/judge.json").read_text())
-    assert (folder / "synthetic/judge.png").read_bytes()[:4] == b"\x89PNG"
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
-    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "kernel distance",
-                 "precision", "recall", "density", "coverage", "modality correlation, mean error",
+    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "texture distance",
                  "slice-to-slice roughness"):
         assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
     assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text

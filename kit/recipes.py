@@ -148,12 +148,13 @@ def requested_labels(args, device, state):
     if "ventricles" in args.request and state["condition"] != "ventricles":
         raise bs.BadInput(f"--request ventricles: {args.label_checkpoint} was not trained with "
                           f"--condition ventricles, or {args.checkpoint} was not")
+    names = (*bs.LABELS, "ventricles")          # what is a volume in mL
     for number in range(args.count):
         request = requests.requested(args.request, number, args.count, args.seed)
         asked = {name: round(value, 2) for name, value in zip(requests.ASKED, request.tolist())
                  if not math.isnan(value)}
         facts = {"LabelMaps": "generated", "Edits": {}, "Pasted": False, "Requested": asked,
-                 "RequestedML": {name: asked[name] for name in requests.VOLUMES if name in asked},
+                 "RequestedML": {name: asked[name] for name in names if name in asked},
                  "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.patients,
                  "LabelCheckpointSHA256": model.digest}
         yield Recipe((args.seed, number), facts, model=model, request=request)

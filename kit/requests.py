@@ -474,36 +474,49 @@ def smooth(scores, middle):
     return F.conv3d(padded, kernel[None, None])[:, 0].movedim(0, 1)
 
 
+def largest(score, count):
+    """The `count` voxels (D, R, R) of the largest score above 0, or all above 0 if they are fewer:
+    bool."""
+    count = min(round(float(count)), int((score > 0).sum()))
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask.view(-1)[score.flatten().topk(count).indices] = True
+    return mask
+
+
 def settle(scores, voxels):
     """Scores of classes become a label map of given volumes: scores float (D, K, R, R) in -1..1,
     voxels float (V,), how many of them the last V classes should get -> int64 (D, R, R).
 
     1. Fractions are (score + 1) / 2. They are smoothed by (1, 6, 1) / 8 along each axis, air twice
        by (1, 2, 1) / 4: single unsure voxels go and slabs meet. Stronger smoothing would make
-       tumours rounder than they are. The classes but air are scaled so that the sum is 1.
-    2. The largest fraction wins, after each of the V classes is multiplied by its gain, one number
-       between 1/10 and 10 for the whole volume. The gains are found in 41 rounds:
-       gain *= ((voxels wanted + 5) / (voxels found + 5))^0.3. If 0 voxels are wanted, it is 0.
-    3. In every round a voxel of these classes without a neighbour (of 26) of these classes becomes
-       class 1, brain, and so does a voxel where no class has a score.
+       tumours rounder than they are. The classes but air are scaled so that the sum is 1; where
+       they are all 0 the voxel is class 1, brain. Classes with 0 voxels are left out.
+    2. The tumour as a whole: the lead of a voxel is the sum of its label fractions / its largest
+       other fraction. The voxels of the largest lead, at least 0.1, are tumour, as many as all
+       labels together should get. Of these a voxel that touches no other (of 26) is dropped.
+    3. The parts of the tumour: the label with the fewest voxels takes those in which its fraction
+       is largest, then the next one from the rest.
+    4. Ventricles, where they are a class, are taken as in 2 from the voxels outside the tumour.
+       Every other voxel is the largest class for which no number is given.
     """
-    most, first = 10, scores.shape[1] - len(voxels)
+    n_labels, first = len(bs.LABELS), scores.shape[1] - len(voxels)
     fractions = ((scores + 1) / 2).clamp(0, 1)
     air, rest = smooth(smooth(fractions[:, :1], 2), 2), smooth(fractions[:, 1:], 6)
     rest[:, 0] += 1e-6
+    rest[:, first - 1:] *= (voxels > 0).view(-1, 1, 1)
     fractions = torch.cat([air, rest * (1 - air) / rest.sum(1, keepdim=True)], 1)
-    base, base_class = fractions[:, :first].max(1)
-    contested = most * fractions[:, first:].amax(1) > base      # elsewhere no gain can win
-    some = fractions.movedim(1, -1)[contested]                                  # (M, K)
-    gain = torch.ones(scores.shape[1])
-    for _ in range(41):
-        classes = base_class.masked_scatter(contested, (some * gain).argmax(1))
-        labelled = (classes >= first).float()[None]
-        neighbours = (F.avg_pool3d(labelled, 3, 1, 1) * 27).round() - 1
-        classes[((labelled == 1) & (neighbours == 0))[0]] = 1
-        found = torch.bincount(classes.flatten(), minlength=len(gain))[first:]
-        better = gain[first:] * ((voxels + 5) / (found + 5)) ** 0.3
-        gain[first:] = better.clamp(1 / most, most) * (voxels > 0)
+    base, classes = fractions[:, :first].max(1)
+    labels, others = fractions.tensor_split([-n_labels], 1)[::-1]
+    inside = labels.sum(1)
+    tumour = largest(inside / others.amax(1) - 0.1, voxels[-n_labels:].sum())
+    tumour &= F.avg_pool3d(tumour.float()[None], 3, 1, 1)[0] * 27 > 1.5
+    for k in range(first, first + len(voxels) - n_labels):
+        ventricles = (fractions[:, k] / base - 0.1) * ~tumour
+        classes[largest(ventricles, voxels[k - first])] = k
+    for k in voxels[-n_labels:].argsort().tolist():
+        part = largest((labels[:, k] + 1e-9) * tumour, voxels[k - n_labels])
+        classes[part] = others.shape[1] + k
+        tumour = tumour & ~part
     return classes
 
 

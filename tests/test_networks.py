@@ -156,7 +156,11 @@ def test_a_residual_block_by_hand(c_out):
     """Both norms, both SiLUs, scale and shift from the embedding, and the input added at the
     end."""
     block, x, emb = awake(bs.ResBlock(32, c_out, 24)), torch.randn(2, 32, 6, 9), torch.randn(2, 24)
-    silu, conv = lambda h: h * h.sigmoid(), torch.nn.functional.conv2d
+    conv = torch.nn.functional.conv2d
+
+    def silu(h):
+        return h * h.sigmoid()
+
     h = conv(silu(plain_norm(x, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
     both = emb @ block.to_scale_shift.weight.T + block.to_scale_shift.bias
     scale, shift = both.view(2, 2, c_out, 1, 1).unbind(1)
@@ -177,10 +181,10 @@ def test_attention_by_hand(channels):
     q, k, v = (qkv + layer.to_qkv.bias.view(-1, 1, 1)).flatten(2).view(2, 3, channels, 15).unbind(1)
     out = torch.empty_like(q)
     for head in range(0, channels, 64):
-        its = slice(head, head + 64)
+        channels_of_head = slice(head, head + 64)
         # (B, asking pixel, pixel)
-        weight = (q[:, its].mT @ k[:, its] / 8).softmax(-1)
-        out[:, its] = v[:, its] @ weight.mT
+        weight = (q[:, channels_of_head].mT @ k[:, channels_of_head] / 8).softmax(-1)
+        out[:, channels_of_head] = v[:, channels_of_head] @ weight.mT
     out = torch.einsum("oc,bcn->bon", layer.to_out.weight[..., 0, 0], out) + layer.to_out.bias.view(
         -1, 1)
     assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-2, rtol=1e-3), (

@@ -69,13 +69,8 @@ def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. BadInput where they are wrong
     or do not go together."""
     parser = options.Parser(__doc__, FLAGS)
-    args = parser.parse_args(argv)
+    args = parser.parse_training(argv, "generate", {"labels": LABEL_DEFAULTS})
     labels = args.generate == "labels"
-    if labels:
-        parser.set_defaults(**LABEL_DEFAULTS)
-    if args.minutes:
-        parser.set_defaults(steps=None)
-    args = parser.parse_args(argv)              # again, with the defaults that depend on flags
     multiple = 4 * requests.BLOCK
     if labels and args.resolution % multiple:
         raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {multiple}")
@@ -102,23 +97,17 @@ class Images:
 
     def __init__(self, args, cache):
         self.args, self.cache = args, cache
-        self.names = bs.CONDITIONS[args.condition]
-        self.modalities = cache.meta["modalities"]
-        self.first_lesion = self.names.index(bs.LABELS[0])
-        self.alpha_bar = bs.cosine_alpha_bar(args.shift)
+        self.modalities, classes = cache.meta["modalities"], bs.CONDITIONS[args.condition]
+        self.network = {"channels": len(self.modalities), "classes": len(classes)}
         self.own = devices.slice_of_batch(args.batch)           # this process's part
-        self.sampling = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}   # of slices
         train, val, test = [cache.part(part) for part in ("train", "val", "test")]
-        self.shown = val if len(val) else train
-        self.held_out, self.part = np.concatenate([val, test]), "held-out"
-        if not len(self.held_out):
-            self.held_out, self.part = train, "training"
+        self.prior = bs.measure_prior(cache.batches(train), args.condition)
+        self.first_lesion = classes.index(bs.LABELS[0])
         has_tumour = slices.has_label(cache, train, self.first_lesion)
         self.tumour, self.other = train[has_tumour], train[~has_tumour]
-        self.network = {"channels": len(self.modalities), "classes": len(self.names)}
-        self.prior = bs.measure_prior(cache.batches(train), args.condition)
-        self.words = (f"{len(train)} training slices ({len(self.tumour)} with tumour) of "
-                      f"{args.resolution}x{args.resolution}, {len(self.held_out)} held out")
+        held_out = np.concatenate([val, test])
+        self.shown, self.part = (held_out, "held-out") if len(held_out) else (train, "training")
+        self.words = f"{len(train)} training slices, {len(held_out)} held out"
 
     def rows(self, step):
         """Cache rows of this process's part of the batch of step 0, 1, ...: int (B,)."""
@@ -137,45 +126,41 @@ class Images:
         noise = bs.training_noise(self.args.seed, step, shape, self.args.drop)
         t, eps, keep, given, mirror = [part[self.own] for part in noise]
         x0, classes, position = self.cache.batch(self.rows(step), mirror)
-        onehot = bs.one_hot(classes, len(self.names)) * keep.view(-1, 1, 1, 1)  # 0: no label map
+        onehot = bs.one_hot(classes, self.network["classes"]) * keep.view(-1, 1, 1, 1)
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)
-        signal, sigma = bs.signal_sigma(self.alpha_bar, t)
+        signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(self.args.shift), t)
         mean, std = bs.expected(self.prior, onehot, scalars[:, 0])
         return t, x0, eps, onehot, scalars, signal, sigma, mean, std
 
-    def sample(self, denoiser, rows, count, word):
-        """Sample from the label maps of `count` of these rows -> real and sampled images float
-        (N, C, R, R), classes int (N, R, R). word: from which the noise follows."""
-        rows = pick_rows(self.cache, rows, self.first_lesion, count)
+    def draw(self, denoiser, count, seed, name, headline):
+        """Sample from the label maps of `count` of the shown slices, always the same ones and with
+        the same noise, and draw up to six beside the scans into the file `name` -> real and sampled
+        images float (N, C, R, R), classes int (N, R, R). seed: a word."""
+        rows = pick_rows(self.cache, self.shown, self.first_lesion, count)
         real, classes, position = self.cache.batch(rows)
-        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, word),
-                                   self.sampling)
+        settings = {**bs.SAMPLING, "guidance": self.args.guidance, "coherence": 0.0}    # of slices
+        seed = self.args.seed, seed
+        sampled = bs.sample_volume(denoiser, classes, position, 1.0, seed, settings)
+        few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
+        titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
+        pictures.plot_rows(Path(self.args.out) / name,
+                           [[classes[i], *real[i], None, *sampled[i]] for i in few], titles,
+                           self.args.condition, headline)
         return real, sampled, classes
 
     def picture(self, denoiser, step):
-        """Draw four samples into sample_*.png: always the same label maps and the same noise."""
-        rows = self.val if len(self.val) else self.train
-        _, sampled, classes = self.sample(denoiser, rows, 4, "shown")
-        pictures.plot_rows(Path(self.args.out) / f"sample_{step:06d}.png",
-                           [[labels, *image] for labels, image in zip(classes, sampled)],
-                           ["labels", *self.modalities], self.args.condition,
-                           f"SYNTHETIC, step {step}")
+        """Draw four samples into sample_*.png."""
+        self.draw(denoiser, 4, "shown", f"sample_{step:06d}.png", f"step {step}")
 
     def report(self, denoiser, run):
         """End a run: samples.png, and the figures of up to 64 slices with tumour, held out where
         the split holds out any."""
-        rows, part = (self.held_out, "held-out") if len(self.held_out) else (self.train, "training")
-        real, sampled, classes = self.sample(denoiser, rows, 64, "closing")
-        few = np.linspace(0, len(real) - 1, min(6, len(real))).astype(int)
-        titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
-        pictures.plot_rows(Path(self.args.out) / "samples.png",
-                           [[classes[i], *real[i], None, *sampled[i]] for i in few], titles,
-                           self.args.condition, f"{part} slices")
-        print(f"--- slices of {part} cases, sampled from their label maps")
+        real, sampled, classes = self.draw(denoiser, 64, "closing", "samples.png", self.part)
+        print(f"--- slices of {self.part} cases, sampled from their label maps")
         figures = judging.judge_slices(real, sampled, classes, self.args.condition)
         runs.report(self.args, {"steps": run.step, "minutes": round(run.seconds / 60, 2),
-                                "slices": f"{len(real)} {part}",
-                                "sampler_calls": self.sampling["steps"], **figures})
+                                "slices": f"{len(real)} {self.part}",
+                                "sampler_calls": bs.SAMPLING["steps"], **figures})
 
 
 def train(args, device):
@@ -187,19 +172,17 @@ def train(args, device):
     only_phantoms = all(phantoms.phantom_seed(case.case) is not None for case in split["train"])
     facts = {"condition": args.condition, "classes": list(bs.CONDITIONS[args.condition]),
              "modalities": list(cache.meta["modalities"]), "resolution": args.resolution,
-             "fov": args.fov,
+             "fov": args.fov, "patients": patients, "trained_on": cache.hashes("train"),
              "data": "phantoms" if only_phantoms and not args.label_maps else "patients"}
     if args.generate == "images":
-        facts |= {"trained_on": cache.hashes("train"), "patients": patients}
         return learn(args, device, "ddpm", Images(args, cache), facts)
     data = label_training.heads_to_learn(args, cache)
     # in random order and rounded: no row leads back to a case
     order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
     digits = [2 if name == "sphericity" else 1 for name in requests.ASKED]
-    measured = [[round(value, places) for value, places in zip(row, digits)]
-                for row in data.asked[order].tolist()]
-    facts |= {"trained_on": data.hashes, "measured": measured,
-              "patients": patients + (len(data.cases) if args.label_maps else 0)}
+    facts["measured"] = [list(map(round, row, digits)) for row in data.asked[order].tolist()]
+    facts["trained_on"] = data.hashes
+    facts["patients"] += len(data.cases) if args.label_maps else 0
     for part, task in (("coarse", label_training.Heads), ("fine", label_training.Voxels)):
         print(f"--- {part} network")
         part_args = arguments_of_part(args, part)
@@ -221,8 +204,8 @@ def learn(args, device, kind, task, facts):
     """One training run, start to end, resumed where one was begun. kind: of the checkpoint; task:
     Images, Heads or Voxels; facts: what a checkpoint says of the data."""
     torch.manual_seed(args.seed)
-    network = {"width": args.width, "mults": args.mults, "blocks": args.blocks, "patch": args.patch,
-               **task.network}
+    sizes = {name: getattr(args, name) for name in ("width", "mults", "blocks", "patch")}
+    network = sizes | task.network
     net = devices.place_network(bs.UNet(**network), device)
     ema = bs.EMA(net, args.ema, to_host=devices.to_host)
     optimizer = bs.make_optimizer(net, args.lr, device, args.precision, net.hidden())
@@ -272,13 +255,8 @@ def learn(args, device, kind, task, facts):
         run.record()
     del trained
     if run.finish():
-        finish_report(task, denoiser(), run)
+        task.report(denoiser(), run)
         run.end_if_stopped()                    # by a signal since: another network may follow
-
-
-def finish_report(task, denoiser, run):
-    """What a run ends with: pictures and figures."""
-    task.report(denoiser, run)
 
 
 def main(argv=None):

@@ -25,6 +25,7 @@ import brainsyn as bs
 from kit import checks, devices, files, metrics, nifti, options, pictures, runs, slices, study
 
 STEPS = 1200                                    # of a run with neither --steps nor --minutes
+STUDY_DEFAULTS = {"phantoms": 120, "steps": study.STUDY_STEPS, "out": "runs/study"}
 FLAGS = {
     "data": [
         *options.DATA, *options.GRID,
@@ -36,7 +37,7 @@ FLAGS = {
         ("--predict", ["regions", "labels"], "regions", "WT, TC, ET by sigmoids, or one softmax"),
         ("--weights", str, None, "encoder to start from: a file in torchvision's names")],
     "optimisation": [
-        ("--steps", options.count, STEPS, f"of a study {study.STUDY_STEPS}; no bound with --minutes"),
+        ("--steps", options.count, STEPS, f"of a study {study.STUDY_STEPS}; none with --minutes"),
         *options.OPTIMISATION,
         ("--ema", options.fraction, 0.99, "decay of the averaged weights a step")],
     "run": [
@@ -58,14 +59,9 @@ FLAGS = {
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. BadInput where one is wrong."""
     parser = options.Parser(__doc__, FLAGS)
-    args = parser.parse_args(argv)
+    args = parser.parse_training(argv, "study", {True: STUDY_DEFAULTS})
     if args.study and args.minutes:
         raise bs.BadInput("--minutes does not go with --study: give --steps")
-    if args.study:
-        parser.set_defaults(phantoms=120, steps=study.STUDY_STEPS, out="runs/study")
-    if args.minutes:
-        parser.set_defaults(steps=None)
-    args = parser.parse_args(argv)              # again, with the defaults that depend on flags
     if args.batch < 2:
         raise bs.BadInput("--batch 1: batch norms need at least two slices")
     args.encoder = args.weights and files.file_hash(args.weights)       # checkpoints keep no path
@@ -86,7 +82,8 @@ def draw_rows(sources, args, step):
     for i, part in enumerate(sources):
         last = i + 1 == len(sources)
         count = args.batch - len(drawn) if last else round(args.batch * part.fraction)
-        rows = bs.batch_rows(part.tumour, part.other, args.tumour_share, (args.seed, i), step, count)
+        seed = args.seed, i
+        rows = bs.batch_rows(part.tumour, part.other, args.tumour_share, seed, step, count)
         drawn += [(part.cache, row) for row in rows]
     return drawn[devices.slice_of_batch(args.batch)]
 
@@ -175,13 +172,16 @@ def fit(args, sources, cache, device, trained_on=None):
     del trained
     first = run.finish()
     if not keep:
-        twin = ema.copy_of(net, run.step)
-        return metrics.Segmenter(twin, args.resolution, args.fov, device), run
-    if not first:
-        return None, run
-    if best_dice(args.out) is None:             # resumed at its end, and best.pt cannot be used
+        return averaged(run, device), run
+    if first and best_dice(args.out) is None:   # resumed at its end, and best.pt cannot be used
         keep_best(run, cache, device)
-    return runs.load_segmenter(args.out, device), run
+    return runs.load_segmenter(args.out, device) if first else None, run
+
+
+def averaged(run, device):
+    """The Segmenter with the averaged weights of a run."""
+    twin = run.ema.copy_of(run.net, run.step)
+    return metrics.Segmenter(twin, run.args.resolution, run.args.fov, device)
 
 
 def best_dice(out):
@@ -194,13 +194,12 @@ def best_dice(out):
 
 def keep_best(run, cache, device):
     """Validate the averaged weights and write best.pt if they are the best so far -> their Dice."""
-    args, best = run.args, best_dice(run.args.out)
-    twin = run.ema.copy_of(run.net, run.step)
-    score = validate(metrics.Segmenter(twin, args.resolution, args.fov, device), cache)
+    args, best, segmenter = run.args, best_dice(run.args.out), averaged(run, device)
+    score = validate(segmenter, cache)
     state = {"kind": "segmenter", "version": bs.__version__, "dice": score, "step": run.step,
              "args": runs.kept_arguments(args), "network": run.facts["network"],
-             "weights": twin.state_dict(), "resolution": args.resolution, "fov": args.fov,
-             "seen": sorted({*run.facts["trained_on"], *cache.hashes("val")})}
+             "weights": segmenter.net.state_dict(), "resolution": args.resolution,
+             "fov": args.fov, "seen": sorted({*run.facts["trained_on"], *cache.hashes("val")})}
     if best is None or not score <= best:       # NaN: no validation cases, the last weights count
         files.attempt("best.pt", lambda: files.replace_file(
             Path(args.out) / "best.pt", lambda path: runs.save_state(path, state)))
@@ -223,19 +222,17 @@ def finish_report(args, segmenter, split, run):
     rows = segmenter.evaluate(prepared, keep_prediction)
     dice = np.reshape([row["dice"] for row in rows], (len(shown), -1)).mean(1)
     few = np.linspace(0, len(dice) - 1, min(6, len(dice))).astype(int)
-    worst_first = np.argsort(dice, kind="stable")[few]
-    pictures.plot_rows(out / "predictions.png", [shown[i] for i in worst_first],
-                       ["t1ce", "flair", "truth", "prediction"], "tumour",
-                       f"{title}, worst (above) to best")
-    files.write_csv(out / "cases.csv", rows)
+    pictures.plot_rows(out / "predictions.png",
+                       [shown[i] for i in np.argsort(dice, kind="stable")[few]],
+                       ["t1ce", "flair", "truth", "prediction"], "tumour", f"{title}, worst first")
     log = runs.read_log(out / "log.csv")
-    curves = [("Dice + cross-entropy", "log", {"loss": runs.curve(log, "loss")}),
-              ("validation: mean Dice", "linear", {"WT, TC, ET": runs.curve(log, "val_dice")})]
-    pictures.plot_lines(out / "curves.png", curves)
+    pictures.plot_lines(out / "curves.png", [
+        ("Dice + cross-entropy", "log", {"training": runs.curve(log, "loss")}),
+        ("mean Dice of WT, TC, ET", "linear", {"validation": runs.curve(log, "val_dice")})])
+    files.write_csv(out / "cases.csv", rows)
     closing = {"steps": run.step, "minutes": round(run.seconds / 60, 2), "cases": title}
-    files.write_json(out / "closing.json", {**closing, **metrics.summarise(rows)})
-    print(f"--- {title}, whole volumes on their own grid, after {run.step} steps in "
-          f"{run.seconds / 60:.1f} minutes")
+    files.write_json(out / "closing.json", closing | metrics.summarise(rows))
+    print(f"--- {title}, whole volumes on their own grid, after {run.step} steps")
     print("\n".join(metrics.table_of(rows)))
     for name in "best.pt cases.csv predictions.png predictions curves.png closing.json".split():
         print(f"wrote: {out / name}")
@@ -246,9 +243,8 @@ def picture_of(case, prepared, predicted):
     most tumour, true or predicted."""
     true, predicted = slices.to_slices(nifti.read_labels(case)[0]), slices.to_slices(predicted)
     at = int(((true > 0) | (predicted > 0)).sum((1, 2)).argmax())
-    images = bs.to_images(prepared["images"][at]).numpy()
-    t1ce, flair = [prepared["grid"].grow(images[bs.MODALITIES.index(name)])
-                   for name in ("t1ce", "flair")]
+    images = dict(zip(bs.MODALITIES, bs.to_images(prepared["images"][at]).numpy()))
+    t1ce, flair = [prepared["grid"].grow(images[name]) for name in ("t1ce", "flair")]
     return [t1ce, flair, pictures.overlay(t1ce, true[at]), pictures.overlay(t1ce, predicted[at])]
 
 

@@ -18,6 +18,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise bs.BadInput(message.removeprefix("argument "))
 
+    def parse_training(self, argv, flag, defaults):
+        """parse_args of a training script. defaults: {value of `flag`: {name: default that goes
+        with it}}. --steps has none where --minutes is given."""
+        args = self.parse_args(argv)
+        self.set_defaults(**defaults.get(getattr(args, flag), {}))
+        if args.minutes:
+            self.set_defaults(steps=None)
+        return self.parse_args(argv)
+
 
 def add_flags(parser, title, rows):
     """Add a group of flags to a parser -> the group.
@@ -35,7 +44,7 @@ def add_flags(parser, title, rows):
             settings |= {"choices": list(kind), "type": type(next(iter(kind)))}
         else:
             settings["type"] = kind
-        if default not in (None, False, []):
+        if kind is not bool and default not in (None, []):
             text += " (default: %(default)s)"
         group.add_argument(flag, default=default, help=text, **settings)
     return group

@@ -123,14 +123,19 @@ def publish(run, path):
     return files.file_hash(path)
 
 
+def trained_network(kind, state, weights, device):
+    """The network in a checkpoint, for use: of this class, with these weights, on the device."""
+    net = kind(**state["network"])
+    net.load_state_dict(state[weights])
+    return devices.place_network(net.eval(), device)
+
+
 def load_generator(path, device, batch=32, kind="ddpm"):
     """The generator in a run's folder or a file of weights -> (Denoiser with the averaged weights,
     checkpoint). batch: slices a call of the network; kind "labels": a generator of label maps.
     BadInput where there is none."""
     state = load_checkpoint(path, kind)
-    net = bs.UNet(**state["network"])
-    net.load_state_dict(state["ema"])
-    net = devices.place_network(net.eval(), device)
+    net = trained_network(bs.UNet, state, "ema", device)
     return bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device, batch,
                        devices.to_device), state
 
@@ -139,9 +144,7 @@ def load_segmenter(path, device):
     """The Segmenter in a run's folder, its best.pt or a published file. BadInput where there is
     none."""
     state = load_checkpoint(path, "segmenter", names=("best.pt",))
-    net = bs.ResUNet(**state["network"])
-    net.load_state_dict(state["weights"])
-    net = devices.place_network(net.eval(), device)
+    net = trained_network(bs.ResUNet, state, "weights", device)
     return metrics.Segmenter(net, state["resolution"], state["fov"], device,
                              frozenset(state["seen"]), files.file_hash(state["file"]))
 
@@ -252,9 +255,8 @@ class Run:
                 for name, tensor in tensors.items():
                     tensor.copy_(state["optimizer"]["state"][i][name])
         except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise bs.BadInput(f"{state['file']}: does not fit the network ({reason}); delete the "
-                              "folder to begin anew") from error
+            raise bs.BadInput(f"{state['file']}: does not fit the network ({str(error)[:99]}); "
+                              "delete the folder to begin anew") from error
         self.facts = {name: state[name] for name in self.facts}
         self.step, self.seconds = state["step"], state["seconds"]
         self.saved_step = self.step
@@ -283,19 +285,20 @@ class Run:
         self.seconds = devices.broadcast_from_first(time.time() - self.start)
         if finite:
             self.bad_steps = 0
-            self.losses.append(devices.all_gather(losses.detach()))
-            if t is not None:
-                self.levels.append(devices.all_gather(t))
+            losses = devices.all_gather(losses.detach())
+            t = t if t is None else devices.all_gather(t)
             if devices.first_process():
                 self.ema.update(self.net, self.step)
+                self.losses.append(losses)
+                self.levels.append(t)
             return
         self.bad_steps += 1
         print(f"step {self.step:05d} | loss or gradient not finite, nothing learned | cases "
               f"{', '.join(case_names(self.step - 1))}", flush=True)
         if self.bad_steps == 3:
-            raise bs.BadInput(f"step {self.step}: not finite in three steps in a row; look at the "
-                              "cases above, lower --lr or use --precision float32; the same "
-                              "command continues from the last checkpoint")
+            raise bs.BadInput(f"step {self.step}: not finite in three steps in a row; look at those "
+                              "cases, try a lower --lr or --precision float32; the same command "
+                              "continues")
 
     def record(self, val_dice=math.nan):
         """Write a line of the log every five seconds, after a validation and at the end; save every
@@ -324,9 +327,9 @@ class Run:
         else:
             quarter = (joined(self.levels) - 1) * 4 // bs.T
             row |= {name: losses[quarter == q].mean().item() for q, name in enumerate(QUARTERS)}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        images, seconds = len(self.losses) * self.args.batch, time.time() - self.line_time
-        row |= {"images_per_s": images / max(seconds, 1e-6), "seconds": self.seconds}
+        rate = len(self.losses) * self.args.batch / (time.time() - self.line_time + 1e-6)
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": rate,
+                "seconds": self.seconds}
         self.rows.append(row)
         files.attempt(self.log_path, lambda: files.write_csv(self.log_path, self.rows))
         self.losses, self.levels, self.line_time = [], [], time.time()
@@ -359,8 +362,7 @@ class Run:
     def end_if_stopped(self):
         """End the program if a signal came."""
         if self.signals:
-            print(f"stopped by signal {self.signals[0]} after step {self.step}; the same command "
-                  "continues")
+            print(f"stopped by signal after step {self.step}; the same command continues")
             sys.exit(128 + self.signals[0])
 
 

@@ -106,7 +106,7 @@ def finite_levels(n):
     return torch.sigmoid(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 
-@pytest.mark.a3("dpmpp_step")
+@pytest.mark.a3("dpmpp_step", "sample")
 def test_dpmpp_is_second_order_where_log_snr_is_finite():
     """Its error falls by four when steps double, on even steps of log-snr from -3 to 3."""
     x = torch.linspace(-2, 2, 101, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_dpmpp_is_second_order_where_log_snr_is_finite():
     orders = [math.log2(ratio) for ratio in ratios(errors)]
     assert all(1.7 < order < 2.3 for order in orders), (
         f"the error falls with the power {orders} of the number of steps; it should be 2: look at "
-        "r, and at the signs of 1/(2r)")
+        "r, the signs of 1/(2r), and whether x0_earlier is the x0_hat of the step before")
 
 
 @pytest.mark.a3("dpmpp_step")

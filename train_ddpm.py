@@ -21,8 +21,6 @@ Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 m
           held-out heads' volumes, asked for with all else they have, come within 0.5 (NCR), 0.1
           (ED) and 0.05 mL (ET) on average
 """
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

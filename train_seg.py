@@ -14,8 +14,6 @@ Measured  two CPU cores with bfloat16: 1200 steps of 16 slices at 64x64 in 2.3 m
           held-out phantoms WT 0.863, TC 0.855, ET 0.797; one of them has no tumour and counts 0,
           since one is found
 """
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from types import SimpleNamespace

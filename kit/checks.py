@@ -1,7 +1,5 @@
 """What `python brainsyn.py DIR` says of a folder of cases, and what training refuses.
 """
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import devices, files, nifti, phantoms, slices
+from kit import devices, nifti, phantoms, slices
 
 
 # What the sidecar of a synthetic case, or the description of a set of them, says of itself.
@@ -269,11 +267,12 @@ def find_data(args):
         if devices.first_process():
             print(text, flush=True)
 
+    once = devices.first_process_first
     if args.data:
-        cases = devices.first_process_first(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
+        cases = once(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
         return cases, slices.split_patients(cases, args.split)
     folder = home / "phantoms" / args.scanner
-    new = devices.first_process_first(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
+    new = once(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
     if new:
         print(f"phantoms: {new} cases made -> {folder}")
     # a folder may hold more than this run asks for

@@ -1,7 +1,5 @@
 """What `python brainsyn.py` does: a first look, the check of a folder, publishing weights.
 """
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

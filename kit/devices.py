@@ -6,8 +6,6 @@ part of the global batch and DistributedDataParallel averages the gradients. XLA
 process for all its cores: arrays are marked as split along the batch, and the compiler inserts the
 communication (GSPMD, Xu et al. 2021, arXiv 2105.04663).
 """
-from __future__ import annotations
-
 import gc
 import os
 import sys

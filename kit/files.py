@@ -1,8 +1,6 @@
 """Files that are whole or not there: atomic writes, locks, CSV and JSON, signals, and how a script
 ends.
 """
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

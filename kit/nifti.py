@@ -1,8 +1,6 @@
 """Folders of BraTS cases: NIfTI files read and written, label conventions. Whatever is wrong with
 a file is a BadInput.
 """
-from __future__ import annotations
-
 import gzip
 import io
 import math

@@ -3,8 +3,6 @@ as real scans.
 
 They model anatomy and no person: free to make, safe to publish, truth known.
 """
-from __future__ import annotations
-
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor

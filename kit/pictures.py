@@ -1,7 +1,5 @@
 """Pictures: slices, label maps, planes, curves.
 """
-from __future__ import annotations
-
 import inspect
 
 import numpy as np

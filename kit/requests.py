@@ -12,8 +12,6 @@ blocks. The blocks decide where the tumour lies and how large it is; the voxels 
 
 A request is a float tensor (len(ASKED),), NaN where an entry is left open.
 """
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

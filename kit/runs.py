@@ -1,8 +1,6 @@
 """Training runs on disk: checkpoints, resuming, the log, published weights, and the object that a
 training loop keeps them with.
 """
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,8 +1,6 @@
 """From a case on disk to slices on the model's grid: brain mask, tissue, resampling, the split, the
 cache.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import math

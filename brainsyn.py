@@ -1,44 +1,47 @@
-r"""brainsyn: brain MRI to tumour labels and label maps to four-modality MRI, both from scratch.
+r"""brainsyn: label maps to four-modality brain MRI, and brain MRI to tumour labels, from scratch.
 
-This one file is the library. It reads top to bottom; each section uses only what stands above it:
+This file is the book: what one has to read to understand, train and sample both models. Read it
+from top to bottom: each section uses only what stands above it, and PyTorch and numpy. All else
+(files, phantoms, checks, pictures, figures) is in kit/, one topic a module.
 
-     1 conventions     modalities, labels, conditions, small helpers
-     2 phantoms        heads with tumours from an integer seed: the data you have when you have none
-     3 reading         folders of BraTS cases -> slices in a memory-mapped cache, split by patient
-     4 noise process   alpha_bar, add_noise, v_target, split_v, loss weights: pure functions
-     5 networks        residual blocks, attention, the U-Net
-     6 devices         the only place that names cpu, cuda, mps, xla; several of them
-     7 sampling        DDPM, DDIM, DPM-Solver++(2M) as four numbers a step; guidance; noise along z
-     8 segmenter       ResNet encoder with torchvision's parameter names, U-Net decoder
-     9 segmentation    regions, losses, augmentation; Dice, HD95 and lesion-wise Dice per case
-    10 training        batches from (seed, step), Muon, EMA, checkpoints, log
-    11 editing         new label maps from old ones: moved, bent, pasted, balanced
-    12 on request      label maps from no patient, with volumes and a place that are asked for
-    13 writing         synthetic cases as NIfTI with a sidecar; pictures
-    14 judging         figures that say whether a sample obeys its mask and looks like a scan
-    15 audit           whether synthetic cases are copies of training cases
+    1 names          modalities, labels, classes; images as tensors; random numbers
+    2 noise          what diffusion is: alpha_bar, add_noise, v_target, split_v
+    3 the start      the prior (mean and std of every class), and what it says before any training
+    4 the network    residual blocks, attention, the U-Net
+    5 devices        what this file must know about CPUs, GPUs and TPUs
+    6 sampling       DDPM, DDIM, DPM-Solver++ as four numbers a step; guidance; noise along z
+    7 learning       batches and noise from (seed, step), learning rate, Muon, EMA
+    8 the segmenter  ResNet encoder, U-Net decoder; regions, losses, augmentation, Dice
 
-    python brainsyn.py       draws a phantom and its noise ladder, prints the layer-shape table (10
-    s) python brainsyn.py DIR   checks a folder of cases: what is rejected, what is doubtful, what
-    is put right python brainsyn.py --publish runs/ddpm weights.npz       writes weights without
-    pickle, prints their sha256
+The training step itself is in train_ddpm.py (and train_seg.py), between two lines of dashes.
+
+    python brainsyn.py         draws a phantom under more and more noise, lists all layers (10 s)
+    python brainsyn.py DIR     checks a folder of cases and says what is wrong, file by file
+    python brainsyn.py --publish runs/ddpm weights.npz    writes the weights to share them
 
 GLOSSARY (the same names everywhere)
+    modality    one kind of MRI scan: T1, T1ce (T1 with contrast agent), T2, FLAIR
+    label       what a tumour voxel is: NCR necrotic core, ED oedema, ET enhancing tumour
+    region      a union of labels: WT whole tumour, TC tumour core, ET; see REGIONS
+    class       a label, or a kind of healthy voxel (air, brain ...); see CONDITIONS
+    label map   a class number for every pixel: `classes`, integers (B, H, W); as `onehot` it is
+                (B, K, H, W) of 0 and 1, all 0 where no label map is given
+    scalars     (B, S): further conditions, one number each; the first is the slice's position
+    position    where along z a slice lies: -1 = lowest .. 1 = highest slice with brain
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
     eps         standard normal noise, same shape as x0
-    t           integer noise level (B,), 0 = clean .. T = pure noise
-    alpha_bar   share of signal power that is left at t, (T+1,);  signal = sqrt(alpha_bar)
-    sigma       sqrt(1 - alpha_bar);   snr = alpha_bar / (1 - alpha_bar)
-    x_t         signal * x0 + sigma * eps
-    v           signal * eps - sigma * x0, what the network predicts; a prediction ends in _hat
-    classes     label map (B, H, W) of integers, see CONDITIONS; onehot is the same as (B, K, H, W)
-    regions     WT, TC, ET: unions of labels, see REGIONS; NCR, ED, ET are labels
-    position    where along z a slice lies, -1 = lowest .. 1 = highest slice with brain
-    axes        B batch, C modality, D slice (foot to head), H row (front to back), W column
-                (the patient's right is on the left, as radiologists look at it)
+    t           noise level, integer (B,): 0 = clean .. T = pure noise
+    alpha_bar   fraction of signal power that is left at every t, (T + 1,)
+    signal      sqrt(alpha_bar);  sigma = sqrt(1 - alpha_bar);  snr = alpha_bar / (1 - alpha_bar)
+    x_t         noisy images: signal * x0 + sigma * eps
+    v           signal * eps - sigma * x0, what the network predicts
+    _hat        ends the name of a prediction: v_hat, x0_hat
+    axes        B batch (N: any number of slices), C modality, K class, D slice (foot to head),
+                H row (front to back), W column (the patient's right is on the left, as
+                radiologists look at it)
 
-SOURCES (the key in brackets is how comments below refer to them)
-    [DDPM]    ancestral sampling: Ho et al. 2020, arXiv 2006.11239
+SOURCES (comments below refer to them by the key in brackets)
+    [DDPM]    diffusion, sampling with new noise in every step: Ho et al. 2020, arXiv 2006.11239
               Denoising Diffusion Probabilistic Models
     [DDIM]    deterministic sampling, eta: Song et al. 2020, arXiv 2010.02502
               Denoising Diffusion Implicit Models
@@ -50,21 +53,21 @@ SOURCES (the key in brackets is how comments below refer to them)
               Common Diffusion Noise Schedules and Sample Steps are Flawed
     [SHIFT]   noise schedule shifted with resolution: Hoogeboom et al. 2023, arXiv 2301.11093
               simple diffusion: End-to-end diffusion for high resolution images
-    [MINSNR]  min-SNR loss weight: Hang et al. 2023, arXiv 2303.09556
-              Efficient Diffusion Training via Min-SNR Weighting Strategy
     [CFG]     classifier-free guidance: Ho & Salimans 2022, arXiv 2207.12598
               Classifier-Free Diffusion Guidance
     [RANGE]   guidance in a limited interval: Kynkaanniemi et al. 2024, arXiv 2404.07724
               Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
               Diffusion Models
+    [COSINE]  the cosine noise schedule: Nichol & Dhariwal 2021, arXiv 2102.09672
+              Improved Denoising Diffusion Probabilistic Models
+    [EDM]     preconditioning, loss in its units: Karras et al. 2022, arXiv 2206.00364
+              Elucidating the Design Space of Diffusion-Based Generative Models
     [ADM]     scale-shift norm in residual blocks: Dhariwal & Nichol 2021, arXiv 2105.05233
               Diffusion Models Beat GANs on Image Synthesis
     [UNET]    down, up and copies across: Ronneberger et al. 2015, arXiv 1505.04597
               U-Net: Convolutional Networks for Biomedical Image Segmentation
     [GN]      group normalisation: Wu & He 2018, arXiv 1803.08494
               Group Normalization
-    [EDM]     preconditioning, loss in its units: Karras et al. 2022, arXiv 2206.00364
-              Elucidating the Design Space of Diffusion-Based Generative Models
     [ADAMW]   Adam with weight decay of its own: Loshchilov & Hutter 2017, arXiv 1711.05101
               Decoupled Weight Decay Regularization
     [MUON]    orthogonalised momentum: Jordan et al. 2024, kellerjordan.github.io/posts/muon
@@ -72,27 +75,10 @@ SOURCES (the key in brackets is how comments below refer to them)
     [BRATS]   labels, regions, file naming: Baid et al. 2021, arXiv 2107.02314
               The RSNA-ASNR-MICCAI BraTS 2021 Benchmark on Brain Tumor Segmentation and Radiogenomic
               Classification
-    [GSPMD]   one program for several chips: Xu et al. 2021, arXiv 2105.04663
-              GSPMD: General and Scalable Parallelization for ML Computation Graphs
-    [BN]      batch normalisation: Ioffe & Szegedy 2015, arXiv 1502.03167
-              Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-              Shift
     [RESNET]  residual networks: He et al. 2015, arXiv 1512.03385
               Deep Residual Learning for Image Recognition
     [VNET]    Dice as a loss: Milletari et al. 2016, arXiv 1606.04797
               V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation
-    [LESION]  lesion-wise Dice: Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics
-              BraTS 2023 Metrics
-    [FID]     Frechet distance of features: Heusel et al. 2017, arXiv 1706.08500
-              GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium
-    [SWD]     sliced Wasserstein distance of patches: Karras et al. 2017, arXiv 1710.10196
-              Progressive Growing of GANs for Improved Quality, Stability, and Variation
-    [KID]     kernel distance of features: Binkowski et al. 2018, arXiv 1801.01401
-              Demystifying MMD GANs
-    [PRDC]    precision, recall, density, coverage: Naeem et al. 2020, arXiv 2002.09797
-              Reliable Fidelity and Diversity Metrics for Generative Models
-    [MSSSIM]  multi-scale structural similarity: Wang et al. 2003, Asilomar conference
-              Multiscale structural similarity for image quality assessment
 """
 from __future__ import annotations
 
@@ -110,17 +96,16 @@ import torch.nn.functional as F
 
 __version__ = "0.1.0"
 
-
 # ================================================================================================
-# 1  CONVENTIONS
-# What is called what, once; labels and file names are those of [BRATS]. Everything takes its names
-# from here.
+# 1  NAMES
+# Modalities, labels and file names are those of [BRATS]. Everything takes its names from here.
 # ================================================================================================
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")      # BraTS names up to 2021, the order of axis C
-LABELS = ("NCR", "ED", "ET")                    # values 1, 2, 3: necrotic core, oedema, enhancing
-# What a network is conditioned on: every voxel belongs to exactly one class. "brain" is healthy
-# brain; the brain outline comes free with skull-stripped data and fixes head shape and place.
+MODALITIES = ("t1", "t1ce", "t2", "flair")      # in the order of axis C
+LABELS = ("NCR", "ED", "ET")                    # stored as 1, 2, 3; 0 is all else
+# A network is conditioned on a label map in which every voxel has exactly one of these classes.
+# "brain" is healthy brain. Scans come without skull, so the brain's outline costs no annotation;
+# it fixes the shape and place of the head.
 CONDITIONS = {
     "tumour": ("air", "brain", *LABELS),
     "tissue": ("air", "CSF", "grey", "white", *LABELS),
@@ -129,50 +114,85 @@ CONDITIONS = {
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used. The message is one sentence: which file, what is wrong,
-    what to do. Scripts print it and exit with status 2."""
+    """Input from the user that cannot be used. The message is one sentence: which file, what is
+    wrong, what to do. Scripts print it and exit with status 2."""
 
 
 def to_images(stored):
-    """Bytes 0..255 as prepare_case and the cache keep them -> images float32 tensor in [-1, 1]."""
+    """Scans stored as bytes 0..255 (array or tensor of any shape) -> float32 tensor in [-1, 1]."""
     return torch.as_tensor(stored).float() / 127.5 - 1
 
 
 def tumour_labels(classes, condition="tumour"):
-    """Classes of a condition, array or tensor of integers -> labels: 0, 1 NCR, 2 ED, 3 ET."""
+    """Class numbers of a condition (array or tensor) -> labels: 0, 1 NCR, 2 ED, 3 ET."""
     healthy = len(CONDITIONS[condition]) - len(LABELS) - 1
     return (classes > healthy) * (classes - healthy)
 
 
+def one_hot(classes, n_classes):
+    """Class map int64 (B, H, W) -> float32 (B, n_classes, H, W). Every pixel has exactly one 1, so
+    all zeros is a state no label map has: the null condition of guidance, see guided_v."""
+    return F.one_hot(classes, n_classes).movedim(-1, 1).float()
+
+
+def generator(*key):
+    """A random generator on the CPU that depends on `key` alone (seed, purpose, step ...).
+
+    No generator state is ever stored or continued. What is drawn at step 700 depends on 700 alone,
+    so a killed run resumes bit for bit, and a sample depends on its own number only.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 # ================================================================================================
-# 4  NOISE PROCESS
-# Pure functions of t. No module, no buffer: a schedule that lives in a state_dict gets averaged by
-# the EMA or overwritten by a checkpoint, and the samples turn black. Tables are float64 on the CPU.
+# 2  NOISE
+# Diffusion: noise is mixed into an image little by little until nothing else is left. A network
+# learns to undo a little of it. Starting from pure noise, it then makes a new image.
+#
+#     x0: a scan                                                        x_T: pure noise
+#     t = 0   ------------- add_noise: one formula, nothing is learned ------------->   t = T
+#             <------------ sample: the network is called at every step -------------
+#
+# At level t the noisy image is x_t = signal * x0 + sigma * eps with signal^2 + sigma^2 = 1. So
+# there is an angle with signal = cos(angle), sigma = sin(angle), and x_t moves on a quarter circle
+# from x0 (0 degrees) to eps (90 degrees).
+#
+#                 eps
+#       v          |         x_t         v = signal * eps - sigma * x0 is the velocity of x_t on
+#         `-.      |      .-`            that circle: x_t turned by 90 degrees. If the network
+#            `-.   |   .-`               predicted eps, x0 could not be computed at t = T, because
+#               `-.|.-`  angle           there x_t equals eps. From x_t and v it can be computed at
+#                  +------------- x0     every t (split_v). So the network predicts v.
+#
+# The schedule is a function, not a part of the network: there a checkpoint or an average of weights
+# could change it, and samples would turn black. Tables are float64 on the CPU.
 # ================================================================================================
 
 T = 1000                                        # noise levels t = 0 (clean) .. T (pure noise)
 
 
 def cosine_alpha_bar(shift=1.0, steps=T):
-    """alpha_bar, float64 (steps + 1,): signal = cos(angle), sigma = sin(angle), angle = t/steps *
-    pi/2.
+    """alpha_bar, float64 (steps + 1,) [COSINE]: signal / sigma = shift / tan(t/steps * pi/2).
 
-    alpha_bar[0] = 1 and alpha_bar[steps] = 0 exactly: at T nothing of the image is left, so that a
-    sampler may start from pure noise and air can come out black [ZSNR].
-    shift: factor on sqrt(snr) at every t; where it is 1 the first line holds. Healthy brain spans
-    about a third of the range of x0, so noise hides it early: 2 suits slices of 64 pixels. Large
-    pictures survive noise better (their pixels repeat each other): keep shift = 128 / resolution
-    [SHIFT]. DIFFERS: no small offset s near t = 0; v-prediction does not need it.
+    With shift 1, signal = cos and sigma = sin of t/steps * 90 degrees. alpha_bar[0] = 1 and
+    alpha_bar[steps] = 0 exactly. At T nothing of the image is left, so a sampler may start from
+    pure noise, and air can come out black [ZSNR].
+    shift: factor on signal / sigma, that is sqrt(snr), at every t; larger means less noise at the
+    same t. Grey and white matter differ little, so noise hides them early: 2 suits slices of 64
+    pixels. In larger pictures neighbouring pixels repeat each other and survive more noise: use
+    128 / resolution [SHIFT].
+    DIFFERS from [COSINE]: no small offset near t = 0; v-prediction does not need it.
     """
     angle = torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (math.pi / 2)
-    signal, sigma = shift * torch.cos(angle), torch.sin(angle)
+    signal, sigma = shift * torch.cos(angle), torch.sin(angle)  # up to a factor, which cancels
     alpha_bar = signal ** 2 / (signal ** 2 + sigma ** 2)
     alpha_bar[0], alpha_bar[-1] = 1.0, 0.0      # cos(pi/2) is 6e-17 in floating point
     return alpha_bar
 
 
 def signal_sigma(alpha_bar, t):
-    """Square roots of alpha_bar and 1 - alpha_bar at t, int64 (B,): signal and sigma, each float32
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, int64 (B,) -> signal and sigma, each float32
     (B, 1, 1, 1), ready to multiply images. alpha_bar is float64: the roots are taken before
     anything is rounded."""
     level = alpha_bar[t]
@@ -185,12 +205,12 @@ def add_noise(x0, eps, signal, sigma):
 
 
 def v_target(x0, eps, signal, sigma):
-    """v = signal * eps - sigma * x0: the derivative of x_t along the angle [VPRED]."""
+    """v = signal * eps - sigma * x0: the derivative of x_t with respect to the angle [VPRED]."""
     return signal * eps - sigma * x0
 
 
 def split_v(x_t, v, signal, sigma):
-    """x_t and v are (x0, eps) turned by the angle; turn back -> (x0, eps) [VPRED].
+    """x_t and v are x0 and eps turned by the angle; turn them back -> (x0, eps) [VPRED].
 
     x0 = signal * x_t - sigma * v;  eps = sigma * x_t + signal * v. At T this is x0 = -v: no
     division, nothing blows up.
@@ -198,62 +218,149 @@ def split_v(x_t, v, signal, sigma):
     return signal * x_t - sigma * v, sigma * x_t + signal * v
 
 
-def min_snr_weight(alpha_bar, t, gamma=5.0, floor=0.05):
-    """Loss weight per sample, float32 (B, 1, 1, 1): min(snr, gamma) / (snr + 1), the v form of
-    [MINSNR]; 1 everywhere where gamma is 0. t = 0, where snr is infinite, gets `floor`.
+# ================================================================================================
+# 3  THE START
+# What is known of a slice before any training. Its label map says which class every pixel has, and
+# training slices say how bright that class is: a mean and a spread (the prior). If pixels were
+# independent Gaussians, the best v would have a closed form. The network starts from that v and
+# learns only what it misses: how pixels depend on each other. That makes air black and puts the
+# ventricles in place after minutes on a CPU.
+# ================================================================================================
 
-    DIFFERS: never below `floor`; at t = T the snr is 0, and a weight of 0 would leave the first
-    sampling step untrained.
+
+def measure_prior(batches, condition, slabs=16):
+    """Measure mean and std of training slices -> dict of float32 tensors, for `expected`.
+
+    batches  iterable of (x0 (B, C, H, W), classes (B, H, W), position (B,))
+    classes  (2, K + 1, C): mean and std of every class in every modality; row K is over all pixels.
+             0 and 0.5 for a class of fewer than 2 pixels; std is at least 0.01.
+    atlas    (2, slabs, C, H, W), see make_atlas; only for a condition with the class "brain".
     """
-    # snr = level / (1 - level), so snr + 1 = 1 / (1 - level)
-    level = alpha_bar[t].view(-1, 1, 1, 1)
-    weight = torch.minimum(level, gamma * (1 - level)).clamp(
-        min=floor) if gamma else torch.ones_like(level)
-    return weight.float()
+    names = CONDITIONS[condition]
+    has_brain = names[1] == "brain"
+    total = sums = None                         # count, sum, sum of squares: of a class, of a place
+    for x0, classes, position in batches:
+        if total is None:
+            total = torch.zeros(3, len(names) + 1, x0.shape[1])
+            sums = torch.zeros(3, slabs, *x0.shape[1:])
+        slab = ((position + 1) / 2 * slabs).long().clamp(0, slabs - 1)
+        for k in range(len(names) + 1):
+            here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
+            parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
+            total[:, k] += torch.stack([part.sum((0, 2, 3)) for part in parts])
+            if k == 1 and has_brain:
+                sums.index_add_(1, slab, torch.stack(parts))
+    count, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
+    variance = (total[2] / count.clamp(min=1) - mean ** 2).clamp(min=1e-4)
+    std = torch.where(count > 1, variance.sqrt(), 0.5)
+    prior = {"classes": torch.stack([mean, std])}
+    if has_brain:
+        prior["atlas"] = make_atlas(sums, mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1))
+    return prior
 
 
-def lesion_weight(classes, first_lesion, extra):
-    """Loss weight per pixel, float32 (B, 1, H, W): 1 + extra inside tumour labels, 1 elsewhere.
+def make_atlas(sums, class_mean, class_std):
+    """Mean and std of healthy brain at every place: sums (3, slabs, C, H, W) of count, value and
+    square over training slices, in `slabs` equal parts of position -1..1 -> (2, slabs, C, H, W).
 
-    classes: int (B, H, W); values from first_lesion on are tumour. Tumours cover a few percent of
-    the picture and get as little of the gradient.
+    The sums are made symmetric (left and right added) and averaged over 3x3 pixels. The class's own
+    mean and std (C, 1, 1) enter with the weight of one slice: they take over where few slices have
+    brain. A mean over few patients shows these patients: with a handful of them the atlas is no
+    secret.
     """
-    return 1 + extra * (classes >= first_lesion).float().unsqueeze(1)
+    count, value, square = F.avg_pool2d((sums + sums.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(sums)
+    mean = (value + 2 * class_mean) / (count + 2)
+    square = (square + 2 * (class_std ** 2 + class_mean ** 2)) / (count + 2)
+    return torch.stack([mean, (square - mean ** 2).clamp(min=1e-4).sqrt()])
+
+
+def expected(prior, onehot, position):
+    """What the prior expects of every pixel -> mean and std, each (B, C, H, W).
+
+    prior: from measure_prior; onehot (B, K, H, W); position (B,). Mean and std are those of the
+    pixel's class; where onehot is all zeros (no label map), those over all pixels. In healthy brain
+    they come from the atlas: linear between the middles of the two nearest slabs, constant beyond
+    the outer ones; where position is NaN (not given), the class's own.
+    Networks that draw label maps use two other priors. K = 0: the atlas applies everywhere.
+    {"shares": floor}: onehot holds, for every channel of x0, the expected fraction of a class. A
+    pixel that is +1 with that probability and else -1 has mean 2 fraction - 1 and variance
+    1 - mean^2; std is at least floor.
+    """
+    if "shares" in prior:
+        mean = 2 * onehot - 1
+        return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
+    class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
+    mean, std = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
+    if "atlas" not in prior:
+        return mean, std
+    slabs = prior["atlas"].shape[1]
+    at = ((torch.nan_to_num(position) + 1) / 2 * slabs - 0.5).clamp(0, slabs - 1)
+    low = at.long()
+    high = (low + 1).clamp(max=slabs - 1)
+    weight = (at - low).view(-1, 1, 1, 1)                                   # 0: low, 1: high
+    row = 1 if onehot.shape[1] else 0           # of healthy brain
+    in_brain = class_or_all[:, row:row + 1] * (~torch.isnan(position)).view(-1, 1, 1, 1)
+    local = []
+    for of_class, table, atlas in zip((mean, std), prior["classes"], prior["atlas"]):
+        here = torch.lerp(atlas[low], atlas[high], weight)                  # (B, C, H, W)
+        local.append(of_class + in_brain * (here - table[row].view(1, -1, 1, 1)))
+    return local[0], local[1]
+
+
+def prior_error(signal, sigma, std):
+    """Suppose a pixel is drawn from N(mean, std^2), and v is guessed from x_t as well as possible.
+    The root mean squared error of that guess is std / sqrt(std^2 signal^2 + sigma^2).
+
+    It is 1 at t = 0 (for std > 0) and std at t = T. The network's output is multiplied by it
+    (precondition), and errors are divided by it in the training loss (train_ddpm.py). signal, sigma
+    (B, 1, 1, 1); std (B, C, H, W), above 0 -> (B, C, H, W).
+    """
+    return std / ((std * signal) ** 2 + sigma ** 2).sqrt()
+
+
+def precondition(out, x_t, signal, sigma, mean, std):
+    """v_hat = the best guess without a network + prior_error * the network's output.
+
+    If every pixel were drawn from N(mean, std^2), the best v would be
+    sigma (signal (1 - std^2) x_t - mean) / (std^2 signal^2 + sigma^2), with error prior_error. So
+    an untrained network (out = 0) already gives black air and the mean brain, and what is left to
+    learn has about unit size at every t. [EDM] does this (preconditioning: fixed factors around a
+    network) with one Gaussian for all pixels; here each pixel has its own.
+
+    out: the network's output (B, C, H, W), maybe bfloat16; signal, sigma (B, 1, 1, 1); mean, std:
+    from expected. Returns v_hat (B, C, H, W), float32.
+    """
+    guess = sigma * (signal * (1 - std ** 2) * x_t - mean) / ((std * signal) ** 2 + sigma ** 2)
+    return guess + prior_error(signal, sigma, std) * out.float()
 
 
 # ================================================================================================
-# 5  NETWORKS
-# A residual U-Net that takes noisy images, a noise level, a label map and a few scalars, and
-# returns v_hat. Widths and group sizes are what ran fastest on CPUs without losing quality.
+# 4  THE NETWORK
+# A residual U-Net. It takes noisy images, a noise level, a label map and a few numbers, and returns
+# an image from which precondition makes v_hat. Widths and group sizes are what ran fastest on CPUs
+# without loss of quality.
 # ================================================================================================
 
-GROUP = 16      # channels a normalisation group: small groups fall off the fast CPU kernels
-
-
-def one_hot(classes, n_classes):
-    """Class map int64 (B, H, W) -> float32 (B, n_classes, H, W). Every pixel has exactly one 1, so
-    all zeros is a state no label map has: the null condition of guidance, see guided_v."""
-    return F.one_hot(classes, n_classes).movedim(-1, 1).float()
+GROUP = 16      # channels in a normalisation group; smaller groups miss the fast CPU kernels
 
 
 def sinusoid(value, dim, top=10_000.0):
-    """Position code: value (B,), int or float -> float32 (B, dim), dim even: dim/2 sines, then as
-    many cosines, of value / top^(2 i / dim), i = 0 .. dim/2 - 1."""
+    """Code a number as waves: value (B,), int or float -> float32 (B, dim), dim even. dim/2 sines,
+    then as many cosines, of value / top^(2 i / dim), i = 0 .. dim/2 - 1."""
     wave = torch.exp(torch.arange(dim // 2, device=value.device) * (-math.log(top) / (dim // 2)))
     phase = value.float().unsqueeze(1) * wave
     return torch.cat([phase.sin(), phase.cos()], 1)
 
 
 def zero_init(module):
-    """Set weight and bias to zero: the part starts as if it were not there."""
+    """Set weight and bias to zero -> the module. It starts as if it were not there."""
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module
 
 
 def norm(channels):
-    """GroupNorm [GN] with GROUP channels a group (one group if channels are fewer or do not
-    divide)."""
+    """GroupNorm [GN] with GROUP channels a group; one group where GROUP does not divide them."""
     return nn.GroupNorm(channels // GROUP if channels % GROUP == 0 else 1, channels)
 
 
@@ -267,14 +374,16 @@ class ResBlock(nn.Module):
 
     norm, SiLU, 3x3; norm * (1 + scale) + shift [ADM]; SiLU, 3x3 that starts at zero; plus the input
     (through a 1x1 where the number of channels changes). scale and shift are the first and second
-    half of a linear map of emb, which has been through its SiLU already, see UNet.embed.
+    half of a linear map of emb, to which SiLU has been applied already (UNet.embed).
     """
 
     def __init__(self, c_in, c_out, emb):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.to_scale_shift = nn.Linear(emb, 2 * c_out)
-        self.norm2, self.conv2 = norm(c_out), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2 = norm(c_out)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
@@ -285,10 +394,13 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels: (B, C, H, W) -> the same; heads of 64 channels (one head
-    where that does not divide C). x + to_out(softmax(q k^T / sqrt(channels of a head)) v), where
-    to_qkv(norm(x)) is all of q, then all of k, then all of v, each head by head. to_out starts at
-    zero: the layer starts as the identity."""
+    """Self-attention over all places of a feature map: (B, C, H, W) -> the same, in heads of 64
+    channels (one head where 64 does not divide C).
+
+    x + to_out(softmax(q k^T / sqrt(channels of a head)) v), where to_qkv(norm(x)) is all of q, then
+    all of k, then all of v, each head by head. to_out starts at zero: the layer starts as the
+    identity.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -306,32 +418,39 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> an image like
-    x_t (or with out_channels), from which precondition makes v_hat. Where a pixel lies, row and
-    column in [-1, 1], joins as two more channels. Any H and W: padded inside, cropped after. [UNET]
+    """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> the output that
+    precondition turns into v_hat, (B, out_channels or channels, H, W) [UNET].
 
-    width, mults   channels of level i are width * mults[i]; every level halves height and width
-    blocks         residual blocks a level
-    patch          p x p pixels become channels in front (pixel-unshuffle) and pixels again behind:
-                   the network then works on H/p x W/p, three to four times cheaper at p = 2
-    fine           channels of the one block at full resolution that comes last
-    scalars        conditions that are one number each, about -1..1; NaN means not given, a state
-                   of its own. They enter the time embedding through a layer that starts at zero.
+    input    x_t, onehot, and row and column of every pixel (in [-1, 1]), padded with zeros at the
+             right and below until all levels divide; patch x patch pixels are folded into channels
+             (pixel-unshuffle: H/patch x W/patch pixels, 3 to 4 times cheaper for 2 x 2), then 3x3
+    down     a level i has width * mults[i] channels and `blocks` residual blocks, each of whose
+             outputs is kept; between two levels a 3x3 convolution of stride 2 halves H and W
+    middle   block, attention, block
+    up       the same levels backwards; each block also gets the output kept at its place; between
+             two levels a 2x2 transposed convolution doubles H and W
+    output   norm, SiLU and 1x1 to fine * patch^2 channels, unfolded to full resolution; plus a 3x3
+             convolution of the input; one block of `fine` channels; norm, SiLU, 3x3 that starts at
+             zero; cropped to H x W
+    scalars  S, how many conditions are one number each, about -1..1; NaN means "not given", a state
+             of its own
     """
 
     def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
                  fine=32, scalars=1, out_channels=None):
         super().__init__()
-        self.channels, self.classes, self.out_channels = channels, classes, out_channels or channels
+        self.channels, self.classes = channels, classes
+        self.out_channels = out_channels or channels
         self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
-        widths = [width * m for m in mults]
         self.emb = emb = 4 * width
+        c_in = channels + classes + 2                           # noisy image, label map, place
+        widths = [width * m for m in mults]
         self.time = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.scalar = nn.Sequential(nn.Linear(scalars * 33, emb), nn.SiLU(),
                                     zero_init(nn.Linear(emb, emb)))
-        self.conv_in = nn.Conv2d((channels + classes + 2) * patch ** 2, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(c_in * patch ** 2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, kept = width, []
+        c, kept = width, []                                     # channels: at this point, of kept
         for i, w in enumerate(widths):
             level = nn.ModuleDict({"blocks": nn.ModuleList()})
             for _ in range(blocks):
@@ -341,7 +460,9 @@ class UNet(nn.Module):
             if i + 1 < len(widths):
                 level["shrink"] = nn.Conv2d(c, c, 3, stride=2, padding=1)
             self.down.append(level)
-        self.middle1, self.attention, self.middle2 = ResBlock(c, c, emb), Attention(c), ResBlock(c, c, emb)
+        self.middle1 = ResBlock(c, c, emb)
+        self.attention = Attention(c)
+        self.middle2 = ResBlock(c, c, emb)
         for i, w in reversed(list(enumerate(widths))):
             level = nn.ModuleDict({"blocks": nn.ModuleList()})
             for _ in range(blocks):
@@ -351,23 +472,26 @@ class UNet(nn.Module):
                 level["grow"] = nn.ConvTranspose2d(c, widths[i - 1], 2, stride=2)
                 c = widths[i - 1]
             self.up.append(level)
-        # one block at full resolution has the last word: noise is fine-grained, and learning to
-        # remove it through folded pixels takes several times as many steps
-        self.norm_coarse, self.unfold = norm(c), nn.Conv2d(c, fine * patch ** 2, 1)
-        self.fine_in, self.fine = nn.Conv2d(channels + classes + 2, fine, 3, padding=1), ResBlock(
-            fine, fine, emb)
-        self.norm_out, self.conv_out = norm(fine), zero_init(
-            nn.Conv2d(fine, self.out_channels, 3, padding=1))
+        # The last block works at full resolution: noise is fine-grained, and learning to remove it
+        # through folded pixels takes several times as many steps.
+        self.norm_coarse = norm(c)
+        self.unfold = nn.Conv2d(c, fine * patch ** 2, 1)
+        self.fine_in = nn.Conv2d(c_in, fine, 3, padding=1)
+        self.fine = ResBlock(fine, fine, emb)
+        self.norm_out = norm(fine)
+        self.conv_out = zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
 
     def hidden(self):
-        """The weights inside, as [MUON] wants them: all that have two axes or more, but for those
-        of the first and last layers."""
+        """The weights that [MUON] is for: all with two axes or more, except those of the input, the
+        output, time and scalars."""
         ends = ("conv_in", "fine_in", "time", "scalar", "conv_out")
-        return [p for name, p in self.named_parameters() if p.ndim > 1
-                and not name.startswith(ends)]
+        return [p for name, p in self.named_parameters()
+                if p.ndim > 1 and not name.startswith(ends)]
 
     def embed(self, t, scalars):
-        """t (B,), scalars (B, S) -> embedding (B, E)."""
+        """t (B,), scalars (B, S) -> embedding (B, E), E = 4 width: SiLU(time(waves of t) +
+        scalar(codes)). The code of a scalar is 32 waves of 100 times its value (waves are made for
+        t in 0..1000) and a 1; 33 zeros where it is not given. `scalar` starts at zero."""
         emb = self.time(sinusoid(t, self.emb))
         given = (~torch.isnan(scalars)).float()                             # (B, S)
         value = torch.nan_to_num(scalars)
@@ -377,8 +501,8 @@ class UNet(nn.Module):
 
     def forward(self, x_t, t, onehot, scalars):
         height, width = x_t.shape[-2:]
-        place = [torch.linspace(-1, 1, n, device=x_t.device) for n in (height, width)]
-        place = torch.stack(torch.meshgrid(place, indexing="ij")).expand(len(x_t), -1, -1, -1)
+        axes = [torch.linspace(-1, 1, n, device=x_t.device) for n in (height, width)]
+        place = torch.stack(torch.meshgrid(axes, indexing="ij")).expand(len(x_t), -1, -1, -1)
         x = torch.cat([x_t, onehot, place.to(x_t.dtype)], 1)                # (B, C + K + 2, H, W)
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))                  # (B, width, H/p, W/p)
@@ -388,87 +512,25 @@ class UNet(nn.Module):
                 h = block(h, emb)
                 kept.append(h)
             if "shrink" in level:
-                h = level["shrink"](h)                                      # half the height, width
+                h = level["shrink"](h)                                      # half the size
         h = self.middle2(self.attention(self.middle1(h, emb)), emb)
         for level in self.up:
             for block in level["blocks"]:
                 h = block(torch.cat([h, kept.pop()], 1), emb)
             if "grow" in level:
-                # twice the height, width
-                h = level["grow"](h)
-        # (B, fine, H, W)
-        h = F.pixel_shuffle(self.unfold(F.silu(self.norm_coarse(h))), self.patch)
+                h = level["grow"](h)                                        # twice the size
+        h = self.unfold(F.silu(self.norm_coarse(h)))
+        h = F.pixel_shuffle(h, self.patch)                                  # (B, fine, H, W)
         h = self.fine(h + self.fine_in(x), emb)
-        return self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]          # (B, C, H, W)
+        return self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]    # (B, C, H, W)
 
 
-def expected(prior, onehot, position):
-    """What the prior expects of every pixel before any network is asked: mean and std, (B, C, H,
-    W).
-
-    prior: from measure_prior; onehot (B, K, H, W), the last row of its tables is used where that is
-    all zeros; position (B,), between whose two nearest slabs the atlas is interpolated. Where the
-    position is NaN, and outside healthy brain, the tables alone speak. A prior of "shares" takes
-    onehot at its word: it holds, for every channel of the picture, the share of the class there
-    (see slab_shares).
-    """
-    if "shares" in prior:
-        mean = 2 * onehot - 1
-        return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
-    known = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)         # (B, K + 1, H, W)
-    mean, std = [torch.einsum("bkhw,kc->bchw", known, table) for table in prior["classes"]]
-    if "atlas" in prior:
-        slabs = prior["atlas"].shape[1]
-        at = ((torch.nan_to_num(position) + 1) / 2 * slabs - 0.5).clamp(0, slabs - 1)
-        low = at.long()
-        high, share = (low + 1).clamp(max=slabs - 1), (at - low).view(-1, 1, 1, 1)
-        # without labels: everywhere
-        brain, its = (onehot[:, 1:2], 1) if onehot.shape[1] else (known, 0)
-        there = brain * (~torch.isnan(position)).view(-1, 1, 1, 1)
-        mean, std = [flat + there * (torch.lerp(atlas[low], atlas[high], share)
-                                     - table[its].view(1, -1, 1, 1)) for flat, atlas,
-                     table in zip((mean, std), prior["atlas"], prior["classes"])]
-    return mean, std
-
-
-def prior_error(signal, sigma, std):
-    """How far off the best guess of v is on average when a pixel comes from N(mean, std^2) and
-    nothing else is known: std / sqrt(std^2 signal^2 + sigma^2). From 1 at clean (std > 0) to std at
-    pure noise.
-
-    It is the unit of what the network learns, see precondition, and of the loss, see train_ddpm.py.
-    signal, sigma (B, 1, 1, 1); std (B, C, H, W), above 0 -> (B, C, H, W).
-    """
-    return std / ((std * signal) ** 2 + sigma ** 2).sqrt()
-
-
-def precondition(out, x_t, signal, sigma, mean, std):
-    """What the network says on top of what needs no network -> v_hat (B, C, H, W), float32.
-
-    If every pixel were a number from N(mean, std^2), the best v were known in closed form:
-    sigma (signal (1 - std^2) x_t - mean) / (std^2 signal^2 + sigma^2), and its error were
-    prior_error. So v_hat = that + that error * out: the network learns how pixels hang together,
-    starts right about air and the mean brain, and its task has about unit size at every t. This is
-    the preconditioning of [EDM] with a Gaussian for each pixel instead of one for all.
-
-    out: the network's output (B, C, H, W), maybe bfloat16; signal, sigma (B, 1, 1, 1); mean, std:
-    from expected.
-    """
-    guess = sigma * (signal * (1 - std ** 2) * x_t - mean) / ((std * signal) ** 2 + sigma ** 2)
-    return guess + prior_error(signal, sigma, std) * out.float()
-
-
-def processes():
-    """How many processes share a batch: those torchrun started, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_sum(tensor):
-    """Sum of a tensor over all processes, differentiable: what is no mean over samples needs it.
-    Every process's result depends on every process's tensor, so its gradient is the sum of theirs;
-    DistributedDataParallel, which takes the mean of all gradients, then makes it that of one
-    loss."""
-    return torch.distributed.nn.functional.all_reduce(tensor) if processes() > 1 else tensor
+# ================================================================================================
+# 5  DEVICES
+# What this file must know about devices. Scripts choose one. Where several share a batch (processes
+# with a GPU each, or the cores of a TPU, which PyTorch drives through the compiler XLA), scripts
+# also bring their own functions that move tensors.
+# ================================================================================================
 
 
 def copy_to(device, *tensors):
@@ -476,17 +538,15 @@ def copy_to(device, *tensors):
     return [tensor.to(device) for tensor in tensors]
 
 
-def optimizer_form(device):
-    """The form of AdamW that is fastest on the device, as torch's words for it: one kernel for all
-    weights; on XLA with the step count as a tensor: as a Python number it decides what the graph
-    looks like (two numbers that are equal become one), and step 2 is compiled anew."""
-    return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "xla"}
+def copy_to_cpu(tensors):
+    """{name: tensor} -> the same on the CPU."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def in_parts(device, function, batch, *tensors):
-    """function(*parts) for every `batch` rows of the tensors (N, ...), joined and on the CPU. On
-    XLA the last part is filled up with copies of its last row, so that all parts are the same
-    graph."""
+    """function(*parts) for every `batch` rows of the tensors (N, ...) -> results joined, on the
+    CPU. XLA compiles a program for each shape, so there the last part is filled up with copies of
+    its last row."""
     out = []
     for parts in zip(*(tensor.split(batch) for tensor in tensors)):
         n = len(parts[0])
@@ -497,13 +557,27 @@ def in_parts(device, function, batch, *tensors):
     return torch.cat(out)
 
 
+def processes():
+    """How many processes share a batch (those that torchrun started), else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(tensor):
+    """Add a tensor over all processes; differentiable. A loss that is not a mean over samples needs
+    it (Dice). Backward adds over processes too; DistributedDataParallel then divides by their
+    number: the result is the gradient of one common loss."""
+    return torch.distributed.nn.functional.all_reduce(tensor) if processes() > 1 else tensor
+
+
 def uses_bf16(device, precision="auto"):
-    """Whether layers compute in bfloat16: as asked for, or, "auto", where that is faster than
-    float32."""
+    """True if layers compute in bfloat16: as asked for ("float32", "bfloat16"), or, with "auto",
+    where the device does that faster than float32."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cpu":
-        can = getattr(torch.cpu, "get_capabilities", dict)()        # older torch cannot tell
+        if not hasattr(torch.cpu, "get_capabilities"):              # older torch cannot tell
+            return False
+        can = torch.cpu.get_capabilities()
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     if device.type == "xla":
         import torch_xla.runtime as xr
@@ -512,16 +586,32 @@ def uses_bf16(device, precision="auto"):
 
 
 def fast_math(device, precision="auto"):
-    """Context in which layers compute in bfloat16 where uses_bf16 says so; weights, the noise
+    """Context in which layers compute in bfloat16 where uses_bf16 says so. Weights, the noise
     process and the loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
+def optimizer_form(device):
+    """The fastest form of AdamW on the device, as arguments of torch: fused, one kernel for all
+    weights; on XLA capturable, the step count a tensor (a Python number would be compiled anew)."""
+    return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "xla"}
+
+
 # ================================================================================================
-# 7  SAMPLING
-# Every sampler here is a straight line through what is known: x_s = a x_t + b x0_hat + c (x0_hat of
-# the step before) + d noise. So a sampler is four numbers a step, made in float64 from alpha_bar at
-# the levels really visited ("t minus T // n" is wrong as soon as steps are uneven).
+# 6  SAMPLING
+# From pure noise to an image (DDPM: [DDPM] algorithm 2; DDIM: [DDIM] equation 12):
+#
+#     x = standard normal noise                                       # at t = T
+#     for every t visited, s the next lower one:
+#         v_hat  = denoiser(x, t, label map, scalars)                 # guided_v: maybe twice
+#         x0_hat = signal_t * x - sigma_t * v_hat                     # split_v; kept in [-1, 1]
+#         x      = a * x + b * x0_hat + c * x0_hat_earlier + d * new noise
+#         x0_hat_earlier = x0_hat
+#     return x                                                        # at t = 0
+#
+# A sampler is a choice of four numbers a step: what stays of x, how much of the predicted image is
+# added, how much of the prediction one step before, how much new noise. They follow from alpha_bar
+# at the t and s really visited. (Do not compute s as t - T // n: steps are uneven by rounding.)
 # ================================================================================================
 
 
@@ -532,11 +622,13 @@ def timesteps(steps):
 
 
 def ddpm_step(before, after):
-    """Ancestral sampling: x_s = a x_t + b x0_hat + d noise is drawn from q(x_s | x_t, x0) [DDPM].
-    before, after: floats, alpha_bar before (at t) and after (at s < t) the step -> (a, b, c, d), c
-    = 0, d a standard deviation. With ratio = before / after, the share of power that one step back
-    keeps:
-        a = sqrt(ratio) (1 - after) / (1 - before),  b = sqrt(after) (1 - ratio) / (1 - before),
+    """Sampling with new noise in every step [DDPM]: x_s = a x_t + b x0_hat + d noise has the
+    distribution that x_s has when x_t and x0 are known.
+
+    before, after: floats, alpha_bar before (at t) and after (at s < t) the step. Returns
+    (a, b, c, d) with c = 0 and d a standard deviation. With ratio = before / after:
+        a = sqrt(ratio) (1 - after) / (1 - before)
+        b = sqrt(after) (1 - ratio) / (1 - before)
         d^2 = (1 - ratio) (1 - after) / (1 - before)
     """
     ratio = before / after
@@ -546,23 +638,27 @@ def ddpm_step(before, after):
 
 
 def ddim_step(before, after, eta=0.0):
-    """x_s = signal_s x0 + sqrt(sigma_s^2 - d^2) eps + d noise, with eps = (x_t - signal_t
-    x0)/sigma_t and d = eta sigma_s/sigma_t sqrt(1 - before/after) [DDIM]. eta 0: no noise, eta 1:
-    DDPM. Returns (a, b, 0, d) as ddpm_step; sigma_s^2 - d^2 may come out a little below 0 by
-    rounding and is 0 then."""
+    """x_s = signal_s x0 + sqrt(sigma_s^2 - d^2) eps + d noise, with eps = (x_t - signal_t x0) /
+    sigma_t and d = eta sigma_s/sigma_t sqrt(1 - before/after) [DDIM].
+
+    before, after: as in ddpm_step. eta 0: no noise; eta 1: DDPM. Returns (a, b, 0, d) as ddpm_step.
+    Rounding may bring sigma_s^2 - d^2 a little below 0: it is 0 then.
+    """
     d = eta * math.sqrt((1 - after) / (1 - before) * (1 - before / after))
     along_eps = math.sqrt(max(1 - after - d * d, 0.0)) / math.sqrt(1 - before)
     return along_eps, math.sqrt(after) - along_eps * math.sqrt(before), 0.0, d
 
 
 def dpmpp_step(earlier, before, after):
-    """DPM-Solver++(2M) [DPM++]. earlier: alpha_bar one step before `before`, None in step one.
+    """DPM-Solver++(2M) [DPM++]: x0_hat is extrapolated from the last two predictions, on a straight
+    line over log(signal/sigma).
 
-    x_s = sigma_s/sigma_t x_t + k D,  k = signal_s - signal_t sigma_s/sigma_t,
-    D = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_earlier,  r = h_earlier / h,  h = step in
-    log(signal/sigma). Where earlier is None or 0 (log-snr is -infinity there) or after is 1
-    (+infinity) r has no meaning: D = x0_hat. Returns (a, b, c, 0): shares of x_t, x0_hat,
-    x0_hat_earlier and noise.
+    x_s = sigma_s/sigma_t x_t + k X,  k = signal_s - signal_t sigma_s/sigma_t,
+    X = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_earlier,
+    r = h_earlier / h,  h = length of a step in log(signal/sigma).
+    before, after: as in ddpm_step; earlier: alpha_bar one step before `before`, None in the first
+    step. Where earlier is None or 0 (its log is -infinity) or after is 1 (+infinity), r has no
+    meaning: X = x0_hat. Returns (a, b, c, 0): factors of x_t, x0_hat, x0_hat_earlier and noise.
     """
     ratio = math.sqrt((1 - after) / (1 - before))
     k = math.sqrt(after) - math.sqrt(before) * ratio
@@ -574,31 +670,37 @@ def dpmpp_step(earlier, before, after):
 
 
 def sampler_table(levels, sampler="ddim", eta=0.0):
-    """levels: alpha_bar at the S + 1 levels visited, increasing from 0 (noise) to 1 (clean).
+    """The four numbers of every step. levels: alpha_bar at the t visited, one more than steps,
+    increasing from 0 (noise) to 1 (clean); sampler: "ddpm", "ddim" (eta in 0..1) or "dpmpp".
 
-    Returns float32 (S, 6): signal and sigma before the step, then a, b, c, d. sampler: "ddpm",
-    "ddim" (eta in 0..1) or "dpmpp". Computed in float64.
+    Returns float32 (steps, 6): signal and sigma before the step, then a, b, c, d. Computed in
+    float64. ValueError for any other sampler.
     """
     levels, rows = [float(level) for level in levels], []
     for i, (before, after) in enumerate(zip(levels, levels[1:])):
-        step = {"ddpm": lambda: ddpm_step(before, after),
-                "ddim": lambda: ddim_step(before, after, eta),
-                "dpmpp": lambda: dpmpp_step(levels[i - 1] if i else None, before, after)}[sampler]()
+        if sampler == "ddpm":
+            step = ddpm_step(before, after)
+        elif sampler == "ddim":
+            step = ddim_step(before, after, eta)
+        elif sampler == "dpmpp":
+            step = dpmpp_step(levels[i - 1] if i else None, before, after)
+        else:
+            raise ValueError(f"no sampler {sampler!r}")
         rows.append([math.sqrt(before), math.sqrt(1 - before), *step])
     return torch.tensor(rows, dtype=torch.float64).float()
 
 
 @torch.no_grad()
 def sample(predict_v, x, visited, table, noise=None, clip=True):
-    """Walk x from the first level visited to the last. x: (B, C, H, W), at T standard normal noise.
+    """Walk from noise to image: x (B, C, H, W) at t = visited[0] -> x at visited[-1]. At T, x is
+    standard normal noise.
 
-    predict_v  function (x_t, level) -> v_hat; gets the entries of `visited` in turn (S + 1 of them,
-               the last is where the walk ends and is not asked for)
-    table      from sampler_table at these levels
-    noise      function of the step number, from 0 -> noise shaped like x; needed where a row's d is
-               not 0
-    clip       keep x0_hat in [-1, 1], where images live; "the x0_hat of the step before" is the
-               clipped one
+    predict_v  function (x, t) -> v_hat; called for all of visited but the last
+    visited    from timesteps, decreasing: where the walk stops on the way
+    table      from sampler_table at alpha_bar[visited]
+    noise      function of the step number, counted from 0 -> noise shaped like x; called only where
+               a row's d is not 0
+    clip       keep x0_hat in [-1, 1], where images live; x0_hat_earlier is the clipped one
     """
     x0_earlier = torch.zeros_like(x)
     for i, (signal, sigma, a, b, c, d) in enumerate(table.to(x.device)):
@@ -606,7 +708,7 @@ def sample(predict_v, x, visited, table, noise=None, clip=True):
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
         x = a * x + b * x0_hat + c * x0_earlier
-        if table[i, 5] > 0:                     # the table on the CPU: no wait for the device
+        if table[i, 5] > 0:
             x = x + d * noise(i)
         x0_earlier = x0_hat
     return x
@@ -614,23 +716,22 @@ def sample(predict_v, x, visited, table, noise=None, clip=True):
 
 @dataclass
 class Denoiser:
-    """A trained network with all that is needed to ask it for v_hat."""
+    """A trained network with everything needed to predict v."""
     net: UNet
     prior: dict                                 # from measure_prior
     alpha_bar: torch.Tensor                     # (T + 1,)
     device: torch.device
-    batch: int = 32                             # slices a call of the network, for memory only
-    # how its input gets there: device and tensors -> tensors
-    to_device: callable = copy_to
+    batch: int = 32                             # slices a network call, for memory only
+    to_device: callable = copy_to               # function (device, *tensors) -> tensors there
 
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars):
         """x_t (N, C, H, W), t int (N,), onehot (N, K, H, W), scalars (N, S), all on the CPU ->
         v_hat float32 (N, C, H, W) on the CPU."""
-        return in_parts(self.device, self.ask, self.batch, x_t, t, onehot, scalars)
+        return in_parts(self.device, self.predict, self.batch, x_t, t, onehot, scalars)
 
-    def ask(self, x_t, t, onehot, scalars):
-        """The same for one part of N, from the CPU, left on the device."""
+    def predict(self, x_t, t, onehot, scalars):
+        """The same for a part that fits in memory; v_hat stays on the device."""
         mean, std = expected(self.prior, onehot, scalars[:, 0])
         x_t, t, onehot, scalars, mean, std, signal, sigma = self.to_device(
             self.device, x_t, t, onehot, scalars, mean, std, *signal_sigma(self.alpha_bar, t))
@@ -640,43 +741,37 @@ class Denoiser:
 
 
 def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
-    """Classifier-free guidance [CFG]: v_null + scale (v_cond - v_null); one call at scale 1.
+    """Guidance [CFG]: v_null + scale (v_cond - v_null), from one network asked with and without the
+    condition. It moves samples towards their condition, away from what is drawn without one.
 
-    denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition drops the label map
-    (all zeros, which no label map is) and every scalar but the first, the slice's position.
-    rescale: share by which the result is brought back to the spread of v_cond per sample, without
-    which large scales blow contrast up and turn air grey [ZSNR]:
-    v (1 - rescale + rescale std(v_cond) / std(v)), std over all axes but B. Two calls, one after
-    the other.
+    denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition: the label map all
+    zeros (which no label map is), and NaN (not given) for every scalar but the first, the slice's
+    position, which stays: guidance should strengthen what was asked for, not where the slice lies.
+    rescale: fraction by which the spread of v is brought back to that of v_cond, sample by sample:
+    v (1 - rescale + rescale std(v_cond) / std(v)), std over all axes but B. Without it large scales
+    exaggerate contrast and turn air grey [ZSNR].
+    One call of the denoiser at scale 1; else two: first with the condition, then without.
     """
     v_cond = denoiser(x_t, t, onehot, scalars)
     if scale == 1.0:
         return v_cond
-    position, wanted = scalars[:, :1], scalars[:, 1:]
-    v = denoiser(x_t, t, torch.zeros_like(onehot), torch.cat(
-        [position, torch.full_like(wanted, torch.nan)], 1))
-    v = v + scale * (v_cond - v)
+    null_scalars = torch.full_like(scalars, torch.nan)
+    null_scalars[:, :1] = scalars[:, :1]
+    v_null = denoiser(x_t, t, torch.zeros_like(onehot), null_scalars)
+    v = v_null + scale * (v_cond - v_null)
     spread = v_cond.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
     return v * (1 - rescale + rescale * spread)
 
 
-def generator(*key):
-    """A CPU random generator that is a pure function of `key` (seed, what for, step, ...).
-
-    Nothing is ever continued from a stored state: what is drawn at step 700 depends on 700 alone,
-    so a killed run resumes bit for bit and a sample depends on its own number only.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def volume_noise(key, shape, coherence, thickness):
-    """Standard normal noise (D, C, H, W), float32, whose neighbouring slices agree.
+    """Standard normal noise (D, C, H, W), float32, whose neighbouring slices are alike, so that
+    slices sampled one by one from it are more alike.
 
-    The correlation of two slices dz mm apart is exp(-dz^2 / (2 coherence^2)); each voxel alone is
-    N(0, 1). Away from the ends, that is, and where coherence is no less than thickness: slices of
-    white noise, drawn from generator(*key), are mixed with weights exp(-dz^2 / coherence^2), whose
-    squares sum to 1 for every slice. coherence 0: independent slices. thickness: mm between slices.
+    White noise, drawn from generator(*key), is mixed over slices with weights
+    exp(-dz^2 / coherence^2), dz mm apart, whose squares are scaled to sum to 1 for every slice. So
+    each voxel is N(0, 1), and the correlation of two slices is exp(-dz^2 / (2 coherence^2)); the
+    latter away from the ends, and where coherence is no less than thickness. coherence 0:
+    independent slices. thickness: mm between slices.
     """
     white = torch.randn(shape, generator=generator(*key))
     if coherence <= 0:
@@ -687,21 +782,21 @@ def volume_noise(key, shape, coherence, thickness):
     return (mix @ white.flatten(1)).view(shape)
 
 
-# How sample.py and the pictures of a training run sample unless told otherwise. interval: guidance
-# acts while t / T lies in it [RANGE]; coherence: mm along z, see volume_noise.
+# The usual settings. steps: network calls a slice; interval: guidance acts while t / T lies in it
+# [RANGE]; coherence: in mm along z, see volume_noise.
 SAMPLING = {"steps": 20, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0, "rescale": 0.7,
             "interval": (0.2, 0.8), "coherence": 4.0}
 
 
 def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
-    """Sample with the number of calls, the sampler and the guidance of settings, see SAMPLING:
-    onehot (N, K, H, W) and scalars (N, S), the condition; noise: function of "start" or of a step
-    -> float (N, C, H, W), standard normal. Returns float32 (N, C, H, W) on the CPU."""
+    """Sample slices from their condition: onehot (N, K, H, W), scalars (N, S) -> float32
+    (N, C, H, W) on the CPU. noise: function of "start" or a step number -> standard normal
+    (N, C, H, W); settings: see SAMPLING."""
     visited = timesteps(settings["steps"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
+    low, high = settings["interval"]
 
     def predict_v(x, t):
-        low, high = settings["interval"]
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
         return guided_v(denoiser, x, t.expand(len(x)), onehot, scalars, scale, settings["rescale"])
 
@@ -709,44 +804,227 @@ def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
 
 
 def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING):
-    """One whole volume: label map in, images out, slice by slice with noise shared along z.
+    """Sample one whole volume from its label map, slice by slice, with noise shared along z. The
+    network has one scalar, the position.
 
-    classes int (D, H, W); position float (D,); thickness: mm between slices; settings: see
-    SAMPLING; key: (seed, case number), from which all noise follows; how many slices a network call
-    takes changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
+    classes int (D, H, W); position float (D,); thickness: mm between slices; key: (seed, case
+    number), from which all noise follows; settings: see SAMPLING. How many slices go into a network
+    call changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
     """
     shape = (len(classes), denoiser.net.channels, *classes.shape[1:])
 
     def noise(step):
         return volume_noise((*key, step), shape, settings["coherence"], thickness)
 
-    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), position[:, None], noise,
-                         settings)
+    onehot = one_hot(classes, denoiser.net.classes)
+    return sample_guided(denoiser, onehot, position[:, None], noise, settings)
 
 
 # ================================================================================================
-# 8  SEGMENTER
-# A U-Net whose encoder is a ResNet [RESNET], parameter for parameter the one of torchvision, so
-# that its published weights fit. Scans in, one map of logits for each region or label out.
+# 7  LEARNING
+# What a training step draws and how it changes the weights; the step itself stands in the training
+# scripts. All random numbers are functions of (seed, step): see generator.
 # ================================================================================================
 
-# depth: residual blocks a stage
-STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+def endless(rows, key, start, count):
+    """Entries start .. start + count - 1 of an endless sequence that runs through `rows` in a new
+    random order every epoch, torch.randperm with generator(*key, epoch): int array (count,)."""
+    out, end = [], start + count
+    while start < end:
+        epoch, at = divmod(start, len(rows))
+        order = torch.randperm(len(rows), generator=generator(*key, epoch)).numpy()
+        out.append(rows[order[at:at + end - start]])
+        start += len(out[-1])
+    return np.concatenate(out) if out else np.array([], int)
+
+
+def batch_rows(tumour, other, fraction, seed, step, batch):
+    """Which slices the batch of this step shows: int array (batch,). tumour, other: numbers of the
+    training slices with and without tumour; `fraction` of all draws show tumour.
+
+    Of all draws of a run, number n = step * batch + i (steps count from 0) comes from `tumour` if
+    floor((n + 1) * fraction) > floor(n * fraction), else from `other`. Both are run through in
+    shuffled order, again and again (endless). If one of them is empty, all come from the other.
+    """
+    if not len(tumour) or not len(other):
+        fraction = float(len(tumour) > 0)
+    taken = np.floor(np.arange(step * batch, (step + 1) * batch + 1) * fraction + 1e-9).astype(int)
+    from_tumour = np.diff(taken) > 0
+    before = int(taken[0])                      # draws from tumour in earlier steps
+    n = int(from_tumour.sum())
+    rows = np.empty(batch, int)
+    if n:
+        rows[from_tumour] = endless(tumour, (seed, "tumour"), before, n)
+    if n < batch:
+        rows[~from_tumour] = endless(other, (seed, "other"), step * batch - before, batch - n)
+    return rows
+
+
+def training_noise(seed, step, shape, drop):
+    """All random numbers of one training step, on the CPU, for a batch of shape (B, C, H, W), drawn
+    in this order: t; keep, given and mirror; eps ->
+
+    t       int64 (B,) in 1..T, one in each of B equal parts of the range, in random order
+    eps     float32 (B, C, H, W)
+    keep    float32 (B,): 0 where the label map is replaced by the null condition (fraction `drop`)
+    given   bool (B,): False where the slice position is withheld (fraction `drop`, independent)
+    mirror  bool (B,): True where left and right are swapped (one half)
+    """
+    g, batch = generator(seed, "noise", step), shape[0]
+    place = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
+    t = (place * T).long().clamp(max=T - 1) + 1
+    u = torch.rand(3, batch, generator=g)
+    eps = torch.randn(shape, generator=g)
+    return t, eps, (u[0] >= drop).float(), u[1] >= drop, u[2] < 0.5
+
+
+def learning_rate(peak, progress, step, warmup=50):
+    """Learning rate: half a cosine from peak to peak / 100 as progress goes from 0 to 1, times a
+    linear rise over the first `warmup` steps (step counts from 0). progress: fraction of the run
+    that is over, of steps or of minutes."""
+    rise = min(1.0, (step + 1) / warmup)
+    cosine = 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * rise * (0.01 + cosine)
+
+
+def orthogonal(matrices, steps=5):
+    """Matrices (G, M, N) -> for each, roughly the nearest matrix with orthonormal rows (columns
+    where M > N) [MUON]. Singular vectors stay; singular values become about 1 (0.7 to 1.2), those
+    below 1% of |matrix| maybe less. |matrix| is the root of the sum of squares.
+
+    Newton-Schulz iteration, which needs nothing but matrix products:
+        x = matrix / (|matrix| + 1e-7), then `steps` times
+        x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+    (on the transpose where M > N: the same result from smaller products).
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonal(matrices.mT, steps).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT                                                   # (G, M, M)
+        # change = -4.7750 square + 2.0315 square^2;  x = 3.4445 x + change x
+        change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, change, x, beta=3.4445)
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon [MUON] for the matrices inside a network (`hidden`: nine of ten numbers of UNet), AdamW
+    [ADAMW] for all other parameters.
+
+    The gradient of a layer is a matrix that points mostly in a few directions; the rest is learned
+    too slowly. Muon gives all directions of the matrix (M outputs, N = all inputs of one) the same
+    length. With rate = 5 lr:
+        momentum += (gradient - momentum) / 20
+        weight   *= 1 - rate * decay
+        weight   -= rate * sqrt(max(1, M / N)) * orthogonal(0.95 momentum + 0.05 gradient)
+    dtype: of the arithmetic in orthogonal. State is made at the start, not in the first step: XLA
+    would compile the second step again.
+    """
+
+    def __init__(self, weights, hidden, dtype, **settings):
+        groups = [{"params": list(weights)}]
+        if hidden:
+            groups.append({"params": list(hidden)})
+        super().__init__(groups, **settings)
+        self.dtype = dtype
+        for group, names in zip(self.param_groups, (("exp_avg", "exp_avg_sq"), ("momentum",))):
+            for p in group["params"]:
+                self.state[p] = {name: torch.zeros_like(p) for name in names}
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups[1:]:
+            same_size, rate = {}, 5 * group["lr"]
+            for p in group["params"]:
+                self.state[p]["step"] += 1
+                self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                same_size.setdefault(p.flatten(1).shape, []).append(p)
+            for (rows, columns), weights in same_size.items():      # a few large products
+                wanted = [torch.lerp(self.state[p]["momentum"], p.grad, 0.05).flatten(1)
+                          for p in weights]
+                changes = orthogonal(torch.stack(wanted).to(self.dtype))
+                for p, change in zip(weights, changes):
+                    p.mul_(1 - rate * group["weight_decay"])
+                    p.sub_(change.view_as(p), alpha=rate * max(1, rows / columns) ** 0.5)
+                    p.grad = None                           # so that AdamW below skips it
+        super().step()
+
+
+def make_optimizer(net, lr, device, precision="auto", hidden=()):
+    """The optimiser of both training scripts: Muon for the parameters in `hidden`, AdamW for all
+    others."""
+    inside = {id(p) for p in hidden}
+    return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden),
+                torch.bfloat16 if uses_bf16(device, precision) else torch.float32,
+                lr=lr, betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
+
+
+class EMA:
+    """Exponential moving average of a network's parameters, float32 on the CPU. Averaged weights
+    sample better than the last ones.
+
+    At a step the average becomes d * average + (1 - d) * weights, with d = min(decay, (1 + step) /
+    (10 + step)): a short run averages its last tenth instead of remembering its random start. To
+    save time that is done every `every` steps only, with d^every instead of d. Averaged are
+    parameters, nothing else; the statistics of a batch norm are taken from the network as they are.
+    It lives on the CPU to free the device's memory; the price is one transfer every `every` steps.
+    """
+
+    def __init__(self, net, decay=0.999, every=10, to_host=copy_to_cpu):
+        self.decay, self.every, self.to_host = decay, every, to_host
+        self.weights = {name: p.float().clone() for name, p in self.of(net).items()}
+
+    def of(self, net):
+        """The network's parameters, on the CPU: {name: tensor}."""
+        return self.to_host({name: p.detach() for name, p in net.named_parameters()})
+
+    def update(self, net, step):
+        """Call after optimiser step number `step` (1, 2, ...); acts on every `every`-th."""
+        if step % self.every == 0:
+            self.weights = self.advanced(net, step, self.every)
+
+    def advanced(self, net, step, count):
+        """The average after `count` more steps that ended at `net`: {name: new tensor},
+        d^count * average + (1 - d^count) * weights of net, with d at `step` as above."""
+        keep = min(self.decay, (1 + step) / (10 + step)) ** count
+        return {name: torch.lerp(p.float(), self.weights[name], keep)
+                for name, p in self.of(net).items()}
+
+    def copy_of(self, net, step):
+        """A copy of `net`, on its device, with the averaged weights. Steps since the last update
+        are counted in; the average itself does not change."""
+        twin = copy.deepcopy(net)
+        twin.load_state_dict({**net.state_dict(), **self.advanced(net, step, step % self.every)})
+        return twin.eval()
+
+
+# ================================================================================================
+# 8  THE SEGMENTER
+# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET] with the parameter names
+# of torchvision, so that published weights fit (the first convolution, made for three colours, is
+# spread evenly over the modalities). Then regions, losses, augmentation, and Dice.
+# ================================================================================================
+
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}     # depth: blocks in each stage
 
 
 class ResNetBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H/stride, W/stride): relu(x + convolutions(x)) [RESNET].
 
     Two 3x3 convolutions, c_out = c; or, as bottleneck, 1x1, 3x3, 1x1 with c_out = 4c. A batch norm
-    follows each; the stride is that of the first 3x3. Where size or channels change, the input
-    passes a 1x1 convolution and a norm (downsample) before it is added.
+    follows each, and a ReLU all but the last; the stride is that of the first 3x3. Where size or
+    channels change, the input passes a 1x1 convolution and a norm (downsample) before it is added.
     """
 
     def __init__(self, c_in, c, stride, bottleneck):
         super().__init__()
         c_out = 4 * c if bottleneck else c
-        shapes = [(c_in, c, 1, 1), (c, c, 3, stride), (c, c_out, 1, 1)] if bottleneck else [
-            (c_in, c, 3, stride), (c, c, 3, 1)]
+        shapes = [(c_in, c, 3, stride), (c, c, 3, 1)]           # in, out, kernel, stride
+        if bottleneck:
+            shapes = [(c_in, c, 1, 1), (c, c, 3, stride), (c, c_out, 1, 1)]
         self.convolutions = len(shapes)
         for i, (a, b, kernel, step) in enumerate(shapes, 1):
             self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
@@ -766,18 +1044,22 @@ class ResNetBlock(nn.Module):
 class ResNet(nn.Module):
     """Encoder: x (B, channels, H, W) -> [features at 1/2, 1/4, 1/8, 1/16, 1/32 of H and W].
 
-    Names and shapes of parameters and buffers are those of torchvision's resnet18, 34 and 50
-    without fc; only conv1 has `channels` inputs instead of 3. widths: channels of the five outputs.
+    7x7 of stride 2, norm, ReLU (the first output), 3x3 max-pooling of stride 2, then four stages of
+    STAGES[depth] blocks, all but the first with stride 2 in the first block. Names and shapes are
+    those of torchvision's resnet18, 34 and 50 without fc; only conv1 has `channels` inputs instead
+    of 3. widths: channels of the five outputs. Kaiming initialisation.
     """
 
     def __init__(self, depth, channels):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
         self.widths = [64]
         for i, blocks in enumerate(STAGES[depth]):
             c, c_in, stage = 64 * 2 ** i, self.widths[-1], []
             for j in range(blocks):
-                stage.append(ResNetBlock(c_in, c, 2 if i and not j else 1, depth == 50))
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(ResNetBlock(c_in, c, stride, depth == 50))
                 c_in = 4 * c if depth == 50 else c
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
             self.widths.append(c_in)
@@ -786,7 +1068,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        kept = [F.relu(self.bn1(self.conv1(x)))]                # (B, 64, H/2, W/2)
+        kept = [F.relu(self.bn1(self.conv1(x)))]                            # (B, 64, H/2, W/2)
         h = F.max_pool2d(kept[0], 3, 2, 1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             h = stage(h)
@@ -795,7 +1077,7 @@ class ResNet(nn.Module):
 
 
 class TwoConvolutions(nn.Module):
-    """x (B, c_in, H, W) -> (B, c_out, H, W): two times 3x3 convolution, norm, ReLU."""
+    """x (B, c_in, H, W) -> (B, c_out, H, W): twice 3x3 convolution, norm, ReLU."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -807,24 +1089,25 @@ class TwoConvolutions(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """images (B, channels, H, W) in [-1, 1] -> logits (B, outputs, H, W): WT, TC, ET to be squashed
-    by a sigmoid each (predict "regions"), or background, NCR, ED, ET by one softmax ("labels").
+    """images (B, channels, H, W) in [-1, 1] -> logits (B, outputs, H, W): of WT, TC, ET, each for a
+    sigmoid (predict "regions"); or of background, NCR, ED, ET for one softmax ("labels").
 
     Any H and W: padded with air to multiples of 32 inside, cropped after. depth: 18, 34 or 50.
-    Going up, each level is a transposed convolution to twice the size, the encoder's features of
-    that size beside it, and two convolutions; for the last level, where the encoder has none, two
-    convolutions look at the scan.
+    Going up, every level is a transposed convolution to twice the size, the encoder's features of
+    that size beside it, and two convolutions. At full size the encoder has no features; there two
+    convolutions look at the scan itself.
 
-    The head's logits are multiplied by 8 and start at -3 for everything that is tumour: nearly all
-    pixels are not, and Adam, which moves every weight by about the learning rate, would spend
-    hundreds of steps on making small logits large.
+    The logits of the last layer are multiplied by 8 and start at -3 for tumour. Nearly all pixels
+    are not tumour; Adam moves every weight by about the learning rate, and would spend hundreds of
+    steps on making small logits large.
     """
     GAIN = 8.0
 
     def __init__(self, depth=18, channels=4, predict="regions", width=(256, 128, 64, 32, 16)):
         super().__init__()
         self.channels, self.predict = channels, predict
-        self.encoder, self.fine = ResNet(depth, channels), TwoConvolutions(channels, width[-1])
+        self.encoder = ResNet(depth, channels)
+        self.fine = TwoConvolutions(channels, width[-1])
         self.grow, self.merge = nn.ModuleList(), nn.ModuleList()
         c, skips = self.encoder.widths[-1], [*self.encoder.widths[-2::-1], width[-1]]
         for c_skip, c_out in zip(skips, width):
@@ -833,7 +1116,7 @@ class ResUNet(nn.Module):
             c = c_out
         self.head = nn.Conv2d(c, 3 if predict == "regions" else 4, 1)
         nn.init.zeros_(self.head.bias)
-        self.head.bias.data[-3:] = -3 / self.GAIN
+        self.head.bias.data[-3:] = -3 / self.GAIN               # forward multiplies by GAIN
 
     def forward(self, images):
         height, width = images.shape[-2:]
@@ -845,14 +1128,7 @@ class ResUNet(nn.Module):
         return self.GAIN * self.head(h)[..., :height, :width]
 
 
-# ================================================================================================
-# 9  SEGMENTATION
-# Regions, losses, augmentation, and the figures BraTS counts: per region and per *case* (the whole
-# volume). A mean over slices is another, kinder number; so is calling NCR, ED, ET "WT, TC, ET".
-# ================================================================================================
-
-# whole tumour, tumour core, enhancing [BRATS]
-REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}   # unions of labels [BRATS]
 
 
 def regions_of(labels):
@@ -863,24 +1139,26 @@ def regions_of(labels):
 def labels_of(probability, predict):
     """Probabilities (K, ...) -> labels uint8 (...) in 0..3.
 
-    predict "labels": the likeliest of background, NCR, ED, ET. "regions": channels WT, TC, ET; the
-    BraTS way, each where it is above one half overwrites the one before: WT becomes ED, then TC
-    becomes NCR, then ET becomes ET, whether or not the larger region is above one half there too.
+    predict "labels": the likeliest of background, NCR, ED, ET. "regions": channels WT, TC, ET, as
+    BraTS does it: where WT is above one half the label is ED; then, where TC is, NCR; then, where
+    ET is, ET. Each overwrites the one before, whether or not the larger region is above one half
+    there too.
     """
     if predict == "labels":
         return probability.argmax(0).to(torch.uint8)
     labels = torch.zeros(probability.shape[1:], dtype=torch.uint8)
-    for region, label in zip(probability, (2, 1, 3)):
+    for region, label in zip(probability, (2, 1, 3)):           # WT -> ED, TC -> NCR, ET -> ET
         labels[region > 0.5] = label
     return labels
 
 
 def dice_loss(probability, target, smooth=1.0):
-    """1 - mean over channels of soft Dice = (2 sum(p g) + smooth) / (sum p + sum g + smooth), sums
-    over B, H and W, of the whole global batch (see all_sum): a slice without tumour then says
-    "nothing here" instead of 0/0 [VNET].
+    """1 - mean over channels of D, soft Dice [VNET]:
+    D = (2 sum(p g) + smooth) / (sum p + sum g + smooth), p probability, g target.
 
-    probability, target: float (B, K, H, W) in [0, 1]. Returns a scalar.
+    Sums run over B, H and W of the whole batch, over all processes that share it (all_sum), so that
+    a slice without tumour counts as "nothing here" instead of 0/0. probability, target: float
+    (B, K, H, W) in [0, 1]. Returns a scalar.
     """
     over = (0, 2, 3)
     shared, total = all_sum(torch.stack([(probability * target).sum(over),
@@ -889,280 +1167,87 @@ def dice_loss(probability, target, smooth=1.0):
 
 
 def segmentation_loss(logits, labels, predict):
-    """Dice + cross-entropy, a scalar. logits (B, K, H, W); labels int (B, H, W) in 0..3.
+    """Cross-entropy + Dice loss, a scalar. logits (B, outputs, H, W); labels int64 (B, H, W) in
+    0..3.
 
-    "regions": binary cross-entropy and Dice of each region; "labels": cross-entropy over four
-    classes and Dice of the three that are tumour.
+    "regions": binary cross-entropy and Dice of each region. "labels": cross-entropy over four
+    classes, and Dice of the three that are tumour.
     """
     logits = logits.float()
     if predict == "regions":
         target = regions_of(labels).movedim(0, 1).float()                   # (B, 3, H, W)
-        return F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits.sigmoid(),
-                                                                              target)
+        entropy = F.binary_cross_entropy_with_logits(logits, target)
+        return entropy + dice_loss(logits.sigmoid(), target)
     target = one_hot(labels, 4)
     return F.cross_entropy(logits, labels) + dice_loss(logits.softmax(1)[:, 1:], target[:, 1:])
 
 
-# What augmentation draws from. rotate in degrees; scale, shift, bend (elastic) as shares of the
-# picture; gamma, contrast (per modality) and noise as standard deviations on intensities 0..1.
-AUGMENT = {"none": None, "standard": {"rotate": 10, "scale": 0.1, "shift": 0.03, "bend": 0.0,
-                                      "gamma": 0.1, "contrast": 0.1, "noise": 0.01},
-           "strong": {"rotate": 30, "scale": 0.3, "shift": 0.08, "bend": 0.04, "gamma": 0.3,
-                      "contrast": 0.3, "noise": 0.05},}
+# How far augmentation goes. Limits of a uniform draw: rotate in degrees, scale as the log of a
+# factor, shift in half pictures. Standard deviations: bend (elastic) in half pictures; per modality
+# gamma as the log of an exponent, and contrast; per pixel noise, on intensities 0..1.
+AUGMENT = {
+    "none": None,
+    "standard": {"rotate": 10, "scale": 0.1, "shift": 0.03, "bend": 0.0,
+                 "gamma": 0.1, "contrast": 0.1, "noise": 0.01},
+    "strong": {"rotate": 30, "scale": 0.3, "shift": 0.08, "bend": 0.04,
+               "gamma": 0.3, "contrast": 0.3, "noise": 0.05},
+}
 
 
-def augment(images, labels, kind, key, share=None):
-    """Randomly moved and recoloured slices: images (B, C, H, W) in [-1, 1], labels int (B, H, W) ->
-    the same, on the CPU; a pure function of its arguments. kind: a key of AUGMENT; key: of
-    generator; share: the (B, slice) that these images are of a global batch of B, for which chance
-    is drawn.
+def augment(images, labels, kind, key, part=None):
+    """Move and recolour slices at random: images (B, C, H, W) in [-1, 1], labels int (B, H, W) ->
+    the same, on the CPU. It depends on its arguments alone.
 
-    One smooth map of the plane for images (linear) and labels (nearest), half of them mirrored;
-    then gamma, contrast and noise in each modality. Air stays -1.
+    Every slice is turned, scaled, shifted and bent (a field of 6x6 random vectors, bicubic between
+    them), the same for images (linear) and labels (nearest); half of them are mirrored; outside the
+    picture is air. Then, on intensities 0..1: power, contrast, noise, clipping. Air stays -1.
+    kind: a key of AUGMENT; key: of generator; part: (B, slice) if these images are that slice of a
+    batch of B shared by several processes: random numbers are drawn for all of it.
     """
-    how, batch, size = AUGMENT[kind], len(images), images.shape[-2:]
-    if how is None:
+    if AUGMENT[kind] is None:
         return images, labels
-    g, (whole, mine) = generator(*key), share or (batch, slice(None))
-    normal = lambda *shape: torch.randn(whole, *shape, generator=g)[mine]
-    uniform = lambda: (torch.rand(whole, generator=g) * 2 - 1)[mine]
-    angle, scale = uniform() * math.radians(how["rotate"]), torch.exp(uniform() * how["scale"])
+    limits, g = AUGMENT[kind], generator(*key)
+    batch, rows = part or (len(images), slice(None))
+
+    def normal(*shape):
+        return torch.randn(batch, *shape, generator=g)[rows]
+
+    def uniform():
+        return (torch.rand(batch, generator=g) * 2 - 1)[rows]
+
+    angle = uniform() * math.radians(limits["rotate"])
+    scale = torch.exp(uniform() * limits["scale"])
     mirror = uniform().sign()
-    rows = [torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), uniform()
-                         * how["shift"]], 1), torch.stack([mirror * scale * angle.sin(), scale
-                                                           * angle.cos(), uniform() * how["shift"]],
-                                                          1)]
-    # (B, H, W, 2)
-    where = F.affine_grid(torch.stack(rows, 1), (batch, 1, *size), align_corners=False)
-    bend = F.interpolate(how["bend"] * normal(2, 6, 6), size, mode="bicubic", align_corners=False)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    to_x = torch.stack([mirror * cos, -sin, uniform() * limits["shift"]], 1)
+    to_y = torch.stack([mirror * sin, cos, uniform() * limits["shift"]], 1)
+    shape = (len(images), 1, *images.shape[-2:])
+    where = F.affine_grid(torch.stack([to_x, to_y], 1), shape, align_corners=False)  # (B, H, W, 2)
+    bend = F.interpolate(limits["bend"] * normal(2, 6, 6), shape[2:], mode="bicubic",
+                         align_corners=False)
     where = where + bend.movedim(1, -1)
-    # air is 0 here
-    images = F.grid_sample((images + 1) / 2, where, align_corners=False)
-    labels = F.grid_sample(labels[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].long()
-    each = (images.shape[1], 1, 1)
-    moved = images.clamp(1e-6, 1) ** torch.exp(how["gamma"] * normal(*each)) * (1 + how["contrast"]
-                                                                                * normal(*each))
-    moved = moved + how["noise"] * normal(*images.shape[1:])
-    return torch.where(images > 0, moved, 0.0).clamp(0, 1) * 2 - 1, labels
+    images = F.grid_sample((images + 1) / 2, where, align_corners=False)    # air is 0 from here on
+    labels = F.grid_sample(labels[:, None].float(), where, mode="nearest", align_corners=False)
+    channels = images.shape[1]
+    recoloured = images.clamp(1e-6, 1) ** torch.exp(limits["gamma"] * normal(channels, 1, 1))
+    recoloured = recoloured * (1 + limits["contrast"] * normal(channels, 1, 1))
+    recoloured = recoloured + limits["noise"] * normal(*images.shape[1:])
+    return torch.where(images > 0, recoloured, 0.0).clamp(0, 1) * 2 - 1, labels[:, 0].long()
 
 
 def dice(predicted, truth):
-    """Dice = 2 |A and B| / (|A| + |B|) of two bool masks of one case, a float; both empty: 1."""
+    """Dice = 2 |A and B| / (|A| + |B|) of two bool masks, a float. Both empty: 1.
+
+    BraTS counts it per region and per case, over the whole volume. A mean over slices is another,
+    kinder number. The Dice of the labels NCR, ED, ET is another number again.
+    """
     total = int(predicted.sum() + truth.sum())
     return 2 * int((predicted & truth).sum()) / total if total else 1.0
 
 
 def sensitivity(predicted, truth):
-    """Share of the true voxels that were found, a float; NaN where there are none."""
+    """Fraction of the true voxels that were found, a float; NaN where there are none."""
     return int((predicted & truth).sum()) / int(truth.sum()) if truth.any() else math.nan
-
-
-def endless(rows, key, start, count):
-    """Entries start .. start + count - 1 of an endless sequence that runs through `rows` in a new
-    random order every epoch. int array (count,); a pure function of its arguments."""
-    out, end = [], start + count
-    while start < end:
-        epoch, at = divmod(start, len(rows))
-        order = torch.randperm(len(rows), generator=generator(*key, epoch)).numpy()
-        out.append(rows[order[at:at + end - start]])
-        start += len(out[-1])
-    return np.concatenate(out) if out else np.array([], int)
-
-
-def batch_rows(tumour, other, share, seed, step, batch):
-    """Cache rows of the batch of this step, int (batch,): `share` of all draws show tumour.
-
-    Global sample number n = step * batch + i comes from `tumour` where floor(n * share) steps up,
-    else from `other`; each is run through in its own shuffled order.
-    """
-    if not len(tumour) or not len(other):
-        share = float(len(tumour) > 0)
-    taken = np.floor(np.arange(step * batch, (step + 1) * batch + 1) * share + 1e-9).astype(int)
-    from_tumour = np.diff(taken) > 0
-    rows = np.empty(batch, int)
-    n = int(from_tumour.sum())
-    if n:
-        rows[from_tumour] = endless(tumour, (seed, "tumour"), int(taken[0]), n)
-    if n < batch:
-        rows[~from_tumour] = endless(other, (seed, "other"), step * batch - int(taken[0]), batch
-                                     - n)
-    return rows
-
-
-def measure_prior(cache, rows, condition, slabs=16):
-    """What training slices look like on average, for `expected`: a dict of float32 tensors.
-
-    classes  (2, K + 1, C): mean and std of every class in every modality; row K is over all pixels.
-             Mean 0 and std 0.5 where a class does not occur; std at least 0.01.
-    atlas    (2, slabs, C, R, R): mean and std of healthy brain at every place, in `slabs` parts of
-             position -1..1, left and right alike, smoothed by 3x3 and leaning on the class's own
-             where few brains reach. Only where "brain" is a class: tissue labels say it better.
-             A mean over few brains shows them: with a handful of cases the atlas is no secret.
-    """
-    names = CONDITIONS[condition]
-    # count, sum, sum of squares
-    total = torch.zeros(3, len(names) + 1, cache.rows.shape[1] - 1)
-    place = torch.zeros(3, slabs, total.shape[2], *cache.rows.shape[2:])
-    for i in range(0, len(rows), 128):
-        x0, classes, position = cache.batch(rows[i:i + 128])
-        slab = ((position + 1) / 2 * slabs).long().clamp(0, slabs - 1)
-        for k in range(len(names) + 1):
-            here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
-            parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
-            total[:, k] += torch.stack([p.sum((0, 2, 3)) for p in parts])
-            if k == 1 and names[k] == "brain":
-                place.index_add_(1, slab, torch.stack(parts))
-    n, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
-    std = torch.where(n > 1, (total[2] / n.clamp(min=1) - mean ** 2).clamp(min=1e-4).sqrt(), 0.5)
-    prior = {"classes": torch.stack([mean, std])}
-    if names[1] == "brain":
-        place = F.avg_pool2d((place + place.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(place)
-        m, s = mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1)
-        mean = (place[1] + 2 * m) / (place[0] + 2)
-        std = ((place[2] + 2 * (s ** 2 + m ** 2)) / (place[0] + 2) - mean ** 2).clamp(
-            min=1e-4).sqrt()
-        prior["atlas"] = torch.stack([mean, std])
-    return prior
-
-
-def training_noise(seed, step, shape, drop):
-    """All chance of one training step, on the CPU, from (seed, step): shape (B, C, H, W) ->
-
-    t       int64 (B,) in 1..T, one in each of B equal parts of the range, in random order
-    eps     float32 (B, C, H, W)
-    keep    float32 (B,): 0 where the label map is replaced by the null condition (share `drop`)
-    given   bool (B,): False where the slice position is withheld (share `drop`, independent)
-    mirror  bool (B,): True where left and right are swapped (one half)
-    """
-    g, batch = generator(seed, "noise", step), shape[0]
-    place = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
-    t = (place * T).long().clamp(max=T - 1) + 1
-    keep, given, mirror = torch.rand(3, batch, generator=g)
-    return t, torch.randn(shape, generator=g), (keep >= drop).float(), given >= drop, mirror < 0.5
-
-
-def learning_rate(peak, progress, step, warmup=50):
-    """Linear warm-up over `warmup` steps, then half a cosine down to peak / 100.
-
-    progress: share of the run that is over, 0..1, whichever of steps and minutes ends it.
-    """
-    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5
-                                                   * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def orthogonal(matrices, steps=5):
-    """(G, M, N) -> (G, M, N), roughly each one's nearest matrix with orthonormal rows (columns
-    where M > N): singular vectors stay, singular values become about 1 (0.7 to 1.2 where they were
-    above a hundredth of the root of the sum of squares). By Newton-Schulz iteration, which needs
-    products of matrices alone [MUON]:
-        x = matrix / (|matrix| + 1e-7), the root of the sum of squares; then `steps` times
-        x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x      (x^T in place of x where M > N:
-        the same, cheaper)
-    """
-    if matrices.shape[1] > matrices.shape[2]:   # x x^T is the smaller one then
-        return orthogonal(matrices.mT, steps).mT
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        square = x @ x.mT                                                   # (G, M, M)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x,
-                          beta=3.4445)
-    return x
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW [ADAMW], but for weights inside a network (`hidden`, each with two axes or more), which
-    learn by Muon [MUON]: a gradient of a layer is dominated by few directions, and the rest is
-    learned too slowly; Muon gives all directions of a matrix (M outputs, N = all inputs of one) the
-    same step.
-
-        momentum += (gradient - momentum) / 20
-        weight   *= 1 - rate * decay
-        weight   -= rate * sqrt(max(1, M / N)) * orthogonal(0.95 momentum + 0.05 gradient)      rate
-                 = 5 lr
-
-    dtype: of orthogonal's arithmetic. State is made here, not in the first step: on XLA the second
-    one would be another graph, compiled anew.
-    """
-
-    def __init__(self, weights, hidden, dtype, **settings):
-        super().__init__([{"params": list(weights)}, *([{"params": list(hidden)}] if hidden
-                                                       else [])], **settings)
-        self.dtype = dtype
-        for group, names in zip(self.param_groups, (("exp_avg", "exp_avg_sq"), ("momentum",))):
-            for p in group["params"]:
-                self.state[p] = {name: torch.zeros_like(p) for name in names}
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups[1:]:
-            alike, rate = {}, 5 * group["lr"]
-            for p in group["params"]:
-                self.state[p]["step"] += 1
-                self.state[p]["momentum"].lerp_(p.grad, 0.05)
-                alike.setdefault(p.flatten(1).shape, []).append(p)
-            # matrices of one size at once: few large products
-            for (rows, columns), its in alike.items():
-                wanted = [torch.lerp(self.state[p]["momentum"], p.grad, 0.05).flatten(1)
-                          for p in its]
-                for p, change in zip(its, orthogonal(torch.stack(wanted).to(self.dtype))):
-                    p.mul_(1 - rate * group["weight_decay"])
-                    p.sub_(change.view_as(p), alpha=rate * max(1, rows / columns) ** 0.5)
-                    p.grad = None                           # AdamW leaves it alone
-        super().step()
-
-
-def make_optimizer(net, lr, device, precision="auto", hidden=()):
-    """The optimiser of both training scripts: AdamW, and Muon for those of net's parameters that
-    are in `hidden`."""
-    inside = {id(p) for p in hidden}
-    return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden),
-                torch.bfloat16 if uses_bf16(device, precision) else torch.float32,
-                lr=lr, betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
-
-
-def copy_to_cpu(tensors):
-    """{name: tensor} -> the same on the CPU."""
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-class EMA:
-    """Running mean of a network's parameters, float32 on the CPU, whatever the network runs on.
-
-    Parameters only: no schedule, and no buffer (a batch norm's statistics are taken from the
-    network as it is). Every k-th step counts the newest copy k times, with decay^k: where weights
-    move slowly the same as every step, at 1/k of the cost. The decay at a step is min(decay, (1 +
-    step) / (10 + step)): a short run averages its last tenth instead of remembering its random
-    start. On the host since a bfloat16 copy would lose (1 - decay) * w to rounding, and to free the
-    device's memory; the price is one transfer every k steps.
-    """
-
-    def __init__(self, net, decay=0.999, every=10, to_host=copy_to_cpu):
-        self.decay, self.every, self.to_host = decay, every, to_host
-        self.weights = {k: p.float().clone() for k, p in self.of(net).items()}
-
-    def of(self, net):
-        """The parameters as they are now, on the CPU."""
-        return self.to_host({name: p.detach() for name, p in net.named_parameters()})
-
-    def update(self, net, step):
-        """Call after optimiser step number `step` (1, 2, ...); acts on every `every`-th."""
-        if step % self.every == 0:
-            self.weights = self.advanced(net, step, self.every)
-
-    def advanced(self, net, step, count):
-        """The averaged weights after `count` more steps that ended at `net`: {name: tensor}, new
-        ones: d^count weights + (1 - d^count) net, with d the decay at `step`, see above."""
-        keep = min(self.decay, (1 + step) / (10 + step)) ** count
-        return {name: torch.lerp(p.float(), self.weights[name], keep) for name,
-                p in self.of(net).items()}
-
-    def copy_of(self, net, step):
-        """A copy of `net`, on its device, that carries the averaged weights: what samples best.
-        Steps since the last update are counted in; the average itself is left as it is."""
-        twin = copy.deepcopy(net)
-        twin.load_state_dict({**net.state_dict(), **self.advanced(net, step, step % self.every)})
-        return twin.eval()
 
 
 if __name__ == "__main__":

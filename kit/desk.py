@@ -2,14 +2,13 @@
 """
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import torch
 
 import brainsyn as bs
-from kit import checks, nifti, phantoms, pictures, runs, slices
+from kit import checks, nifti, options, phantoms, pictures, runs, slices
 
 
 def first_look():
@@ -17,25 +16,39 @@ def first_look():
     with tempfile.TemporaryDirectory() as folder:
         phantoms.write_phantom(folder, 0)
         got = slices.prepare_case(nifti.find_cases(folder)[0], 96, 192.0, "tumour")
-    best = int((got["classes"] > 1).sum((1, 2)).argmax())
-    x0 = bs.to_images(got["images"][best])[None]
-    alpha_bar, eps = bs.cosine_alpha_bar(), torch.randn(x0.shape,
-                                                        generator=bs.generator(0, "ladder"))
-    rows = [[got["classes"][best], *x0[0]]]
+    fullest = int((got["classes"] > 1).sum((1, 2)).argmax())
+    x0 = bs.to_images(got["images"][fullest])[None]
+    eps = torch.randn(x0.shape, generator=bs.generator(0, "ladder"))
+    alpha_bar = bs.cosine_alpha_bar()
+    rows = [[got["classes"][fullest], *x0[0]]]
     for t in (100, 300, 500, 700, 900, bs.T):
         x_t = bs.add_noise(x0, eps, *bs.signal_sigma(alpha_bar, torch.tensor([t])))
         rows.append([None, *x_t[0]])
-    pictures.draw_rows("runs/first_look.png", rows, ["labels", *bs.MODALITIES], "tumour",
-              "phantom 0; below it t = 100, 300, 500, 700, 900, 1000")
+    pictures.plot_rows("runs/first_look.png", rows, ["labels", *bs.MODALITIES], "tumour",
+                       "phantom 0; below it t = 100, 300, 500, 700, 900, 1000")
     print("\n".join(pictures.layer_table(bs.UNet(), 64)))
     print("a phantom and its noise ladder -> runs/first_look.png")
 
 
+def publish(run, path):
+    """Write the weights of a run as one .npz file, those of a generator of labels as two into a
+    folder; print their sha256."""
+    pairs = [(run, path)]
+    labels = (Path(run) / "coarse").is_dir()    # two networks
+    if labels == path.endswith(".npz"):
+        raise bs.BadInput(f"--publish {path}: name a folder for the two files of a generator of "
+                          "labels, a file that ends in .npz for every other run")
+    if labels:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        pairs = [(Path(run) / part, Path(path) / f"{part}.npz") for part in ("coarse", "fine")]
+    for source, target in pairs:
+        print(f"sha256 {runs.publish(source, target)}\nwrote: {target}")
+
+
 def main(argv=None):
-    """A first look, or the check of a folder."""
-    parser = argparse.ArgumentParser(description="Draw a first look at what this file makes; or "
-                                     "check a folder of BraTS cases before anything is trained on "
-                                     "it.")
+    """Draw a first look at what this project makes; or check a folder of BraTS cases before
+    anything is trained on it."""
+    parser = options.Parser(main.__doc__)
     parser.add_argument("folder", nargs="?", help="cases to check; without it, the first look")
     parser.add_argument("--no-labels", action="store_true", help="check scans alone")
     parser.add_argument("--publish", nargs=2, metavar=("RUN", "FILE"),
@@ -43,18 +56,7 @@ def main(argv=None):
                         "a folder), without pickle, and print the sha256")
     args = parser.parse_args(argv)
     if args.publish:
-        run, path = args.publish
-        pairs = [(run, path)]
-        if (Path(run) / "coarse").is_dir():     # a generator of labels: two networks, into a folder
-            if path.endswith(".npz"):
-                raise bs.BadInput(f"--publish {path}: a generator of labels is two files; name a "
-                                  "folder")
-            Path(path).mkdir(parents=True, exist_ok=True)
-            pairs = [(Path(run) / part, Path(path) / f"{part}.npz") for part in ("coarse", "fine")]
-        elif not path.endswith(".npz"):
-            raise bs.BadInput(f"--publish {path}: the file must end in .npz")
-        for its in pairs:
-            print(f"sha256 {runs.publish(*its)}\nwrote: {its[1]}")
+        publish(*args.publish)
     elif args.folder:
         checks.check_folder(args.folder, not args.no_labels)
     else:

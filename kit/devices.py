@@ -1,10 +1,10 @@
-"""Several devices, and the one in use: CPU, CUDA, MPS, XLA. Only here and in the book's section on
-devices are they named.
+"""Several devices, and the one in use: CPU, CUDA, MPS, XLA. Only this module and the book's section
+on devices name them.
 
 There are two ways to use several. torchrun starts one process for each; every process takes its
 part of the global batch and DistributedDataParallel averages the gradients. XLA on a TPU needs one
-process for all its cores: arrays are marked as split along the batch, and the compiler puts the
-communication in (GSPMD, Xu et al. 2021, arXiv 2105.04663).
+process for all its cores: arrays are marked as split along the batch, and the compiler inserts the
+communication (GSPMD, Xu et al. 2021, arXiv 2105.04663).
 """
 from __future__ import annotations
 
@@ -20,153 +20,144 @@ import torch.nn as nn
 
 import brainsyn as bs
 
-
 DEVICES = ("auto", "cpu", "cuda", "mps", "xla")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def pick_device(name="auto", several=False):
-    """"auto", "cpu", "cuda", "mps" or "xla" -> torch.device. auto takes the fastest of the first
-    three; a device asked for by name that is not there is a BadInput, never a silent fall-back.
+# ------------------------------------------------------------------------------ which device ---
 
-    several: whether the caller can share its work with other processes. Under torchrun they are
-    joined here, each with a GPU of its own; only the first one prints from now on.
+def pick_device(name="auto", several=False):
+    """A name of DEVICES -> torch.device. auto takes the first available of cuda, mps and cpu; a
+    device asked for by name that is not available is a BadInput, never a silent fall-back.
+
+    several: whether the command can share its work with other processes; without, it is a BadInput
+    to start it with torchrun.
     """
-    if name == "xla":
-        return pick_xla()
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True, "xla": True}      # pick_xla looks for it
     if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there.get(name):
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
         raise bs.BadInput(f"--device {name}: PyTorch {torch.__version__} finds no such device "
                           "here; use --device auto")
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if not alone and (not several or name in ("mps", "xla")):
+        raise bs.BadInput(f"this command with --device {name} runs in one process; start it with "
+                          "python, not torchrun")
+    if name == "xla":
+        return pick_xla()
     if name == "cpu":
         torch.set_flush_denormal(True)          # tiny numbers cost time and mean nothing
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return torch.device(name)
-    number = int(os.environ["LOCAL_RANK"])
-    if not several:
-        raise bs.BadInput("this command runs in one process; start it with python, not with "
-                          "torchrun")
+    return torch.device(name) if alone else join_processes(name)
+
+
+def join_processes(name):
+    """Join the processes that torchrun started -> this process's torch.device, "cpu" or one of
+    "cuda". Only the first process prints from then on. BadInput where there are too few GPUs or
+    several machines."""
+    device = torch.device(name)
     if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-        raise bs.BadInput("the processes of torchrun must be on one machine; start it there alone")
-    if name == "mps":
-        raise bs.BadInput("--device mps drives one GPU; start it with python, or give --device cpu")
-    if name == "cuda" and number >= torch.cuda.device_count():
-        raise bs.BadInput(f"--device cuda: no GPU here for process {number + 1}; start fewer, or "
-                          "give --device cpu")
+        raise bs.BadInput("torchrun started processes on several machines; use one machine")
     if name == "cuda":
-        torch.cuda.set_device(number)
-    # the others wait while the first one makes phantoms, a cache, pictures: however long that takes
-    dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
-                            timeout=timedelta(days=7))
+        device = torch.device(name, int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise bs.BadInput(f"--device cuda: process {device.index + 1} has no GPU here; start "
+                              "fewer processes, or use --device cpu")
+        torch.cuda.set_device(device)
+    # phantoms, a cache or pictures of the first process take as long as they take: the others wait
+    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     if not first_process():
         sys.stdout = open(os.devnull, "w")
-    return torch.device(name, number) if name == "cuda" else torch.device(name)
+    return device
 
 
 def pick_xla():
-    """The XLA device, standing for all devices of this machine together (SPMD). BadInput without
-    torch_xla or without a TPU; PJRT_DEVICE=CPU in the environment asks for XLA on the CPU."""
-    asked = os.environ.get("PJRT_DEVICE")       # torch_xla sets it itself where it is not set
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise bs.BadInput("--device xla drives all devices from one process; start it with python, "
-                          "not with torchrun")
+    """The XLA device, which stands for all devices of this machine together (SPMD). BadInput
+    without torch_xla or a TPU; PJRT_DEVICE=CPU in the environment asks for XLA on the CPU."""
+    asked = os.environ.get("PJRT_DEVICE", "TPU")        # torch_xla sets it where it is not set
     try:
         import torch_xla
         import torch_xla.runtime as xr
         xr.use_spmd()
-        device, found = torch_xla.device(), xr.device_type()
-        # asks for the devices, which are not looked for before
-        xla_devices()
-    except ImportError as error:
-        raise bs.BadInput(f"--device xla: torch_xla cannot be imported ({str(error).splitlines()[0]}); "
-                       "pip install -r requirements-tpu.txt") from error
-    except (RuntimeError, OSError) as error:
-        raise bs.BadInput(f"--device xla: XLA cannot use a {asked or 'TPU'} here "
+        device = torch_xla.device()
+        found = xr.device_type()
+        xla_devices()                           # looks for the devices: fails where there are none
+    except (ImportError, RuntimeError, OSError) as error:
+        raise bs.BadInput(f"--device xla: XLA cannot use a {asked} here "
                           f"({str(error).splitlines()[0]}); on a TPU machine pip install -r "
                           "requirements-tpu.txt") from error
-    if xr.process_count() > 1:
-        raise bs.BadInput("--device xla drives the devices of one machine; a pod of several is not "
-                          "supported")
     if found == "CPU" and asked != "CPU":
         raise bs.BadInput("--device xla: there is no TPU here; PJRT_DEVICE=CPU in front of the "
                           "command runs XLA on the CPU")
+    if xr.process_count() > 1:
+        raise bs.BadInput("--device xla: this machine is part of a TPU pod; use a single machine")
     return device
 
 
 def describe(device, precision="auto"):
-    """The device really used, for the first line of a log: "device cpu x 2, float32". precision: of
+    """The device in use, for the first line of a log: "device cpu x 2, float32". precision: of
     PRECISIONS."""
-    name, count = device.type, bs.processes()
+    name = device.type
     if name == "cuda":
         name = f"cuda ({torch.cuda.get_device_name(device)})"
     if name == "xla":
         import torch_xla.runtime as xr
-        name, count = f"xla ({xr.device_type()})", xla_devices()
-    return f"device {name}{f' x {count}' if count > 1 else ''}, " + (
-        "bfloat16" if bs.uses_bf16(device, precision) else "float32")
+        name = f"xla ({xr.device_type()})"
+    times = f" x {device_count(device)}" if device_count(device) > 1 else ""
+    layers = "bfloat16" if bs.uses_bf16(device, precision) else "float32"
+    return f"device {name}{times}, {layers}"
 
 
-def rank():
-    """Which of them this one is, 0 for the first."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def first_process():
-    """Whether this process is the one that prints, writes and draws."""
-    return rank() == 0
-
-
-def leave_processes():
-    """Part from the others when training is over -> whether this was the first process, which goes
-    on alone.
-
-    Nobody may hold the network of prepare_training any more: DistributedDataParallel that outlives
-    its group can crash on the way out."""
-    first = first_process()
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return first
-
-
-def share_of(batch):
-    """Which samples of a global batch this process works on: a slice."""
-    mine = batch // bs.processes()
-    return slice(rank() * mine, (rank() + 1) * mine)
+def device_count(device):
+    """How many devices share a batch."""
+    return xla_devices() if device.type == "xla" else bs.processes()
 
 
 def require_divisible(batch, device):
-    """BadInput unless a global batch divides evenly: unequal parts would not count the same in a
-    mean."""
-    count = xla_devices() if device.type == "xla" else bs.processes()
+    """BadInput unless a global batch divides evenly over the devices: in a mean of means, unequal
+    parts would not count the same."""
+    count = device_count(device)
     if batch % count:
         raise bs.BadInput(f"--batch {batch}: does not divide evenly over {count} devices; choose a "
                           f"multiple of {count}")
 
 
-def in_turn(make):
-    """make() in the first process alone and then in all others, who find on disk what it wrote."""
+# -------------------------------------------------------------------------- several processes ---
+
+def first_process():
+    """True in the process that prints, writes and samples."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def slice_of_batch(batch):
+    """The slice of a global batch that this process works on."""
+    size = batch // bs.processes()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return slice(rank * size, (rank + 1) * size)
+
+
+def first_process_first(make):
+    """make() in the first process and then in all others, which find on disk what it wrote ->
+    what make() returns."""
     if first_process():
-        made = make()
+        result = make()
     if bs.processes() > 1:
         dist.barrier()
-    return made if first_process() else make()
+    return result if first_process() else make()
 
 
-def agreed(value):
-    """The first process's number, in all of them: clocks differ, and all must stop at the same
+def broadcast_from_first(value):
+    """The first process's number, in all processes: clocks differ, and all must stop at the same
     step."""
     if bs.processes() == 1:
         return value
-    told = torch.tensor(float(value), dtype=torch.float64)
-    dist.broadcast(told, 0)
-    return told.item()
+    number = torch.tensor(float(value), dtype=torch.float64)
+    dist.broadcast(number, 0)
+    return number.item()
 
 
-def gathered(tensor):
+def all_gather(tensor):
     """tensor (B / processes, ...) of every process -> (B, ...) in the order of the global batch."""
     if bs.processes() == 1:
         return tensor
@@ -175,14 +166,28 @@ def gathered(tensor):
     return torch.cat(parts)
 
 
+def leave_processes():
+    """End the sharing of work after training -> True in the first process, which goes on alone.
+
+    No variable may refer to the network of prepare_training any more: DistributedDataParallel that
+    outlives its group can crash at exit.
+    """
+    first = first_process()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return first
+
+
 class BatchNorm(nn.BatchNorm2d):
     """x (B, C, H, W) -> (x - mean) / sqrt(variance + eps) * weight + bias for each channel [BN].
-    While training, mean and variance (sum / n) are those of all n values in the global batch, and
-    running_mean and running_var move towards mean and variance n / (n - 1) by the share `momentum`;
-    in evaluation those are used.
+    In training, mean and variance (sum / n) are over all n values in the global batch, and
+    running_mean and running_var move towards mean and variance n / (n - 1) by the fraction
+    `momentum`; in evaluation those are used.
 
-    Written out for several processes, since torch's own sees only the share of one, and for XLA,
-    whose running variance lacks the factor n / (n - 1)."""
+    Written out for several processes, since torch's sees one process's part of the batch, and for
+    XLA, whose running variance lacks the factor n / (n - 1).
+    """
 
     def forward(self, x):
         if not self.training or bs.processes() == 1 and x.device.type != "xla":
@@ -199,6 +204,8 @@ class BatchNorm(nn.BatchNorm2d):
         return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
 
 
+# --------------------------------------------------------------------- tensors to and from it ---
+
 def xla_devices():
     """How many devices XLA drives: the cores of a TPU, or virtual ones of the CPU."""
     import torch_xla.runtime as xr
@@ -206,7 +213,7 @@ def xla_devices():
 
 
 def xla_sharding(axes, split):
-    """How XLA shall lay out an array of so many axes: split along the first one, or whole on every
+    """How XLA lays out an array with so many axes: split along the first one, or whole on every
     device -> (mesh of all devices, the mesh's axis or None for each axis of the array)."""
     import torch_xla.distributed.spmd as xs
     mesh = xs.Mesh(np.arange(xla_devices()), (xla_devices(),), ("batch",))
@@ -214,23 +221,26 @@ def xla_sharding(axes, split):
 
 
 def to_device(device, *tensors):
-    """The tensors (B, ...), on the device; on XLA split along the batch over all of them, or whole
+    """The tensors (B, ...), on the device; on XLA split along the batch over all devices, or whole
     on each where their number does not divide B."""
     if device.type != "xla":
         return bs.copy_to(device, *tensors)
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as xs
-    return [xm.send_cpu_data_to_device([tensor], device, xs.ShardingSpec(
-        *xla_sharding(tensor.ndim, len(tensor) % xla_devices() == 0)))[0] for tensor in tensors]
+    moved = []
+    for tensor in tensors:
+        layout = xla_sharding(tensor.ndim, split=len(tensor) % xla_devices() == 0)
+        moved += xm.send_cpu_data_to_device([tensor], device, xs.ShardingSpec(*layout))
+    return moved
 
 
 def to_host(tree):
-    """A tensor, or a dict or list of them (nested, other values among them), with every tensor on
-    the CPU and detached. From XLA all come in one transfer: one by one, each waits for the one
-    before."""
-    if "torch_xla" in sys.modules:              # else there is nothing of it to move
+    """A tensor, or a dict or list of tensors (nested, other values among them), with every tensor
+    on the CPU and detached. From XLA all come in one transfer: single transfers wait for each
+    other."""
+    if "torch_xla" in sys.modules:              # otherwise no tensor is on XLA
         import torch_xla.core.xla_model as xm
-        # not a public name: without it, one by one
+        # not a public name: without it, one transfer a tensor
         at_once = getattr(xm, "_maybe_convert_to_cpu", None)
         tree = at_once(tree) if at_once else tree
     if isinstance(tree, torch.Tensor):
@@ -241,8 +251,8 @@ def to_host(tree):
 
 
 def place_network(net, device):
-    """net on the device, its weights laid out channels last, as convolutions like it; on XLA whole
-    on every one."""
+    """net on the device: weights laid out channels last, which convolutions prefer; on XLA whole on
+    every device."""
     if device.type != "xla":
         return net.to(device, memory_format=torch.channels_last)
     net = net.to(device)
@@ -251,8 +261,8 @@ def place_network(net, device):
 
 
 def mark_whole(tensors):
-    """Tell XLA that every device holds these tensors whole, before a graph is made that would guess
-    it."""
+    """Tell XLA that every device holds these tensors whole, before it compiles a graph that
+    guesses."""
     import torch_xla
     import torch_xla.distributed.spmd as xs
     for tensor in tensors:
@@ -260,32 +270,31 @@ def mark_whole(tensors):
     torch_xla.sync()
 
 
-def prepare_training(net, optimizer, device, compiled=False):
-    """What a training loop calls in place of net, whose parameters it shares: with gradients
-    averaged over processes, or through torch.compile. Call it once net and optimizer hold what they
-    start from.
+# ------------------------------------------------------------------------------ training step ---
 
-    BadInput for torch.compile on XLA.
-    """
+def prepare_training(net, optimizer, device):
+    """The network that a training loop calls in place of net, whose parameters it shares: of
+    several processes it averages the gradients. Batch norms become those of the global batch. Call
+    it once net and optimizer hold what they start from."""
     if bs.processes() > 1 or device.type == "xla":
         # as nn.SyncBatchNorm is put in place, with the parameters it has
         for module in net.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BatchNorm
     if device.type == "xla":
-        if compiled:
-            raise bs.BadInput("--compile: XLA compiles by itself; leave it out")
-        mark_whole([its for state in optimizer.state.values() for its in state.values()])
-    if bs.processes() > 1:
-        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda"
-                                                  else None)
-    return torch.compile(net) if compiled else net
+        mark_whole(state_of(optimizer))
+    return nn.parallel.DistributedDataParallel(net) if bs.processes() > 1 else net
+
+
+def state_of(optimizer):
+    """All tensors of an optimiser's state, as a list."""
+    return [tensor for state in optimizer.state.values() for tensor in state.values()]
 
 
 def step_if_finite(device, optimizer, losses, norm):
-    """optimizer.step() where all losses (B,) and the norm of all gradients are finite -> whether
-    they are: bool tensor (). Where they are not, weights and the optimiser's state stay as they
-    are, in every process.
+    """optimizer.step() if all losses (B,) and the norm of all gradients are finite -> whether they
+    are: bool tensor (). If not, weights and the optimiser's state stay as they are, in every
+    process.
 
     On XLA both outcomes are computed and one is chosen, so that the graph is the same.
     """
@@ -298,9 +307,8 @@ def step_if_finite(device, optimizer, losses, norm):
         if finite:
             optimizer.step()
         return finite
+    kept = [p for group in optimizer.param_groups for p in group["params"]] + state_of(optimizer)
     with torch.no_grad():
-        kept = [p for group in optimizer.param_groups for p in group["params"]]
-        kept += [its for state in optimizer.state.values() for its in state.values()]
         before = [tensor.clone() for tensor in kept]
         optimizer.step()
         for tensor, old in zip(kept, before):
@@ -309,20 +317,19 @@ def step_if_finite(device, optimizer, losses, norm):
 
 
 def end_step(device, *read):
-    """On XLA everything since the last call becomes one graph and is run; elsewhere it has run
-    already. read: tensors that will be looked at later, which the graph then gathers from all
-    devices."""
+    """On XLA: compile and run all operations since the last call as one graph. read: tensors that
+    will be looked at later, which the graph gathers from all devices. Elsewhere: nothing."""
     if device.type == "xla":
         mark_whole(read)
 
 
 def xla_report():
-    """What XLA did so far, in words; "" where it was not used. Ops it cannot compile run on the CPU
-    instead and cut a graph in two."""
+    """What XLA did so far, in words; "" where it was not used. Operations that it cannot compile
+    run on the CPU instead and cut a graph in two."""
     if "torch_xla" not in sys.modules:
         return ""
     import torch_xla.debug.metrics as met
     count, nanoseconds, *_ = met.metric_data("CompileTime") or (0, 0)
-    fallen = sorted(name for name in met.counter_names() if name.startswith("aten::"))
+    on_cpu = sorted(name for name in met.counter_names() if name.startswith("aten::"))
     return (f"XLA compiled {count} graphs in {nanoseconds / 1e9:.1f} s; run on the CPU instead: "
-            + (", ".join(fallen) or "nothing"))
+            + (", ".join(on_cpu) or "nothing"))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -24,8 +23,8 @@ except ImportError:
 
 
 def run_script(main):
-    """Call main(), then say what XLA did, if it was used; print a BadInput, or what the disk
-    refused, as one sentence and leave with status 2."""
+    """Call main() and, where XLA was used, print what it did. A BadInput or an OSError is printed
+    as one sentence and ends the process with status 2; Ctrl-C with 130."""
     try:
         main()
         report = devices.xla_report()
@@ -38,23 +37,10 @@ def run_script(main):
         sys.exit(2)
 
 
-def require_positive(args, *names):
-    """BadInput unless each of these arguments is above 0 (or None, where it was left out), the seed
-    at least 0, and shares lie in 0..1."""
-    if args.seed < 0:
-        raise bs.BadInput(f"--seed {args.seed}: must not be negative")
-    for name in ("tumour_share", "synthetic_share", "drop"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise bs.BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: goes from 0 to 1")
-    for name in names:
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise bs.BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-
-
 def replace_file(path, write):
-    """Write a file so that it is either the old one or the whole new one, whatever happens.
+    """Write a file such that, whatever happens, it is either the old one or the whole new one.
 
-    path: where it shall be; write: function of a temporary path in the same folder.
+    write: function that writes to the path it is given, a temporary one in the same folder.
     A crash leaves at most a file ending in .tmp behind, never half a file under the real name.
     """
     path = Path(path)
@@ -71,7 +57,7 @@ def replace_file(path, write):
 
 
 def sync_folder(folder):
-    """Make sure that names given in a folder survive a power cut."""
+    """Write a folder's list of names to disk, so that new names survive a power cut."""
     if hasattr(os, "O_DIRECTORY"):              # not on Windows, which syncs folders by itself
         handle = os.open(folder, os.O_DIRECTORY)
         os.fsync(handle)
@@ -79,40 +65,48 @@ def sync_folder(folder):
 
 
 def file_hash(path):
-    """sha256 (hex) of a file; of the word itself where it is "imagenet"."""
-    return hashlib.sha256(b"imagenet" if path == "imagenet"
-                          else Path(path).read_bytes()).hexdigest()
+    """sha256 of a file, in hex; of the word itself where it is "imagenet"."""
+    content = b"imagenet" if path == "imagenet" else Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager
 def sole_writer(folder):
-    """While the body runs no other process may write into the folder: BadInput if one does. It is
-    the operating system's lock, which ends with the process however that ends. What writers that
-    were killed left behind is removed. Of several processes of one run the first one holds it."""
-    folder, there = Path(folder), Path(folder).exists()
+    """Lock a folder, made if need be, for this process while the body runs: BadInput if another
+    process holds the lock.
+
+    The lock is the operating system's and ends with the process, however that ends. Temporary
+    files of writers that were killed are removed. A folder that was made here and is still empty
+    is removed at the end. Of several processes of one run the first one holds the lock.
+    """
+    folder = Path(folder)
+    existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl and devices.first_process() else None
+    if not fcntl or not devices.first_process():
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if handle is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise bs.BadInput(f"{folder}: another process writes there; wait for it, or choose "
-                                  "another --out") from error
-            except OSError:                     # a file system without locks
-                pass
-            for litter in folder.glob(".*.tmp"):
-                shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise bs.BadInput(f"{folder}: another process writes there; wait for it, or choose another "
+                          "--out") from error
+    except OSError:                             # a file system without locks
+        pass
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
-            if not there and not any(folder.iterdir()):
-                folder.rmdir()                  # nothing came of it
+        os.close(handle)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def attempt(what, write):
-    """write(); where the disk refuses, say so and go on. For what a run can do without."""
+    """Call write(); if the disk refuses, print a note and go on. For files that a run can do
+    without. what: the file, in words."""
     try:
         write()
     except OSError as error:
@@ -121,8 +115,9 @@ def attempt(what, write):
 
 
 def catch_signals():
-    """From now on SIGINT (Ctrl-C) and SIGTERM are noted in the returned list instead of ending the
-    process, so that a step can be finished and saved; a second one ends it at once."""
+    """Note SIGINT (Ctrl-C) and SIGTERM in a list instead of ending the process, so that a step can
+    be finished and saved; a second signal ends the process at once. Returns the list, which fills
+    when signals come."""
     caught = []
 
     def note(number, _):
@@ -135,21 +130,20 @@ def catch_signals():
 
 
 def write_csv(path, rows):
-    """Rows, dicts with the same keys, as a CSV file; floats with six digits."""
+    """Write dicts with the same keys as a CSV file; floats with six digits."""
     def write(temporary):
         with open(temporary, "w", newline="") as handle:
             writer = csv.DictWriter(handle, list(rows[0]))
             writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                             for row in rows)
+            for row in rows:
+                writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
+                                 for key, value in row.items()})
 
     replace_file(path, write)
 
 
 def write_json(path, facts):
-    """A dict as a JSON file; NaN and infinity, which JSON has not, become null."""
-    plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
-                       [plain(v) for v in x] if isinstance(x, (list, tuple)) else
-                       None if isinstance(x, float) and not math.isfinite(x) else x)
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(plain(facts), indent=1)
-                                                              + "\n"))
+    """Write a dict as a JSON file; NaN and infinity, which JSON lacks, become null."""
+    facts = json.loads(json.dumps(facts), parse_constant=lambda name: None)
+    text = json.dumps(facts, indent=1) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text))

@@ -94,7 +94,7 @@ class LabelData:
     def report(self, args, run, real, sampled, figures):
         """The end of a run: samples.png, classes of `shown` heads beside those sampled with their
         characteristics, and runs.report of these figures. args: of this network's run."""
-        pictures.draw_planes(Path(args.out) / "samples.png", list(zip(real, sampled))[:6],
+        pictures.plot_planes(Path(args.out) / "samples.png", list(zip(real, sampled))[:6],
                              [self.shown_are, "SYNTHETIC"], args.condition)
         print(f"--- sampled with the characteristics of {self.shown_are} cases")
         runs.report(args, {"steps": run.step, "minutes": round(run.seconds / 60, 2),
@@ -289,5 +289,5 @@ def with_levels(learner, t, x0, eps, onehot, scalars):
 
 def draw_progress(args, step, volumes):
     """sample_STEP.png: sampled classes (N, D, H, W), a row each."""
-    pictures.draw_planes(Path(args.out) / f"sample_{step:06d}.png", [[head] for head in volumes],
+    pictures.plot_planes(Path(args.out) / f"sample_{step:06d}.png", [[head] for head in volumes],
                          [f"SYNTHETIC, step {step}"], args.condition)

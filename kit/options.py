@@ -7,15 +7,23 @@ import brainsyn as bs
 from kit import devices, phantoms
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The text of --help: a flag's default stands behind its help, where it has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, whose errors are a BadInput: one sentence."""
 
     def __init__(self, doc):
-        super().__init__(description=doc.split("\n\n")[0],
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=doc.split("\n\n")[0], formatter_class=Help)
 
     def error(self, message):
-        raise bs.BadInput(message)
+        raise bs.BadInput(message.removeprefix("argument "))
 
 
 def number(text, kind, low, high=float("inf")):
@@ -52,7 +60,8 @@ def fraction(text):
 
 
 def add_data(parser, n_phantoms=60):
-    """The group "data": which real cases or phantoms a command works on. Returns the group."""
+    """The group "data": which real cases or phantoms a command works on. n_phantoms: the default
+    of --phantoms. Returns the group."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="folder of BraTS cases; without it phantoms are made")
     group.add_argument("--phantoms", type=count, default=n_phantoms,
@@ -99,3 +108,26 @@ def add_run(parser, out, seed="all random numbers follow from it", precision=Tru
         group.add_argument("--precision", default="auto", choices=devices.PRECISIONS,
                            help="of the layers in training; auto takes bfloat16 where it is fast")
     return group
+
+
+def add_study(parser, arms, patients):
+    """The group "study" of train_seg.py. arms: names of its training sets; patients: numbers of
+    patients, as words, of the default study."""
+    group = parser.add_argument_group("study")
+    group.add_argument("--study", action="store_true", help="compare training sets in place of "
+                       "training one segmenter; 120 phantoms unless --phantoms is given")
+    group.add_argument("--seeds", type=count, default=3, help="trainings of every kind")
+    group.add_argument("--patients", nargs="+", help="how many real training patients (default "
+                       f"{' '.join(patients)})")
+    group.add_argument("--test-scanner", choices=sorted(phantoms.SCANNERS),
+                       help="test on the same phantoms in this scanner")
+    group.add_argument("--generator-steps", type=count, default=400,
+                       help="training steps of each generator")
+    group.add_argument("--label-steps", type=natural, default=0, help="training steps of a "
+                       "generator of labels; more than 0 adds sets of generated labels, as they "
+                       "come and with ET volumes spread evenly")
+    group.add_argument("--arms", nargs="+", choices=list(arms), metavar="ARM",
+                       help="only these training sets, of: " + "; ".join(arms))
+    group.add_argument("--made", type=count, default=24, help="synthetic cases a set")
+    group.add_argument("--calls", type=count, default=10, help="network calls a slice when "
+                       "they are sampled")

@@ -42,12 +42,18 @@ PHANTOM_SPACING = (2.0, 2.0, 2.4)               # mm
 TEXTURE = {"white": (.02, 12), "grey": (.03, 9), "NCR": (.10, 14), "ED": (.05, 16), "ET": (.09, 10)}
 
 
-def smooth_noise(rng, wavelength, shape=PHANTOM_SHAPE, spacing=PHANTOM_SPACING):
+def voxel_mm(shape):
+    """mm a voxel along (X, Y, Z) of a phantom of this shape: PHANTOM_SPACING at PHANTOM_SHAPE."""
+    return [size * mm / n for size, mm, n in zip(PHANTOM_SHAPE, PHANTOM_SPACING, shape)]
+
+
+def smooth_noise(rng, wavelength, shape, spacing=None):
     """A random field (X, Y, Z), float32, mean 0, std 1, whose bumps are about `wavelength` mm
-    apart.
+    apart. spacing: mm a voxel, those of a phantom if not given.
 
     White noise filtered by k^2 exp(1 - k^2), k = wavelength * frequency: a band around k = 1.
     """
+    spacing = spacing or voxel_mm(shape)
     freq = np.meshgrid(*[np.fft.fftfreq(n, s) for n, s in zip(shape[:2], spacing)],
                        np.fft.rfftfreq(shape[2], spacing[2]), indexing="ij", sparse=True)
     k2 = (wavelength ** 2 * sum(f * f for f in freq)).astype(np.float32)
@@ -58,7 +64,7 @@ def smooth_noise(rng, wavelength, shape=PHANTOM_SHAPE, spacing=PHANTOM_SPACING):
 
 
 def soft_inside(distance, softness=0.8):
-    """Share of a voxel that lies inside a surface: distance in mm, positive inside -> 0..1."""
+    """Fraction of a voxel that lies inside a surface: distance in mm, positive inside -> 0..1."""
     return 1 / (1 + np.exp(np.clip(-distance / softness, -30, 30)))
 
 
@@ -87,12 +93,12 @@ def phantom_folds(rng, point, hull):
     where = [np.sign(x) * (inward[0] * stretch + 24), inward[1] * stretch, inward[2] * stretch]
     half = [n * s / 2 for n, s in zip(PHANTOM_SHAPE, PHANTOM_SPACING)]
     where = np.stack([w / h for w, h in zip(where, half)][::-1], -1).astype(np.float32)
-    field = torch.from_numpy(smooth_noise(rng, 37))[None, None]
+    field = torch.from_numpy(smooth_noise(rng, 37, hull.shape))[None, None]
     fold = F.grid_sample(field, torch.from_numpy(where)[None], align_corners=False,
                          padding_mode="reflection")[0, 0].numpy()
-    slope = np.sqrt(sum(g * g for g in np.gradient(fold, *PHANTOM_SPACING))) + 0.02
+    slope = np.sqrt(sum(g * g for g in np.gradient(fold, *voxel_mm(hull.shape)))) + 0.02
     sheet = np.minimum(np.abs(fold) / slope, 20)            # first-order distance to fold = 0
-    reach = 11 + 3.5 * smooth_noise(rng, 45)
+    reach = 11 + 3.5 * smooth_noise(rng, 45, hull.shape)
     return np.hypot(sheet, np.maximum(hull - reach, 0))
 
 
@@ -100,14 +106,17 @@ def phantom_anatomy(rng, point):
     """A healthy brain: warped ellipsoids, folded cortex, deep nuclei, ventricles, CSF.
 
     point: x (left to right), y (back to front), z (foot to head) in mm, each (X, Y, Z), 0 near
-    the middle. Returns {tissue: share of the voxel in 0..1}; depth below the brain surface in mm
+    the middle. Returns {tissue: fraction of the voxel in 0..1}; depth below the brain surface in mm
     (+ inside); distance from the midline in mm (+ right), which bends with everything else;
-    which voxels are ventricle or midline fissure, where no tumour grows; and the share of
+    which voxels are ventricle or midline fissure, where no tumour grows; and the fraction of
     ventricles.
     """
+    def noise(wavelength):
+        return smooth_noise(rng, wavelength, point[0].shape)
+
     size = rng.uniform(0.93, 1.02, 3)                       # heads differ in size ...
     wide = 0.8 + 0.7 * rng.uniform()                        # ... and, with age, in CSF spaces
-    x, y, z = [(q + 2.5 * smooth_noise(rng, 70) + 0.5 * smooth_noise(rng, 30)) / s
+    x, y, z = [(q + 2.5 * noise(70) + 0.5 * noise(30)) / s
                for q, s in zip(point, size)]
     x = x * (1 + 0.0012 * (y + 10))                         # narrower in front
     half = (np.abs(x), y, z)                                # both hemispheres at once
@@ -121,7 +130,7 @@ def phantom_anatomy(rng, point):
     # --- the pial surface: outside, sulci, the fissure between the hemispheres, cerebellar folia
     fissure = np.hypot(x, np.maximum(cerebrum - 36 - 0.1 * np.abs(y), 0))
     pial = np.minimum(np.minimum(cerebrum, phantom_folds(rng, (x, y, z), cerebrum)), fissure)
-    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * smooth_noise(rng, 30)) % 7 - 3.5)
+    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * noise(30)) % 7 - 3.5)
     folia = np.minimum(cerebellum, folia + 0.3 * np.maximum(cerebellum - 8, 0))
     pial = np.where(cerebellum > np.maximum(cerebrum, 0), folia, pial)
     pial = np.where(stem > np.maximum(cerebrum, cerebellum), stem + 3, pial)
@@ -138,15 +147,15 @@ def phantom_anatomy(rng, point):
     nuclei = blobs(((13, -12, 4), (10, 15, 9)), ((27, 4, 0), (7, 18, 10)),
                    ((15, 18, 10), (5, 11, 8)))
     wall = pial - 0.2 - 0.45 * wide                         # CSF is wider in older heads
-    share = {"vessel": soft_inside(2.2 - np.hypot(x, 0.8 * np.minimum(hull - 2.5, 12)), 0.6)
-             * (z > -25) * ((y < 20) | (z > 30))}           # the sagittal sinus
-    left = 1 - share["vessel"]
+    sinus = soft_inside(2.2 - np.hypot(x, 0.8 * np.minimum(hull - 2.5, 12)), 0.6)
+    fractions = {"vessel": sinus * (z > -25) * ((y < 20) | (z > 30))}       # the sagittal sinus
+    left = 1 - fractions["vessel"]
     for tissue, part in (("CSF", np.maximum(soft_inside(-wall), soft_inside(ventricle))),
                          ("grey", soft_inside(3.6 - wall)), ("deep", soft_inside(nuclei)),
                          ("white", 1.0)):                   # each takes its part of what is left
-        share[tissue] = part * left
-        left = left - share[tissue]
-    return share, hull, x, (ventricle > -1) | (fissure < 1.5), soft_inside(ventricle)
+        fractions[tissue] = part * left
+        left = left - fractions[tissue]
+    return fractions, hull, x, (ventricle > -1) | (fissure < 1.5), soft_inside(ventricle)
 
 
 def phantom_plan(rng, seed):
@@ -177,19 +186,22 @@ def phantom_tumour(rng, point, volumes, foci, white, allowed):
     The core fills the nearest voxels to the foci, in a noise-warped distance; its most central
     part is NCR, the rim ET; oedema fills what is nearest around it, white matter first.
     """
-    voxel_ml = float(np.prod(PHANTOM_SPACING)) / 1000
+    def noise(wavelength):
+        return smooth_noise(rng, wavelength, allowed.shape)
+
+    voxel_ml = float(np.prod(voxel_mm(allowed.shape))) / 1000
     n_ncr, n_ed, n_et = [int(round(v / voxel_ml)) for v in volumes]
     distance = np.min([np.sqrt(sum((q - c) ** 2 for q, c in zip(point, focus))) + 7 * (k > 0)
                        for k, focus in enumerate(foci)], axis=0)
-    lobed = np.exp(0.24 * smooth_noise(rng, 42) + 0.05 * smooth_noise(rng, 15))
+    lobed = np.exp(0.24 * noise(42) + 0.05 * noise(15))
     reach = np.where(allowed, (distance + 3) * lobed, np.inf).ravel()
     core = np.argpartition(reach, n_ncr + n_et)[:n_ncr + n_et]
-    depth = reach[core] * np.exp(0.14 * smooth_noise(rng, 22).ravel()[core])
+    depth = reach[core] * np.exp(0.14 * noise(22).ravel()[core])
     core = core[np.argsort(depth)]
-    labels = np.zeros(PHANTOM_SHAPE, np.uint8)
+    labels = np.zeros(allowed.shape, np.uint8)
     labels.reshape(-1)[core[:n_ncr]] = 1
     labels.reshape(-1)[core[n_ncr:]] = 3
-    swelling = distance * np.exp(0.2 * smooth_noise(rng, 45)) + 22 * (1 - white)
+    swelling = distance * np.exp(0.2 * noise(45)) + 22 * (1 - white)
     swelling = np.where(allowed & (labels == 0), swelling, np.inf).ravel()
     labels.reshape(-1)[np.argpartition(swelling, n_ed)[:n_ed]] = 2
     return labels
@@ -210,54 +222,62 @@ def mr_signal(modality, times, t1, t2, density, leak=0.0):
     return density * recovery * np.exp(-times[1] / t2)
 
 
-def phantom(seed, scanner="A"):
-    """One head. seed: any integer >= 0, everything follows from it; scanner: a key of SCANNERS.
+def phantom_scans(rng, fractions, brain, scanner):
+    """What a scanner, a value of SCANNERS, makes of {tissue or label: fraction (X, Y, Z)}: images
+    float32 (4, X, Y, Z) >= 0 in arbitrary units, 0 outside the brain, bool (X, Y, Z)."""
+    texture = {name: 1 + strength * smooth_noise(rng, grain, brain.shape)
+               for name, (strength, grain) in TEXTURE.items()}
+    longer = (scanner["field"] / 1.5) ** 0.33               # T1 grows with the field
+    images = []
+    for modality in bs.MODALITIES:
+        sequence = scanner["t1" if modality == "t1ce" else modality]
+        times = [t * rng.uniform(0.94, 1.06) for t in sequence]
+        image = 0
+        for name, fraction in fractions.items():
+            t1, t2, density = TISSUES[name]
+            signal = mr_signal(modality, times, t1 * longer, t2, density, GADOLINIUM.get(name, 0))
+            image = image + fraction * texture.get(name, 1) * signal
+        image = image / image[brain].mean()
+        shading = scanner["shading"] * rng.uniform(0.5, 1.5)
+        image = image * (1 + shading * smooth_noise(rng, 160, brain.shape))
+        noise = scanner["noise"] * rng.uniform(0.7, 1.3) * rng.standard_normal((2, *brain.shape))
+        images.append(np.hypot(image + noise[0], noise[1]) * brain)     # Rician: a magnitude
+    return np.stack(images).astype(np.float32)
+
+
+def phantom(seed, scanner="A", scale=1):
+    """One head. seed: any integer >= 0, everything follows from it; scanner: a key of SCANNERS;
+    scale: voxels are this many times as wide, for a head that is made fast and looks coarse.
 
     Returns images float32 (4, X, Y, Z) >= 0 in arbitrary units, 0 outside the brain (as after
-    skull stripping); labels uint8 (X, Y, Z) in 0..3; and the shares of tissue (a dict of
+    skull stripping); labels uint8 (X, Y, Z) in 0..3; and the fractions of tissue (a dict of
     (X, Y, Z) in 0..1; "ventricles" are a part of "CSF"). Axes are canonical (RAS+: x to the right,
     y to the front, z up).
     """
     rng = np.random.default_rng(seed)
-    axes = [((np.arange(n) - (n - 1) / 2) * s).astype(np.float32)
-            for n, s in zip(PHANTOM_SHAPE, PHANTOM_SPACING)]
+    shape = [n // scale for n in PHANTOM_SHAPE]
+    axes = [((np.arange(n) - (n - 1) / 2) * mm).astype(np.float32)
+            for n, mm in zip(shape, voxel_mm(shape))]
     point = np.meshgrid(*axes, indexing="ij")
     volumes, foci = phantom_plan(rng, seed)
     # mass effect: tissue is pushed away from the tumour, so anatomy is looked up nearer to it
     radius = (3000 * (volumes[0] + volumes[2] + volumes[1] / 4) / (4 * np.pi)) ** (1 / 3)
     distance = np.sqrt(sum((q - c) ** 2 for q, c in zip(point, foci[0])))
     push = 0.2 * radius * np.exp(-(distance / (1.5 * radius + 15)) ** 2) / (distance + radius + 1)
-    share, hull, midline, barrier, ventricles = phantom_anatomy(
-        rng, [q - (q - c) * push - (0, 0, 2)[k] for k, (q, c) in enumerate(zip(point, foci[0]))])
-    brain = hull > 0
-    labels = np.zeros(PHANTOM_SHAPE, np.uint8)
+    pushed = [q - (q - c) * push - up for q, c, up in zip(point, foci[0], (0, 0, 2))]
+    fractions, hull, midline, barrier, ventricles = phantom_anatomy(rng, pushed)
+    labels = np.zeros(shape, np.uint8)
     if sum(volumes):
         # a tumour crosses the midline only now and then (through the corpus callosum)
         side = (midline * foci[0][0] > 0) | (rng.uniform() < 0.15)
         allowed = (hull > 2) & ~barrier & side
-        labels = phantom_tumour(rng, point, volumes, foci, share["white"], allowed)
+        labels = phantom_tumour(rng, point, volumes, foci, fractions["white"], allowed)
     # partial volume between tumour and tissue: labels blurred by about half a voxel
     lesions = {name: blur3(labels == k) for k, name in enumerate(bs.LABELS, 1)}
     healthy = 1 - sum(lesions.values())
-    share = {name: part * healthy for name, part in share.items()} | lesions
-
-    centre = SCANNERS[scanner]
-    texture = {name: 1 + strength * smooth_noise(rng, grain)
-               for name, (strength, grain) in TEXTURE.items()}
-    longer = (centre["field"] / 1.5) ** 0.33                # T1 grows with the field
-    images = []
-    for modality in bs.MODALITIES:
-        times = [t * rng.uniform(0.94, 1.06) for t in centre["t1" if modality == "t1ce"
-                                                             else modality]]
-        image = sum(part * texture.get(name, 1) * mr_signal(
-            modality, times, TISSUES[name][0] * longer, *TISSUES[name][1:], GADOLINIUM.get(name, 0))
-            for name, part in share.items())
-        image = image / image[brain].mean()
-        image = image * (1 + centre["shading"] * rng.uniform(0.5, 1.5) * smooth_noise(rng, 160))
-        noise = centre["noise"] * rng.uniform(0.7, 1.3) * rng.standard_normal((2, *PHANTOM_SHAPE))
-        images.append(np.hypot(image + noise[0], noise[1]) * brain)     # Rician: a magnitude
-    return np.stack(images).astype(np.float32), labels, share | {
-        "ventricles": np.minimum(ventricles, share["CSF"])}
+    fractions = {name: part * healthy for name, part in fractions.items()} | lesions
+    images = phantom_scans(rng, fractions, hull > 0, SCANNERS[scanner])
+    return images, labels, fractions | {"ventricles": np.minimum(ventricles, fractions["CSF"])}
 
 
 def blur3(volume):
@@ -268,34 +288,34 @@ def blur3(volume):
     return volume
 
 
-def write_phantom(folder, seed, scanner="A"):
+def write_phantom(folder, seed, scanner="A", scale=1):
     """Write phantom `seed` as one BraTS case below `folder` and return the case's folder.
 
     On purpose as varied as the wild: even seeds have the 2023 names and ET = 3, odd seeds the old
     names and ET = 4; every second pair has an LPS header instead of RAS. Scans are int16 with a
     gain of their own, as scanners give them. The folder appears at once, whole.
     """
-    images, labels, _ = phantom(seed, scanner)
-    modern, lps = seed % 2 == 0, seed % 4 >= 2
+    images, labels, _ = phantom(seed, scanner, scale)
+    modern = seed % 2 == 0
     case = f"BraTS-PHA-{seed:05d}-000" if modern else f"BraTS20_Phantom_{seed:05d}"
-    gain = np.random.default_rng([seed, 1]).uniform(300, 1500, len(bs.MODALITIES))
+    gains = np.random.default_rng([seed, 1]).uniform(300, 1500, len(bs.MODALITIES))
     volumes = {"seg": np.where(labels == 3, 3 if modern else 4, labels).astype(np.uint8)}
-    for modality, image, g in zip(bs.MODALITIES, images, gain):
-        counts = np.where(image > 0, np.clip(np.rint(image * g), 1, 32767), 0)
+    for modality, image, gain in zip(bs.MODALITIES, images, gains):
+        counts = np.where(image > 0, np.clip(np.rint(image * gain), 1, 32767), 0)
         volumes[nifti.NAMES_2023[modality] if modern else modality] = counts.astype(np.int16)
-    affine = np.diag([*PHANTOM_SPACING, 1.0])
-    affine[:3, 3] = -(np.array(PHANTOM_SHAPE) - 1) / 2 * PHANTOM_SPACING
-    target = Path(folder) / case
+    spacing = voxel_mm(labels.shape)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -(np.array(labels.shape) - 1) / 2 * spacing
     building = Path(folder) / f".{case}.{os.getpid()}.tmp"
     building.mkdir(parents=True, exist_ok=True)
     for name, volume in volumes.items():
         image = nib.Nifti1Image(volume, affine)
-        if lps:                                             # same voxels in mm, other storage order
+        if seed % 4 >= 2:                                   # same voxels in mm, other storage order
             image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
         image.header["descrip"] = f"brainsyn phantom {seed} scanner {scanner}".encode()
         nib.save(image, building / f"{case}{'-' if modern else '_'}{name}.nii.gz")
-    os.replace(building, target)
-    return target
+    os.replace(building, Path(folder) / case)
+    return Path(folder) / case
 
 
 def phantom_seed(name):
@@ -304,13 +324,14 @@ def phantom_seed(name):
     return int(match[2]) if match else None
 
 
-def make_phantoms(folder, count, scanner="A"):
-    """Make phantoms 0 .. count - 1 below `folder`; those already there are kept.
+def make_phantoms(folder, count, scanner="A", scale=1):
+    """Make phantoms 0 .. count - 1 below `folder`; those already there are kept. scale: see
+    phantom.
 
     Returns the number of cases newly made. About a second a case.
     """
     there = {phantom_seed(path.name) for path in Path(folder).glob("BraTS*")}
     seeds = [seed for seed in range(count) if seed not in there]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda seed: write_phantom(folder, seed, scanner), seeds))
+        list(pool.map(lambda seed: write_phantom(folder, seed, scanner, scale), seeds))
     return len(seeds)

@@ -1,12 +1,14 @@
-"""Training runs on disk: checkpoints, resuming, the log, the pace, published weights.
+"""Training runs on disk: checkpoints, resuming, the log, published weights, and the object that a
+training loop keeps them with.
 """
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
-import shutil
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +19,144 @@ import torch
 import brainsyn as bs
 from kit import devices, files, metrics, pictures
 
+
+# -------------------------------------------------------------------------------- checkpoints ---
+
+# What each kind of checkpoint holds. "ddpm" and "labels" are generators, "seg" is what a run of
+# train_seg.py continues from, "segmenter" its best.pt. A published file holds the same without
+# TRAINING, what only a run needs to continue.
+TRAINING = {"seconds", "weights", "optimizer"}
+GENERATOR = {"kind", "version", "step", "args", "network", "ema", "prior", "condition", "classes",
+             "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"}
+HOLDS = {"ddpm": GENERATOR | TRAINING,
+         "labels": GENERATOR | TRAINING | {"measured"},
+         "seg": {"kind", "version", "step", "args", "network", "ema", "trained_on"} | TRAINING,
+         "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov",
+                       "seen", "dice"}}
+# The script that writes each kind.
+SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels",
+          "seg": "train_seg.py", "segmenter": "train_seg.py"}
+NEWEST_FIRST = ("checkpoint.pt", "checkpoint.previous.pt")
+
+
+def save_state(path, state):
+    """torch.save of a state, with tensors on the CPU, so that it loads anywhere. OSError where the
+    disk is full."""
+    buffer = io.BytesIO()                       # torch.save hides the OSErrors of a file
+    torch.save(devices.to_host(state), buffer)
+    Path(path).write_bytes(buffer.getbuffer())
+
+
+def save_checkpoint(folder, state):
+    """Write state to folder/checkpoint.pt, whole or not at all; the checkpoint before it is kept as
+    checkpoint.previous.pt. state: plain tensors, numbers, strings, lists and dicts only."""
+    newest, previous = [Path(folder) / name for name in NEWEST_FIRST]
+
+    def write(temporary):
+        save_state(temporary, state)
+        if newest.exists():
+            os.replace(newest, previous)
+
+    files.replace_file(newest, write)
+
+
+def load_checkpoint(path, kind="ddpm", say=print, names=NEWEST_FIRST):
+    """The state in a checkpoint file, or in the first sound one of `names` in a run's folder; its
+    entry "file" says which was read. kind: the kind it must have, see HOLDS, or a tuple of kinds.
+
+    Every byte is checked (torch.load alone reads flipped bits in silence), and nothing but data is
+    unpickled. BadInput when there is no file or none is sound.
+    """
+    path = Path(path)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    candidates = [path / name for name in names] if path.is_dir() else [path]
+    faults = []
+    for candidate in filter(Path.exists, candidates):
+        try:
+            state = read_state(candidate, kinds)
+        except Exception as error:
+            faults.append(f"{candidate} cannot be used ({str(error).splitlines()[0]})")
+            continue
+        if faults:
+            say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
+        return {**state, "file": str(candidate)}
+    if faults:
+        raise bs.BadInput("; ".join(faults) + "; train again or use another checkpoint")
+    script = SCRIPT[kinds[0]]
+    raise bs.BadInput(f"{path}: no checkpoint there; train one first with python {script}")
+
+
+def read_state(path, kinds):
+    """The state in a checkpoint (.pt) or a published file (.npz). Any exception where it is
+    damaged, of none of these kinds, incomplete, or holds a pickle of more than data."""
+    published = path.suffix == ".npz"
+    with zipfile.ZipFile(path) as archive:      # both are zip archives
+        if archive.testzip():
+            raise ValueError("a checksum does not match")
+    if not published:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        with np.load(path, allow_pickle=False) as archive:
+            state = json.loads(archive["about"].item())
+            for name in set(archive.files) - {"about"}:
+                group, key = name.split("/", 1)
+                state.setdefault(group, {})[key] = torch.from_numpy(archive[name])
+    if not isinstance(state, dict) or state.get("kind") not in kinds:
+        raise ValueError(f"it is no checkpoint of kind {' or '.join(kinds)}")
+    missing = HOLDS[state["kind"]] - set(state) - (TRAINING if published else set())
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def publish(run, path):
+    """Write the weights of a run's folder, or of one of its checkpoints, as .npz -> its sha256.
+
+    The file holds arrays and one JSON text, no pickle: the checkpoint without TRAINING. sample.py
+    takes it as --checkpoint or --segmenter; two of them in a folder, "coarse.npz" and "fine.npz",
+    as --label-checkpoint.
+    """
+    if Path(run).name == "best.pt" or (Path(run) / "best.pt").exists():
+        state = load_checkpoint(run, "segmenter", names=("best.pt",))
+    else:
+        state = load_checkpoint(run, ("ddpm", "labels"))
+        state = {name: value for name, value in state.items() if name not in TRAINING}
+    del state["file"]
+    arrays = {}
+    for group in ("ema", "prior", "weights"):
+        for key, tensor in state.pop(group, {}).items():
+            arrays[f"{group}/{key}"] = tensor.numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, about=np.array(json.dumps(state, sort_keys=True)), **arrays)
+    files.replace_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    return files.file_hash(path)
+
+
+def load_generator(path, device, batch=32, kind="ddpm"):
+    """The generator in a run's folder or a file of weights -> (Denoiser with the averaged weights,
+    checkpoint). batch: slices a call of the network; kind "labels": a generator of label maps.
+    BadInput where there is none."""
+    state = load_checkpoint(path, kind)
+    net = bs.UNet(**state["network"])
+    net.load_state_dict(state["ema"])
+    net = devices.place_network(net.eval(), device)
+    alpha_bar = bs.cosine_alpha_bar(state["shift"])
+    denoiser = bs.Denoiser(net, state["prior"], alpha_bar, device, batch, devices.to_device)
+    return denoiser, state
+
+
+def load_segmenter(path, device):
+    """The Segmenter in a run's folder, its best.pt or a published file. BadInput where there is
+    none."""
+    state = load_checkpoint(path, "segmenter", names=("best.pt",))
+    net = bs.ResUNet(**state["network"])
+    net.load_state_dict(state["weights"])
+    net = devices.place_network(net.eval(), device)
+    return metrics.Segmenter(net, state["resolution"], state["fov"], device,
+                             frozenset(state["seen"]), files.file_hash(state["file"]))
+
+
+# ------------------------------------------------------------------------- published encoders ---
 
 WEIGHTS_URL = "https://download.pytorch.org/models/"
 WEIGHTS = {18: "resnet18-f37072fd.pth", 34: "resnet34-b627a593.pth", 50: "resnet50-11ad3fa6.pth"}
@@ -46,325 +186,219 @@ def load_encoder(encoder, depth, source):
         state["conv1.weight"] = inflate(state["conv1.weight"], encoder.conv1.in_channels)
         encoder.load_state_dict(state)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(
-            error).__name__
-        if source == "imagenet":
-            raise bs.BadInput(f"--weights imagenet: {WEIGHTS_URL}{WEIGHTS[depth]} cannot be had ({reason}); download "
-                           "it where there is a network and give its path") from error
-        raise bs.BadInput(f"{source}: no weights of a ResNet-{depth} in torchvision's names ({reason}); give the file "
-                       f"{WEIGHTS[depth]} or leave --weights out") from error
+        url = WEIGHTS_URL + WEIGHTS[depth]
+        what = (f"{url} cannot be had" if source == "imagenet" else
+                f"no weights of a ResNet-{depth} in torchvision's names")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise bs.BadInput(f"--weights {source}: {what} ({reason}); download {url} and give its "
+                          "path, or leave --weights out") from error
 
 
-# Arguments that are paths stay out of checkpoints; hashes and digests say what lay there.
+# --------------------------------------------------------------------------------------- runs ---
+
+# Flags that are paths stay out of checkpoints; hashes say what was in the files.
 PATHS = ("data", "label_maps", "split", "out", "synthetic", "weights")
-# What may differ when a run is resumed.
-# of runs from before
-NEW_ARGUMENTS = {"generate": "images", "relatives": 512, "label_steps": 0, "arms": None}
-FREE_TO_CHANGE = {*PATHS, "device", "precision", "compile", "steps", "minutes", "guidance",
-                  "sample_every", "skip_bad"}
+# Flags that may change when a run is resumed.
+FREE_TO_CHANGE = {*PATHS, "device", "precision", "steps", "minutes", "guidance", "sample_every",
+                  "skip_bad"}
+# Flags of former versions, and the value that a run must have had to be resumed by this one.
+DROPPED = {"loss": "unit", "min_snr": 0.0, "lesion_weight": 0.0, "optimizer": "muon"}
+QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+LINE_EVERY, SAVE_EVERY = 5, 60                  # seconds
 
 
 def kept_arguments(args):
-    """What of the arguments goes into a checkpoint: all but paths."""
-    return {k: v for k, v in vars(args).items() if k not in PATHS}
+    """The flags that go into a checkpoint, as a dict: all but paths."""
+    return {name: value for name, value in vars(args).items() if name not in PATHS}
 
 
-def resume(args, kind, trained_on, net, ema, optimizer):
-    """Continue the run in args.out if there is one -> its checkpoint, weights already loaded, else
-    None. BadInput where that run had other settings or other training cases."""
-    if not list(Path(args.out).glob("checkpoint*.pt")):
-        return None
-    state = load_checkpoint(args.out, kind)
-    asked, had = vars(args), state["args"]
-    had = {**NEW_ARGUMENTS, **had}
-    differ = [k for k in asked if k not in FREE_TO_CHANGE and asked[k] != had.get(k)]
+def require_same_run(state, args, trained_on):
+    """BadInput unless a checkpoint comes from a run with these flags and training cases."""
+    asked = {**DROPPED, **kept_arguments(args)}
+    had = {**DROPPED, **state["args"]}
+    differ = [name for name in asked
+              if name not in FREE_TO_CHANGE and asked[name] != had.get(name)]
+    advice = "choose another --out, or delete the folder"
     if differ:
-        raise bs.BadInput(f"{args.out} holds a run with "
-                          + ", ".join(f"{k} {had.get(k)}" for k in differ) + ", you ask for "
-                          + ", ".join(f"{k} {asked[k]}" for k in differ)
-                          + "; choose another --out, or delete the folder")
+        held = ", ".join(f"{name} {had.get(name)}" for name in differ)
+        wanted = ", ".join(f"{name} {asked[name]}" for name in differ)
+        raise bs.BadInput(f"{args.out} holds a run with {held}, you ask for {wanted}; {advice}")
     if state["trained_on"] != trained_on:
-        raise bs.BadInput(f"{args.out} holds a run on other training cases; choose another --out, "
-                          "or delete the folder")
-    try:
-        net.load_state_dict(state["weights"])
-        # its state alone: whether it is fused is the device's affair
-        fresh, kept = optimizer.state_dict(), state["optimizer"]["state"]
-        optimizer.load_state_dict({**fresh, "state": kept})
-        whole = {i: its.keys() for i, its in fresh["state"].items()}
-        if state["ema"].keys() != ema.weights.keys() or {i: its.keys() for i,
-                                                         its in kept.items()} != whole:
-            raise ValueError("averaged weights or moments are missing")
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise bs.BadInput(f"{state['file']}: does not fit the network ({str(error).splitlines()[0]}); delete the folder "
-                       "to begin anew") from error
-    ema.weights = state["ema"]
-    for p, its in optimizer.state.items():
-        # laid out like p: fused kernels pair numbers by place in memory
-        for name in its.keys() - {"step"}:
-            its[name] = torch.empty_like(p).copy_(its[name])
-    print(f"resumed: {args.out} at step {state['step']}")
-    return state
+        raise bs.BadInput(f"{args.out} holds a run on other training cases; {advice}")
 
 
-class Pace:
-    """How far a run is, whether steps, minutes in the loop, or both bound it, and when what is
-    due."""
+class Run:
+    """One training run: how far it is, its checkpoints and its log. The loop of a script:
 
-    def __init__(self, args, step=0, seconds=0.0):
-        self.steps, self.minutes, self.step, self.seconds = args.steps, args.minutes, step, seconds
-        self.start, self.clock, self.last = time.time(), time.time() - seconds, {}
+        run = Run(args, kind, net, ema, optimizer, facts)   continues from the folder's checkpoint
+        while run.going():
+            ...                                             one training step
+            run.after_step(finite, losses, case_names, t)
+            run.record()
+        if run.finish():                                    the first of several processes
+            ...                                             pictures and figures
+
+    args: with out, steps, minutes (either bound may be None), batch; kind: see HOLDS; facts: what
+    the checkpoint holds beside weights and progress, above all "trained_on"; on resuming they are
+    those of the checkpoint. keep: False for a training of which nothing is written.
+    Attributes: step, optimiser steps so far; seconds in the loop, former starts included; facts.
+    """
+
+    def __init__(self, args, kind, net, ema, optimizer, facts, keep=True):
+        self.args, self.kind = args, kind
+        self.net, self.ema, self.optimizer = net, ema, optimizer
+        self.facts, self.keep = facts, keep
+        self.step, self.seconds = 0, 0.0
+        self.saved_step = None                  # of the newest checkpoint
+        self.bad_steps = 0                      # in a row
+        self.losses, self.levels = [], []       # since the last line of the log
+        self.log_path = Path(args.out) / "log.csv"
+        if keep and any(Path(args.out).glob("checkpoint*.pt")):
+            self.resume()
+        self.rows = [row for row in read_log(self.log_path) if row["step"] <= self.step]
+        self.signals = files.catch_signals() if keep else []
+        self.start = time.time() - self.seconds
+        self.line_step, self.line_time = self.step, time.time()
+        self.save_time = time.time()
+
+    def resume(self):
+        """Load the newest sound checkpoint. BadInput where it is of a run with other settings or
+        training cases, or does not fit."""
+        state = load_checkpoint(self.args.out, self.kind)
+        require_same_run(state, self.args, self.facts["trained_on"])
+        try:
+            self.net.load_state_dict(state["weights"])
+            # only the state: whether an optimiser is fused depends on the device
+            fresh, kept = self.optimizer.state_dict(), state["optimizer"]["state"]
+            self.optimizer.load_state_dict({**fresh, "state": kept})
+            whole = {i: tensors.keys() for i, tensors in fresh["state"].items()}
+            if ({i: tensors.keys() for i, tensors in kept.items()} != whole
+                    or state["ema"].keys() != self.ema.weights.keys()):
+                raise ValueError("averaged weights or moments are missing")
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise bs.BadInput(f"{state['file']}: does not fit the network "
+                              f"({str(error).splitlines()[0]}); delete the folder to begin "
+                              "anew") from error
+        for p, tensors in self.optimizer.state.items():
+            # laid out like p: fused kernels pair numbers by their place in memory
+            for name in tensors.keys() - {"step"}:
+                tensors[name] = torch.empty_like(p).copy_(tensors[name])
+        self.ema.weights = state["ema"]
+        self.facts = {name: state[name] for name in self.facts}
+        self.step = self.saved_step = state["step"]
+        self.seconds = state["seconds"]
+        print(f"resumed: {self.args.out} at step {self.step}")
 
     def progress(self):
-        """Share of the run that is over, 0..1 and beyond."""
-        return max(self.step / self.steps if self.steps else 0.0,
-                   self.seconds / (60 * self.minutes) if self.minutes else 0.0)
+        """The fraction of the run that is over, 0..1 and beyond."""
+        by_steps = self.step / self.args.steps if self.args.steps else 0.0
+        by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
+        return max(by_steps, by_time)
 
-    def tick(self):
-        """One step is done."""
-        self.step, self.seconds = self.step + 1, devices.agreed(time.time() - self.clock)
+    def going(self):
+        """True until the run has all its steps or minutes, or a signal came; the same in every
+        process."""
+        return self.progress() < 1 and not devices.broadcast_from_first(len(self.signals))
 
-    def due(self, what, every):
-        """True once in `every` seconds, for each `what`."""
-        if time.time() - self.last.get(what, self.start) <= every:
-            return False
-        self.last[what] = time.time()
-        return True
+    def after_step(self, finite, losses, case_names, t=None):
+        """Count a step, average the weights, keep the losses for the log. For every process.
 
-    def say(self, text):
-        """Print a line: the step, `text`, the time left."""
-        left = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
-        print(f"step {self.step:05d}{f'/{self.steps}' if self.steps else ''} | {text} | "
-              f"{f'{left / 60:.0f}m' if left > 90 else f'{left:.0f}s'} left", flush=True)
-
-
-class Guard:
-    """What happens after a step whose loss or gradient was not finite, and which was therefore left
-    out: it is named; three in a row go back to the last checkpoint; where that does not lead
-    further, the run ends."""
-
-    def __init__(self):
-        self.row, self.reached = 0, -1          # bad steps in a row; where the last ones were
-
-    def sound(self, finite, step, names):
-        """Whether step number `step` was sound; if not it is said which cases were in it (names:
-        function)."""
-        if finite:
-            self.row = 0
-            return True
-        self.row += 1
-        print(f"step {step:05d} | loss or gradient not finite, nothing learned | cases "
-              f"{', '.join(names())}", flush=True)
-        return False
-
-    def go_back(self, step):
-        """Whether to go back to the last checkpoint. BadInput where the run came no further since
-        the last time."""
-        if self.row < 3:
-            return False
-        if step <= self.reached:
-            raise bs.BadInput(f"step {step}: loss or gradient not finite in three steps in a row, "
-                              "again after going back to the last checkpoint; lower --lr, try "
-                              "--precision float32, look at the cases named above")
-        self.row, self.reached = 0, step
-        return True
-
-
-def save_state(path, state):
-    """torch.save of a state, on the CPU, so that it loads anywhere. A full disk arrives as an
-    OSError."""
-    with open(path, "wb") as handle:
-        try:
-            torch.save(devices.to_host(state), handle)
-        except RuntimeError as error:           # what torch makes of the OSError of a write
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(
-                str(error)) from error
-
-
-def save_checkpoint(folder, state):
-    """Write state to folder/checkpoint.pt, whole or not at all; the one before it is kept as
-    checkpoint.previous.pt. Plain tensors, numbers, strings, lists and dicts only."""
-    newest, previous = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.previous.pt"
-
-    def write(temporary):
-        save_state(temporary, state)
-        if newest.exists():
-            second = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
-            try:
-                # a second name: never a moment without two checkpoints
-                os.link(newest, second)
-            except OSError:                     # a file system without hard links
-                shutil.copy2(newest, second)
-            os.replace(second, previous)
-
-    files.replace_file(newest, write)
-
-
-# kind of checkpoint: who writes it. "segmenter" is best.pt, "seg" what a run continues from.
-SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels",
-          "seg": "train_seg.py", "segmenter": "train_seg.py"}
-# What each kind holds. PUBLISHED is the part that goes into an .npz: all that sampling or
-# segmenting needs, and what it owes to whom; a run also needs RESUMED to go on.
-PUBLISHED = {"ddpm": {"kind", "version", "step", "args", "network", "ema", "prior", "condition",
-                      "classes", "modalities", "shift", "resolution", "fov", "trained_on",
-                      "patients", "data"}, "segmenter": {"kind", "version", "step", "args",
-                                                         "network", "weights", "resolution", "fov",
-                                                         "seen", "dice"}}
-PUBLISHED["labels"] = PUBLISHED["ddpm"] | {"measured"}
-RESUMED = {"seconds", "weights", "ema", "optimizer", "trained_on"}
-HOLDS = {"ddpm": PUBLISHED["ddpm"] | RESUMED, "labels": PUBLISHED["labels"] | RESUMED,
-         "segmenter": PUBLISHED["segmenter"],
-         "seg": {"kind", "version", "step", "args", "network", "best"} | RESUMED}
-
-
-def load_checkpoint(path, kind="ddpm", say=print, names=("checkpoint.pt",
-                                                         "checkpoint.previous.pt")):
-    """The state in a checkpoint file, or in the first sound one of `names` in a run's folder; its
-    entry "file" says which was read. kind: what script it must come from, see SCRIPT.
-
-    Every byte is checked (torch.load alone reads flipped bits in silence) and nothing but data is
-    unpickled. BadInput when there is none or none is sound.
-    """
-    path = Path(path)
-    candidates = [path / name for name in names] if path.is_dir() else [path]
-    candidates, faults = [p for p in candidates if p.exists()], []
-    for candidate in candidates:
-        try:
-            with zipfile.ZipFile(candidate) as archive:         # .pt and .npz are both zip archives
-                if archive.testzip():
-                    raise ValueError("a checksum does not match")
-            state = (read_published(candidate) if candidate.suffix == ".npz" else
-                     torch.load(candidate, map_location="cpu", weights_only=True))
-            if not isinstance(state, dict) or state.get("kind") != kind:
-                raise ValueError(f"it is no checkpoint of kind {kind}")
-            missing = (PUBLISHED if candidate.suffix == ".npz" else HOLDS)[kind] - set(state)
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            if faults:
-                say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
-            return {**state, "file": str(candidate)}
-        except Exception as error:
-            faults.append(f"{candidate} cannot be used ({str(error).splitlines()[0]})")
-    raise bs.BadInput("; ".join(faults) + "; train again or use another checkpoint" if faults else
-                   f"{path}: no checkpoint there; train one first with python {SCRIPT[kind]}")
-
-
-def publish(run, path):
-    """Write the weights of a run's folder (or of its checkpoint) as .npz: arrays and one JSON text,
-    no pickle -> its sha256. sample.py takes it as --checkpoint or --segmenter, two of them in a
-    folder, "coarse.npz" and "fine.npz", as --label-checkpoint."""
-    kinds, names = ("labels", "ddpm"), ("checkpoint.pt", "checkpoint.previous.pt")
-    if (Path(run) / "best.pt").exists() or Path(run).name == "best.pt":
-        kinds, names = ("segmenter",), ("best.pt",)
-    for kind in kinds:
-        try:
-            state = load_checkpoint(run, kind, names=names)
-            break
-        except bs.BadInput:
-            if kind == kinds[-1]:
-                raise
-    arrays, facts = {}, {}
-    for name in sorted(PUBLISHED[kind]):
-        its = state[name]
-        if name in ("ema", "weights", "prior"):
-            arrays.update({f"{name}/{key}": tensor.numpy() for key, tensor in its.items()})
-        else:
-            facts[name] = its
-
-    def write(temporary):
-        with open(temporary, "wb") as handle:
-            np.savez(handle, about=np.array(json.dumps(facts)), **arrays)
-
-    files.replace_file(path, write)
-    return files.file_hash(path)
-
-
-def read_published(path):
-    """What publish wrote -> the state, as load_checkpoint returns it. Any pickle in the file is
-    refused."""
-    with np.load(path, allow_pickle=False) as archive:
-        state = json.loads(archive["about"].item())
-        for name in archive.files:
-            group, _, key = name.partition("/")
-            if name != "about":
-                state.setdefault(group, {})[key] = torch.from_numpy(archive[name])
-    return state
-
-
-def load_generator(path, device, batch=32, kind="ddpm"):
-    """The generator of a run's folder or of a file of weights -> (Denoiser with the averaged
-    weights, checkpoint). batch: slices a call of the network; kind "labels": a generator of labels.
-    BadInput where there is none."""
-    state = load_checkpoint(path, kind)
-    net = bs.UNet(**state["network"])
-    net.load_state_dict(state["ema"])
-    net = devices.place_network(net.eval(), device)
-    return bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device, batch,
-                       devices.to_device), state
-
-
-def load_segmenter(path, device):
-    """The Segmenter in a run's folder or in its best.pt. BadInput where there is none."""
-    state = load_checkpoint(path, "segmenter", names=("best.pt",))
-    net = bs.ResUNet(**state["network"])
-    net.load_state_dict(state["weights"])
-    net = devices.place_network(net.eval(), device)
-    return metrics.Segmenter(net, state["resolution"], state["fov"], device,
-                             frozenset(state["seen"]), files.file_hash(state["file"]))
-
-
-QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
-
-
-class LogBook:
-    """Losses since the last line, one line a time on the screen, the same fields in log.csv.
-
-    more: names of further columns. With QUARTERS the loss is also kept in four bins of t (quarters
-    of the range, clean to noisy): the mean alone hides which noise levels still learn. Nothing is
-    read from the device until a line is due. Of several processes all add, and the first one alone
-    writes.
-    """
-
-    def __init__(self, folder, step, more=QUARTERS):
-        self.path, self.losses, self.since = Path(folder) / "log.csv", [], (step, time.time())
-        self.fields = ("step", "loss", *more, "lr", "images_per_s", "seconds")
-        if not devices.first_process():
+        finite: from step_if_finite; losses float (B,) or (1,) and t int (B,), this process's, on
+        any device; case_names: function of the step's number (0, 1, ...) -> names of the cases in
+        its batch. A step that was not finite is reported with its cases; BadInput after three in
+        a row.
+        """
+        self.step += 1
+        self.seconds = devices.broadcast_from_first(time.time() - self.start)
+        if devices.to_host(finite):
+            self.bad_steps = 0
+            losses = devices.all_gather(losses.detach())
+            t = None if t is None else devices.all_gather(t)
+            if devices.first_process():
+                self.ema.update(self.net, self.step)
+                self.losses.append(losses)
+                self.levels.append(t)
             return
-        old = [r for r in read_log(self.path) if r["step"] <= step]     # after a kill: none twice
-        with open(self.path, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, self.fields)
-            writer.writeheader()
-            writer.writerows(old)
+        self.bad_steps += 1
+        print(f"step {self.step:05d} | loss or gradient not finite, nothing learned | cases "
+              f"{', '.join(case_names(self.step - 1))}", flush=True)
+        if self.bad_steps == 3:
+            raise bs.BadInput(f"step {self.step}: loss or gradient not finite in three steps in a "
+                              "row; look at the cases named above, lower --lr or use --precision "
+                              "float32; the same command continues from the last checkpoint")
 
-    def add(self, losses, t=None):
-        """losses float (B,) or (1,), and with QUARTERS t int (B,), on any device; every process
-        calls it."""
-        everyones = [devices.gathered(its) for its in (losses.detach(), t) if its is not None]
-        if devices.first_process():
-            self.losses.append(everyones)
+    def record(self, val_dice=math.nan):
+        """Write a line of the log every five seconds, after a validation and at the end; save every
+        minute, and after step 1, which finds a full or read-only disk at once. Nothing is saved
+        after a step that was not finite. val_dice: of a segmenter, NaN in a step without
+        validation."""
+        if not self.keep or not devices.first_process():
+            return
+        validated = not math.isnan(val_dice)
+        if validated or self.progress() >= 1 or time.time() - self.line_time >= LINE_EVERY:
+            self.write_line(val_dice)
+        if self.step == 1:
+            self.save()
+        elif not self.bad_steps and time.time() - self.save_time >= SAVE_EVERY:
+            self.save_time = time.time()
+            files.attempt("the checkpoint", self.save)
 
-    def line(self, step, lr, batch, seconds, more=()):
-        """Write one row and return (its fields, the text `loss 0.0312 | lr 2.0e-04 | 41 img/s`).
-        more: the values of the further columns, unless they are QUARTERS."""
-        losses, *t = [torch.cat(its) for its in zip(*devices.to_host(self.losses))] or [
-            torch.tensor([math.nan])]
-        # no step was sound: no loss, no noise level
-        if not t and self.fields[2:6] == QUARTERS:
-            t = [torch.ones(1)]
-        if t:
-            quarter = (t[0] - 1) * 4 // bs.T
-            more = [losses[quarter == q].mean().item() if (quarter == q).any() else math.nan
-                    for q in range(4)]
-        speed = (step - self.since[0]) * batch / max(time.time() - self.since[1], 1e-6)
-        self.losses, self.since = [], (step, time.time())
-        row = dict(zip(self.fields, (step, losses.mean().item(), *more, lr, speed, seconds)))
-        def write():
-            with open(self.path, "a", newline="") as handle:
-                csv.DictWriter(handle, self.fields).writerow(
-                    {k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+    def write_line(self, val_dice=math.nan):
+        """One line on the screen and in log.csv, about the steps since the last one. A generator's
+        loss is also given in quarters of t, clean to noisy: the mean alone hides which noise levels
+        still learn. NaN where there was no loss."""
+        losses = joined(self.losses)
+        row = {"step": self.step, "loss": losses.mean().item()}
+        if self.kind == "seg":
+            row["val_dice"] = val_dice
+        else:
+            quarter = (joined(self.levels) - 1) * 4 // bs.T
+            row |= {name: losses[quarter == q].mean().item() for q, name in enumerate(QUARTERS)}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        images = (self.step - self.line_step) * self.args.batch
+        row["images_per_s"] = images / max(time.time() - self.line_time, 1e-6)
+        row["seconds"] = self.seconds
+        self.rows.append(row)
+        files.attempt(self.log_path, lambda: files.write_csv(self.log_path, self.rows))
+        self.losses, self.levels = [], []
+        self.line_step, self.line_time = self.step, time.time()
+        of_steps = f"/{self.args.steps}" if self.args.steps else ""
+        seconds = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
+        left = f"{seconds / 60:.0f}m" if seconds > 90 else f"{seconds:.0f}s"
+        dice = "" if math.isnan(val_dice) else f" | validation Dice {val_dice:.3f}"
+        print(f"step {self.step:05d}{of_steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
+              f"{row['images_per_s']:.0f} img/s{dice} | {left} left", flush=True)
 
-        files.attempt(self.path, write)
-        return row, f"loss {row['loss']:.4f} | lr {lr:.1e} | {speed:.0f} img/s"
+    def save(self):
+        """Write the checkpoint."""
+        save_checkpoint(self.args.out, {
+            "kind": self.kind, "version": bs.__version__, "step": self.step,
+            "seconds": self.seconds, "args": kept_arguments(self.args),
+            "weights": self.net.state_dict(), "ema": self.ema.weights,
+            "optimizer": self.optimizer.state_dict(), **self.facts})
+        self.saved_step = self.step
+
+    def finish(self):
+        """End the loop: leave the other processes, save, and end the program if a signal came ->
+        True in the first process, which goes on alone. See leave_processes."""
+        if not devices.leave_processes():
+            return False
+        if self.keep and self.step != self.saved_step:      # the file's hash names finished runs
+            self.save()
+        self.end_if_stopped()
+        return True
+
+    def end_if_stopped(self):
+        """End the program if a signal came."""
+        if self.signals:
+            print(f"stopped by signal {self.signals[0]} after step {self.step}; the same command "
+                  "continues")
+            sys.exit(128 + self.signals[0])
+
+
+def joined(tensors):
+    """Tensors (B,) -> one float32 tensor on the CPU, empty where there are none."""
+    return torch.cat([torch.zeros(0), *devices.to_host(tensors)])
 
 
 def read_log(path):
@@ -372,19 +406,20 @@ def read_log(path):
     if not Path(path).exists():
         return []
     with open(path, newline="") as handle:
-        return [{k: int(v) if k == "step" else float(v) for k, v in row.items()}
-                for row in csv.DictReader(handle)]
+        return [{name: int(value) if name == "step" else float(value)
+                 for name, value in row.items()} for row in csv.DictReader(handle)]
 
 
 def report(args, closing):
-    """The end of a run: curves.png, closing.json and the same figures on screen."""
-    out, log = Path(args.out), read_log(Path(args.out) / "log.csv")
-    quarters = ("cleanest quarter of t", "second", "third", "noisiest quarter")
-    what = "squared error of v" + (" in units of the prior's" if args.loss == "unit" else "")
-    pictures.draw_lines(out / "curves.png", [(what, "log",
-                                              {label: ([r["step"] for r in log],
-                                                       [r[name] for r in log]) for name,
-                                               label in zip(QUARTERS, quarters)})])
+    """End a generator's run: write curves.png and closing.json, print closing (figures, a dict) and
+    the paths."""
+    out = Path(args.out)
+    log = read_log(out / "log.csv")
+    steps = [row["step"] for row in log]
+    labels = ("cleanest quarter of t", "second", "third", "noisiest quarter")
+    lines = {label: (steps, [row[name] for row in log]) for name, label in zip(QUARTERS, labels)}
+    title = "squared error of v in units of the prior's"
+    pictures.plot_lines(out / "curves.png", [(title, "log", lines)])
     files.write_json(out / "closing.json", closing)
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")

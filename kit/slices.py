@@ -7,9 +7,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import time
-import zlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +20,26 @@ import brainsyn as bs
 from kit import files, nifti
 
 
+PARTS = ("train", "val", "test")
+
+
+def volume_hash(volume):
+    """sha256 (hex) of the shape of a volume and its voxels as uint8."""
+    volume = np.ascontiguousarray(volume, dtype=np.uint8)
+    return hashlib.sha256(repr(volume.shape).encode() + volume.tobytes()).hexdigest()
+
+
 def case_hashes(labels, brain):
     """sha256 (hex) of a label map, uint8 (X, Y, Z) in canonical axes, values 0..3, and of a brain's
     outline, bool (X, Y, Z); shapes included.
 
-    It is how a synthetic case says where its labels and outline came from without naming a patient,
-    and how a checkpoint says which ones it was trained on. Maps without any tumour all look alike:
+    A synthetic case says by them where its labels and outline come from without naming a patient,
+    and a checkpoint says which cases it was trained on. Maps without any tumour all look alike:
     there the outline's hash stands for both. Only the same files give the same hashes: a patient
     resampled to another grid, or scanned a second time, is not recognised.
     """
-    labels, brain = [np.ascontiguousarray(volume, dtype=np.uint8) for volume in (labels, brain)]
-    of_labels, of_brain = [hashlib.sha256(repr(volume.shape).encode()
-                                          + volume.tobytes()).hexdigest()
-                           for volume in (labels, brain)]
-    return (of_labels if labels.any() else of_brain), of_brain
+    of_brain = volume_hash(brain)
+    return (volume_hash(labels) if np.any(labels) else of_brain), of_brain
 
 
 def air_value(scan):
@@ -64,10 +68,12 @@ def brain_mask(scans, where="scans"):
 def fingerprint(cases, *settings):
     """12 hexadecimal digits that change when any file of these cases (by name, size and time) or a
     setting does."""
-    paths = [path for case in cases for path in case.files.values()]
-    stamp = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] if p.exists() else str(p)
-             for p in paths]
-    return hashlib.sha256(json.dumps([12, *settings, stamp]).encode()).hexdigest()[:12]
+    stamp = []
+    for case in cases:
+        for path in case.files.values():
+            stat = path.stat() if path.exists() else None
+            stamp.append([str(path), stat and stat.st_size, stat and stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps([13, *settings, stamp]).encode()).hexdigest()[:12]
 
 
 def hashes_of(case):
@@ -236,56 +242,92 @@ def deep_fluid(tissue, brain, spacing, depth=15.0):
     return (F.max_pool3d(core.float(), 5, 1, 2)[0, 0] > 0).numpy() & fluid.numpy()
 
 
+def classes_of(scans, labels, brain, spacing, condition, replaced):
+    """The class map of a case on the grid of its files: uint8 (X, Y, Z), values index
+    CONDITIONS[condition].
+
+    scans float (C, X, Y, Z), labels uint8 in 0..3, brain bool, spacing mm (3,). replaced: bool,
+    where the scans show a tumour. Where `labels` have none there, tissue is that of the mirrored
+    side of the brain.
+    """
+    names = bs.CONDITIONS[condition]
+    first_label = names.index(bs.LABELS[0])
+    if condition == "tumour":
+        tissue = brain
+    else:
+        tissue = tissue_clusters(scans, brain & (labels == 0) & ~replaced)
+        if condition == "ventricles":
+            tissue = np.where(brain, 1 + deep_fluid(tissue, brain, spacing), 0)
+        across = np.where(brain.any((1, 2)))[0]
+        opposite = (across[0] + across[-1] - np.arange(len(brain))).clip(0, len(brain) - 1)
+        tissue = np.where(replaced, tissue[opposite], tissue)
+        rest = names.index("grey" if condition == "tissue" else "brain")
+        tissue = np.where(brain & (tissue == 0), rest, tissue)
+    return np.where(labels > 0, labels + (first_label - 1), tissue).astype(np.uint8)
+
+
+def majority(fractions):
+    """Class fractions float (K, D, H, W) -> class map uint8 (D, H, W): the class with the largest
+    one. Class 0 is air; what is missing from a sum of 1 is added to it, in place."""
+    fractions[0] += 1 - fractions.sum(0)
+    return fractions.argmax(0).astype(np.uint8)
+
+
+def brain_position(classes, fault):
+    """Class map (D, H, W) -> position float32 (D,): -1 at the lowest slice with brain, 1 at the
+    highest, straight on beyond them. BadInput with the text `fault` where there is no brain."""
+    with_brain = np.where((classes > 0).any((1, 2)))[0]
+    if not len(with_brain):
+        raise bs.BadInput(fault)
+    low, high = with_brain[0], with_brain[-1]
+    position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
+    return position.astype(np.float32)
+
+
 def prepare_case(case, resolution, fov, condition, relabel=None):
     """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
 
     relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..3 that take the place
-    of those read. Where they uncover brain, tissue is that of the mirrored side. Returns a dict:
-    images uint8 (D, C, R, R), 0 = air; classes uint8 (D, R, R), values index CONDITIONS[condition];
-    position float32 (D,) in [-1, 1] along the brain, beyond it outside; labels uint8 and brain bool
-    (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels read; grid; cut:
-    share of brain voxels outside the field of view.
+    of those read; see classes_of. Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8
+    (D, R, R), values index CONDITIONS[condition]; position float32 (D,), see brain_position; labels
+    uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
+    read; grid; cut: fraction of brain voxels outside the field of view.
     """
     scans, labels, affine = nifti.read_case(case)
     brain = brain_mask(scans, case.folder)
-    hashes, ill = case_hashes(labels, brain), labels > 0
-    brain |= ill
+    hashes = case_hashes(labels, brain)
+    tumour = labels > 0
+    brain |= tumour
     if relabel is not None:
         labels = relabel(labels, brain, affine)
-    names = bs.CONDITIONS[condition]
-    classes = np.where(labels > 0, labels + (len(names) - len(bs.LABELS) - 1), brain).astype(
-        np.uint8)
-    if condition != "tumour":
-        tissue = tissue_clusters(scans, brain & (labels == 0) & ~ill)
-        if condition == "ventricles":
-            tissue = np.where(brain, 1 + deep_fluid(tissue, brain, nifti.spacing_of(affine)),
-                              0).astype(np.uint8)
-        if relabel is not None:
-            across = np.where(brain.any((1, 2)))[0]
-            opposite = (across[0] + across[-1] - np.arange(len(brain))).clip(0, len(brain) - 1)
-            tissue = np.where(ill, tissue[opposite], tissue)
-        classes = np.where(labels > 0, classes, tissue)
-        classes[brain & (classes == 0)] = names.index("grey" if condition == "tissue" else "brain")
-    for c, name in enumerate(bs.MODALITIES):
-        scans[c] = scale_to_bytes(scans[c], brain, MEDIAN_LANDMARK[name])
+    full = to_slices(classes_of(scans, labels, brain, nifti.spacing_of(affine), condition, tumour))
     grid = Grid.over(brain, affine, resolution, fov)
-    scans, classes, outline, brain = to_slices(scans), to_slices(classes), brain, to_slices(brain)
     # labels by majority of area; images as the mean over the brain part of each pixel, so that
     # the edge of the brain is not darkened by air
-    share = np.stack([grid.shrink(classes == k) for k in range(len(names))])
-    share[0] += 1 - share.sum(0)                # outside the volume is air
-    classes = share.argmax(0).astype(np.uint8)
-    area = np.maximum(grid.shrink(brain), 1e-6)
-    images = np.stack([grid.shrink(scan * brain) / area for scan in scans], 1)
-    images = np.rint(np.where(classes[:, None] > 0, images, 0)).clip(0, 255).astype(np.uint8)
-    with_brain = np.where((classes > 0).any((1, 2)))[0]
-    if not len(with_brain):
-        raise bs.BadInput(f"{case.folder}: no brain is found in the field of view; check the scans")
-    low, high = with_brain[0], with_brain[-1]
-    position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
-    cut = 1 - area.sum() * np.prod(grid.step) / brain.sum()
-    return {"images": images, "classes": classes, "position": position.astype(np.float32),
-            "labels": labels, "brain": outline, "hashes": hashes, "grid": grid, "cut": float(cut)}
+    classes = majority(np.stack([grid.shrink(full == k)
+                                 for k in range(len(bs.CONDITIONS[condition]))]))
+    inside = to_slices(brain)
+    area = np.maximum(grid.shrink(inside), 1e-6)
+    images = np.zeros((len(classes), len(scans), resolution, resolution), np.uint8)
+    for c, name in enumerate(bs.MODALITIES):
+        scan = to_slices(scale_to_bytes(scans[c], brain, MEDIAN_LANDMARK[name]))
+        mean = np.where(classes > 0, grid.shrink(scan * inside) / area, 0)
+        images[:, c] = np.rint(mean).clip(0, 255)
+    cut = 1 - area.sum() * np.prod(grid.step) / inside.sum()
+    position = brain_position(classes, f"{case.folder}: no brain in the field of view; check scans")
+    return {"images": images, "classes": classes, "position": position, "labels": labels,
+            "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
+
+
+def read_split(path):
+    """A split file, JSON {"train": [case or patient names], "val": [...], "test": [...]}:
+    {part: set of names}. BadInput where it is something else."""
+    try:
+        names = json.loads(Path(path).read_text())
+        return {part: set(names.get(part, [])) for part in PARTS}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise bs.BadInput(f"{path}: cannot be used as a split ({error}); expected JSON like "
+                          '{"train": ["CASE"], "val": [], "test": []}') from error
 
 
 def split_patients(cases, split_file=None):
@@ -293,76 +335,102 @@ def split_patients(cases, split_file=None):
 
     By patient, never by slice. Of the sorted patients every fifth (0, 5, 10, ...) is for test and
     number 2 of every ten for validation, whatever the seed, so that a generator and a segmenter
-    trained apart still hold out the same people. split_file: JSON {"train": [...], "val": [...],
-    "test": [...]} of case or patient names overrides; cases it does not name are left out.
+    trained apart still hold out the same people. split_file overrides, see read_split; cases it
+    does not name are left out. BadInput where it has a name that is not in the data, a patient is
+    in two parts, or nothing is left for training.
     """
-    split = {"train": [], "val": [], "test": []}
-    if split_file is None:
-        patients = sorted({case.patient for case in cases})
-        for case in cases:
-            at = patients.index(case.patient)
-            split["test" if at % 5 == 0 else "val" if at % 10 == 2 else "train"].append(case)
-    else:
-        try:
-            wanted = json.loads(Path(split_file).read_text())
-            pairs = [(name, part) for part in split for name in wanted.get(part, [])]
-            named = dict(pairs)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise bs.BadInput(f"{split_file}: cannot be used as a split ({error}); expected JSON "
-                              "like " '{"train": ["CASE"], "val": [], "test": []}') from error
-        twice = [name for name, part in pairs if named[name] != part]
-        if twice:
-            raise bs.BadInput(f"{split_file}: names {twice[0]} in two parts; keep it in one")
-        for case in cases:
-            part = named.get(case.case, named.get(case.patient))
-            if part:
-                split[part].append(case)
-        unknown = set(named) - {c.case for c in cases} - {c.patient for c in cases}
-        if unknown:
-            raise bs.BadInput(f"{split_file}: names {sorted(unknown)[0]}, which is not in the "
-                              "data; correct the name")
-    parts = {}
-    for part, members in split.items():
-        for case in members:
-            if parts.setdefault(case.patient, part) != part:
-                raise bs.BadInput(f"patient {case.patient} is in {parts[case.patient]} and in "
-                                  f"{part}; keep all time points of a patient on one side of the "
-                                  "split")
+    patients = sorted({case.patient for case in cases})
+    names = {"val": set(patients[2::10]), "test": set(patients[::5])}
+    names["train"] = set(patients) - names["val"] - names["test"]
+    if split_file is not None:
+        names = read_split(split_file)
+    unknown = set().union(*names.values()) - set(patients) - {case.case for case in cases}
+    if unknown:
+        raise bs.BadInput(f"{split_file}: {min(unknown)} is not in the data; correct the name")
+    split, part_of = {}, {}
+    for part in PARTS:
+        split[part] = [case for case in cases if names[part] & {case.case, case.patient}]
+        for case in split[part]:
+            if part_of.setdefault(case.patient, part) != part:
+                raise bs.BadInput(f"patient {case.patient} is in {part_of[case.patient]} and in "
+                                  f"{part}; keep all time points of a patient in one part")
     if not split["train"]:
-        raise bs.BadInput(f"{len(cases)} cases leave none for training; add cases or give a split "
-                          "file")
+        raise bs.BadInput(f"of {len(cases)} cases none is for training; add cases, or use --split")
     return split
+
+
+def recall(path):
+    """The dict that `remember` wrote; its tensors are memory-mapped. ValueError where a bit has
+    flipped: every byte is read once and compared with the checksums of the file, a zip archive."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError("a bit has flipped")
+    return torch.load(path, mmap=True, weights_only=True)
+
+
+def remember(path, make, say=print):
+    """The dict make(), of numbers, texts, lists and tensors, kept in a file: made where there is no
+    file or a damaged one, else read. Returned is what `recall` reads."""
+    try:
+        return recall(path)
+    except FileNotFoundError:
+        pass
+    except Exception as error:                  # a damaged archive raises all kinds of errors
+        say(f"note: {path} cannot be used ({error}); made anew")
+    contents = make()
+    files.replace_file(path, lambda temporary: torch.save(contents, temporary))
+    return recall(path)
+
+
+class Rows:
+    """Slices of several cases, each a memory-mapped uint8 array (n, C + 1, R, R), used like one
+    array (N, C + 1, R, R): rows[i], rows[i:j], rows[[i, j]], rows[i:j, c]. Only what is indexed is
+    read."""
+
+    def __init__(self, blocks):
+        self.views = np.fromiter((view for block in blocks for view in block), object)
+        self.shape = (len(self.views), *blocks[0].shape[1:])
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, index):
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        numbers = np.arange(len(self))[rows]
+        picked = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
+        for at in np.ndindex(numbers.shape):
+            picked[at] = self.views[numbers[at]]
+        return picked[(*[slice(None)] * numbers.ndim, *rest)]
 
 
 class Cache:
     """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
 
-    rows      uint8 (N, C + 1, R, R): C modalities, then the class map; slices without brain left
-              out
+    rows      uint8 (N, C + 1, R, R), see Rows: C modalities, then the class map; slices without
+              brain left out
+    position  float32 (N,)
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
-              case_hashes), first, count (its rows), position [count floats], thickness (mm between
-              slices)
+              case_hashes), first, count (its rows), thickness (mm between slices), cut
+    meta      condition, classes (their names), modalities, resolution, fov
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.meta = json.loads(self.path.with_suffix(".json").read_text())
-        self.rows = np.load(self.path, mmap_mode="r")
-        self.cases = self.meta["cases"]
-        if self.meta["checksum"] != checksum(self.path):
-            raise ValueError("a bit has flipped")
-        self.position = np.concatenate([np.array(c["position"], np.float32) for c in self.cases])
+    def __init__(self, blocks, cases, meta):
+        self.rows = Rows([block["rows"].numpy() for block in blocks])
+        self.position = np.concatenate([block["position"].numpy() for block in blocks])
+        self.cases = cases
+        self.meta = meta
+
+    def of_rows(self, key):
+        """What stands under a key of `cases`, for every row: array (N,)."""
+        return np.repeat([case[key] for case in self.cases], [case["count"] for case in self.cases])
 
     def names(self, rows):
         """Names of the cases that these rows show, sorted."""
-        first = np.array([case["first"] for case in self.cases])
-        return sorted({self.cases[i]["case"] for i in np.searchsorted(first, rows, "right") - 1})
+        return sorted(set(self.of_rows("case")[rows].tolist()))
 
     def part(self, part):
         """Row numbers of one part of the split: int array."""
-        rows = [np.arange(c["first"], c["first"] + c["count"]) for c in self.cases if c["part"]
-                == part]
-        return np.concatenate(rows) if rows else np.array([], int)
+        return np.where(self.of_rows("part") == part)[0]
 
     def hashes(self, *parts):
         """case_hashes of all cases of these parts, sorted: what a checkpoint says it was trained
@@ -373,85 +441,67 @@ class Cache:
         """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R),
         position float32 (B,), all torch tensors on the CPU. mirror: bool (B,), left and right are
         swapped where it is True."""
-        block = torch.from_numpy(self.rows[np.asarray(rows)])
+        rows = np.asarray(rows)
+        block = torch.from_numpy(self.rows[rows])
         if mirror is not None:
             block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
         return (bs.to_images(block[:, :-1]), block[:, -1].long(),
-                torch.from_numpy(self.position[np.asarray(rows)]))
+                torch.from_numpy(self.position[rows]))
+
+    def batches(self, rows, size=128):
+        """These rows in turn, as batches of `size` or fewer."""
+        for i in range(0, len(rows), size):
+            yield self.batch(rows[i:i + size])
 
 
-def checksum(path):
-    """CRC-32 of a file, read in parts."""
-    crc = 0
-    with open(path, "rb") as handle:
-        while part := handle.read(2 ** 22):
-            crc = zlib.crc32(part, crc)
-    return crc
+def cached_case(case, resolution, fov, condition):
+    """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,
+    position float32 (n,), facts: its hashes, cut and thickness (mm), see Cache."""
+    got = prepare_case(case, resolution, fov, condition)
+    keep = (got["classes"] > 0).mean((1, 2)) > 0.01
+    rows = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
+    thickness = float(nifti.spacing_of(got["grid"].affine)[2])
+    return {"rows": torch.from_numpy(rows),
+            "position": torch.from_numpy(got["position"][keep].round(5)),
+            "facts": {"hashes": got["hashes"], "cut": got["cut"], "thickness": thickness}}
 
 
 def build_cache(cases, folder, resolution, fov, condition, split=None, say=print):
-    """The Cache of `cases` below `folder`, built once: its name is a fingerprint of every file's
-    name, size and time, of the settings and of the split, so a change of any makes a new one.
-    split: from split_patients, its default split if not given.
+    """The Cache of `cases`: one file a case below `folder`, see remember. Its name holds a
+    fingerprint of the case's files and of the settings: it is made once, by whichever command comes
+    first, and again when any of these changes. split: from split_patients, its default split if
+    not given; cases that are in no part are left out. BadInput where no slice shows enough brain.
     """
     split = split or split_patients(cases)
-    part_of = {case.case: part for part, members in split.items() for case in members}
+    part_of = {case.case: part for part in split for case in split[part]}
     cases = [case for case in cases if case.case in part_of]
-    key = fingerprint(cases, resolution, fov, condition, sorted(part_of.items()), "thickness")
-    path = Path(folder) / f"{condition}-{resolution}-{key}.npy"
-    try:
-        return Cache(path)
-    # not there, or damaged: built (again)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        if path.exists():
-            say(f"note: {path} cannot be used ({error}); made anew")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    started, entries, first, cut = time.time(), [], 0, []
-    raw = path.with_suffix(f".{os.getpid()}.tmp")
+    settings = resolution, fov, condition
+    new = []
 
-    def prepare(case):
-        got = prepare_case(case, resolution, fov, condition)
-        keep = (got["classes"] > 0).mean((1, 2)) > 0.01
-        block = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-        return case, block, got["position"][keep], got["hashes"], got["cut"], nifti.spacing_of(
-            got["grid"].affine)[2]
+    def load(case):
+        path = Path(folder) / f"{case.case}-{condition}-{fingerprint([case], *settings)}"
+        if not path.exists():
+            new.append(case)
+        return remember(path, lambda: cached_case(case, *settings), say)
 
-    try:
-        with open(raw, "wb") as handle, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for at in range(0, len(cases), 8):          # a few at a time: memory stays small
-                for case, block, position, hashes, lost, thickness in pool.map(prepare,
-                                                                               cases[at:at + 8]):
-                    handle.write(block.tobytes())
-                    entries.append({"case": case.case, "patient": case.patient,
-                                    "part": part_of[case.case], "hashes": hashes, "first": first,
-                                    "count": len(block), "position": position.round(5).tolist(),
-                                    "thickness": float(thickness)})
-                    first += len(block)
-                    cut += [case.case] * (lost > 0.002)
-        if not first:
-            raise bs.BadInput(f"no slice shows enough brain in a field of view of {fov} mm; use a "
-                              "smaller --fov")
-        shape = (first, len(bs.MODALITIES) + 1, resolution, resolution)
-
-        def write(temporary):                           # .npy = a header, then the bytes
-            with open(temporary, "wb") as handle, open(raw, "rb") as source:
-                np.lib.format.write_array_header_1_0(
-                    handle, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                shutil.copyfileobj(source, handle, 2 ** 22)
-
-        files.replace_file(path, write)
-    finally:
-        raw.unlink(missing_ok=True)
-    meta = {"condition": condition, "classes": bs.CONDITIONS[condition],
-            "modalities": bs.MODALITIES, "resolution": resolution, "fov": fov, "cases": entries,
-            "checksum": checksum(path)}
-    files.replace_file(path.with_suffix(".json"), lambda temporary: temporary.write_text(
-        json.dumps(meta)))
-    if cut:
-        say(f"note: {len(cut)} cases are wider than the field of view of {fov} mm and lose their "
-            f"edge ({cut[0]} for one); a larger --fov keeps it")
-    say(f"cache: {len(cases)} cases, {first} slices in {time.time() - started:.0f} s -> {path}")
-    return Cache(path)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        blocks = list(pool.map(load, cases))
+    entries, first = [], 0
+    for case, block in zip(cases, blocks):
+        count = len(block["rows"])
+        entries.append({"case": case.case, "patient": case.patient, "part": part_of[case.case],
+                        "first": first, "count": count, **block["facts"]})
+        first += count
+    if not first:
+        raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
+    wide = [entry["case"] for entry in entries if entry["cut"] > 0.002]
+    if new:
+        say(f"cache: {len(cases)} cases, {len(new)} of them new, {first} slices -> {folder}")
+    if new and wide:
+        say(f"note: {len(wide)} cases, such as {wide[0]}, are wider than --fov {fov}: cut off")
+    return Cache(blocks, entries, {"condition": condition, "classes": bs.CONDITIONS[condition],
+                                   "modalities": bs.MODALITIES, "resolution": resolution,
+                                   "fov": fov})
 
 
 def has_label(cache, rows, first_label):

@@ -6,21 +6,24 @@ import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 import brainsyn as bs
-from kit import files, nifti
+from kit import files, nifti, pictures, slices
 
 
-# beside a synthetic case: all classes of its condition, where those are more
+# beside a synthetic case: all classes of its condition, where those are more than tumour labels
 CLASSES_NAME = "{}-classes.nii.gz"
+# with {entries} of the sidecars, see write_datasheet
+DATASHEET = Path(__file__).with_name("datasheet.md")
 
 
 def image_counts(images, classes):
-    """Images float (D, C, R, R) in [-1, 1] -> int16 counts 0..1000: 0 in air, at least 1 in the
-    brain.
+    """Images float (D, C, R, R) in [-1, 1], class maps (D, R, R) -> int16 counts 0..1000: 0 in air
+    (class 0), at least 1 in the brain, where -1 is black and 1 is 1000.
 
     The outline is part of the condition, so what lies outside is written as the air it is.
     """
@@ -36,14 +39,15 @@ def write_case(folder, case, images, labels, affine, facts, classes=None):
     values index the condition; written as CLASSES_NAME. Every file says SYNTHETIC.
     """
     target, building = Path(folder) / case, Path(folder) / f".{case}.{os.getpid()}.tmp"
+    volumes = {f"{case}-{nifti.NAMES_2023[name]}.nii.gz": image
+               for name, image in zip(bs.MODALITIES, images)}
+    volumes[f"{case}-seg.nii.gz"] = labels
+    if classes is not None:
+        volumes[CLASSES_NAME.format(case)] = classes
     building.mkdir(parents=True, exist_ok=True)
     try:
-        for name, volume in (*zip((nifti.NAMES_2023[name] for name in bs.MODALITIES), images),
-                             ("seg", labels)):
-            nifti.write_nifti(building / f"{case}-{name}.nii.gz", volume, affine,
-                              f"SYNTHETIC brainsyn {bs.__version__}", 2)
-        if classes is not None:
-            nifti.write_nifti(building / CLASSES_NAME.format(case), classes, affine,
+        for name, volume in volumes.items():
+            nifti.write_nifti(building / name, volume, affine,
                               f"SYNTHETIC brainsyn {bs.__version__}", 2)
         files.write_json(building / f"{case}.json", facts)
         os.replace(building, target)
@@ -55,120 +59,140 @@ def write_case(folder, case, images, labels, affine, facts, classes=None):
 
 
 def write_description(folder):
-    """dataset_description.json of a set of synthetic cases, as BIDS wants it for data that was
-    made: the mark that stands above all its cases."""
+    """dataset_description.json of a set of synthetic cases, as BIDS wants it for derived data: the
+    mark that stands above all its cases."""
+    words = "diffusion model, label map -> T1, T1ce, T2, FLAIR; see DATASHEET.md"
+    software = {"Name": "brainsyn", "Version": bs.__version__, "Description": words}
     files.write_json(Path(folder) / "dataset_description.json",
-                     {"Name": "SYNTHETIC brain MRI with " "tumour labels, made by brainsyn",
+                     {"Name": "SYNTHETIC brain MRI with tumour labels, made by brainsyn",
                       "BIDSVersion": "1.9.0", "DatasetType": "derivative", "SyntheticData": "YES",
-                      "GeneratedBy": [{"Name": "brainsyn", "Version": bs.__version__,
-                                       "Description": "diffusion model, label map -> T1, T1ce, T2, "
-                                       "FLAIR; see DATASHEET.md"}]})
+                      "GeneratedBy": [software]})
 
 
 def write_dataset_json(folder):
     """dataset.json of all cases in a folder, for nnU-Net (`dataset`; training on regions) and MONAI
     (`training`)."""
-    folder, entries = Path(folder), {}
+    entries = {}
     for case in nifti.find_cases(folder):
         paths = {name: path.relative_to(folder).as_posix() for name, path in case.files.items()}
         entries[case.case] = {"images": [paths[name] for name in bs.MODALITIES],
                               "label": paths["seg"]}
-    files.write_json(folder / "dataset.json", {
+    files.write_json(Path(folder) / "dataset.json", {
         "name": "SYNTHETIC brain MRI made by brainsyn",
         "channel_names": dict(zip("0123", ("T1", "T1ce", "T2", "FLAIR"))),
-        "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [1, 3], "enhancing_tumor": [3]},
+        "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [1, 3],
+                   "enhancing_tumor": [3]},
         "regions_class_order": [2, 1, 3],       # what is WT and nothing more is ED, and so on
         "numTraining": len(entries), "file_ending": ".nii.gz", "dataset": entries,
-        "training": [{"image": its["images"], "label": its["label"]} for its in entries.values()]})
+        "training": [{"image": entry["images"], "label": entry["label"]}
+                     for entry in entries.values()]})
+
+
+def judged_text(folder):
+    """What judge.json of a set says, as a table in Markdown; or that there is none."""
+    try:
+        report = json.loads((Path(folder) / "judge.json").read_text())
+        rows = [f"| {name} | {report['synthetic'][name]} | {value} |"
+                for name, value in report["real"].items()]
+        return "\n".join([f"Judged against {report['held_out_cases']} held-out cases:", "",
+                          "| figure | synthetic | real |", "|---|---|---|", *rows])
+    except (OSError, ValueError, KeyError):
+        return "Not judged: `python sample.py --judge` compares them with held-out cases."
+
+
+def audited_text(sidecars):
+    """What the audit of a set says, from its sidecars; that there is none unless all hold the
+    same."""
+    audits = [sidecar.get("Audit") for sidecar in sidecars]
+    if audits[0] and all(audit == audits[0] for audit in audits):
+        return "Audited for copies of training cases: **{verdict}**. {words}".format(**audits[0])
+    return "Not audited for copies of training cases: `python sample.py --audit` does that."
 
 
 def write_datasheet(folder):
-    """DATASHEET.md of a set of synthetic cases, from their sidecars and, where they are there,
-    judge.json and the audit in the sidecars: what they are, how they were made, what they are not
-    for."""
-    folder = Path(folder)
-    cases = [(case, synthetic_facts(case)) for case in nifti.find_cases(folder)]
-    several = lambda name: ", ".join(sorted({str(facts[name]) for _, facts in cases
-                                             if name in facts}))
-    volumes = {name: [facts["VolumesML"][name] for _, facts in cases]
-               for name in (*bs.LABELS, "WT")}
-    lines = ["# Datasheet", "", f"**SYNTHETIC.** {len(cases)} cases, made by brainsyn "
-             f"{several('GeneratorVersion')}. No patient was scanned for any of these pictures.",
-             "", "## What they are", "", "Four modalities (T1, T1ce, T2, FLAIR) and a tumour label "
-             "map (1 NCR, 2 ED, 3 ET) of each case, skull-stripped, aligned, as NIfTI in "
-             "BraTS-2023 folders; `dataset.json` lists them for nnU-Net and MONAI. Signal is in "
-             "arbitrary counts, 0 in air, up to 1000.", "", "| volume in mL | least | median | "
-             "most |", "|---|---|---|---|", *(f"| {name} | {min(its):.1f} | {np.median(its):.1f} | "
-                                              f"{max(its):.1f} |" for name, its in volumes.items()),
-             "", "## How they were made", "", "A v-prediction diffusion model drew each slice "
-             f"from a label map (condition: {several('Condition')}; {several('Steps')} network "
-             f"calls, sampler {several('Sampler')}, guidance {several('Guidance')}, noise shared "
-             f"along z over {several('Coherence')} mm). Label maps: {several('LabelMaps')}, edits: "
-             f"{several('Edits')}. Every case has a JSON sidecar with checkpoint, seed, settings "
-             "and hashes; the same command makes the same voxels.", "", "## From what data", "",
-             f"The generator was trained on {several('GeneratorPatients')} cases "
-             f"({several('GeneratorData')})" + (", that of the label maps on "
-                                                f"{several('LabelGeneratorPatients')}"
-                                                if "generated" in several("LabelMaps") else "")
-             + ". Their hashes are in every sidecar. "
-             f"{sum(facts['UsedInTraining'] for _, facts in cases)} of {len(cases)} cases carry a "
-             "label map or brain outline of its training cases"
-             + ("; phantoms are no persons." if several("GeneratorData") == "phantoms"
-                else "; such outlines are patient data."), "", "## Figures", ""]
-    try:
-        report = json.loads((folder / "judge.json").read_text())
-        lines += [f"Judged against {report['held_out_cases']} held-out cases:", "",
-                  "| figure | synthetic | real |", "|---|---|---|",
-                  *(f"| {name} | {report['synthetic'][name]} | {value} |" for name,
-                    value in report["real"].items()), ""]
-    except (OSError, ValueError, KeyError):
-        lines += ["Not judged: `python sample.py --judge` compares them with held-out cases.", ""]
-    audits = {json.dumps(facts["Audit"], sort_keys=True) for _, facts in cases if "Audit" in facts}
-    if len(audits) == 1 and all("Audit" in facts for _, facts in cases):
-        audit = json.loads(audits.pop())
-        lines += [f"Audited for copies of training cases: **{audit['verdict']}**. "
-                  + audit["words"], ""]
-    else:
-        lines += ["Not audited for copies of training cases: `python sample.py --audit` does that.",
-                  ""]
-    lines += ["## What they must not be used for", "", "- Nothing clinical: no diagnosis, no "
-              "treatment, no teaching of what a disease looks like.", "- No validation of a "
-              "clinical claim, and no test set for a segmenter that people rely on: validate on "
-              "real scans.", "- No claim of privacy: an audit that finds nothing bounds the share "
-              "of copies, no more.", "", "## Known limits", "", "- Slices are drawn one by one; "
-              "they agree along z by shared noise only, and folds may not run through.",
-              "- Anatomy outside the tumour is plausible at best; disease other than the labels is "
-              "not modelled.", "- What the generator's training data lacked, these lack: other "
-              "scanners, ages, diseases, artefacts.", ""]
-    files.replace_file(folder / "DATASHEET.md", lambda temporary: temporary.write_text(
-        "\n".join(lines)))
+    """DATASHEET.md of a set of synthetic cases: what they are, how they were made, what they must
+    not be used for. Made from their sidecars and judge.json, where it is there: an entry that
+    differs between sidecars is written as all its values."""
+    sidecars = [synthetic_facts(case) for case in nifti.find_cases(folder)]
+    values = defaultdict(lambda: "none")        # of an entry that no sidecar has
+    for name in set().union(*sidecars):
+        texts = {str(sidecar[name]) for sidecar in sidecars if name in sidecar}
+        values[name] = ", ".join(sorted(texts))
+    rows = []
+    for name in (*bs.LABELS, "WT"):
+        ml = [sidecar["VolumesML"][name] for sidecar in sidecars]
+        rows.append(f"| {name} | {min(ml):.1f} | {np.median(ml):.1f} | {max(ml):.1f} |")
+    values |= {"cases": len(sidecars), "volumes": "\n".join(rows),
+               "used": sum(sidecar["UsedInTraining"] for sidecar in sidecars),
+               "judged": judged_text(folder), "audited": audited_text(sidecars)}
+    text = DATASHEET.read_text().format_map(values)
+    files.replace_file(Path(folder) / "DATASHEET.md", lambda path: path.write_text(text))
 
 
-def synthetic_facts(case):
-    """The sidecar of a synthetic Case as a dict. BadInput where there is none: its source is
-    unknown."""
-    path = case.folder / f"{case.case}.json"
+def plot_contact_sheet(folder):
+    """contact_sheet.png of a set from its files: of twelve cases the slice with most tumour."""
+    rows = []
+    for case in nifti.find_cases(folder)[:12]:
+        scans, labels, _ = nifti.read_case(case)
+        brain = (scans > 0).any(0)
+        classes = slices.to_slices(np.where(labels > 0, labels + 1, brain).astype(int))
+        best = pictures.fullest(classes > 1, classes > 0)
+        rows.append([classes[best], *(slices.to_slices(scans)[:, best] / 500 - 1)])
+    pictures.plot_rows(Path(folder) / "contact_sheet.png", rows, ["labels", *bs.MODALITIES],
+                       "tumour", "SYNTHETIC: made by brainsyn, no patient was scanned")
+
+
+def finish_set(folder):
+    """Write what stands beside the cases of a set: contact sheet, list of cases, datasheet."""
+    plot_contact_sheet(folder)
+    write_dataset_json(folder)
+    write_datasheet(folder)
+
+
+def read_sidecar(path):
+    """The sidecar of a synthetic case as a dict. BadInput where there is none, or it does not say
+    where the case comes from."""
+    origin = {"LabelMapSHA256", "BrainSHA256", "GeneratorTrainedOn"}
     try:
         facts = json.loads(path.read_text())
-        if facts["SyntheticData"] != "YES" or not {"LabelMapSHA256", "BrainSHA256",
-                                                   "GeneratorTrainedOn"} <= set(facts):
+        if facts["SyntheticData"] != "YES" or not origin <= set(facts):
             raise ValueError("it does not say SyntheticData YES and where it comes from")
         return facts
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise bs.BadInput(f"{path}: no sidecar of a synthetic case ({error}); make the set with "
-                          "sample.py") from error
+        raise bs.BadInput(f"{path}: no sidecar of a synthetic case ({error}); delete the case's "
+                          "folder and make it again with sample.py") from error
+
+
+def synthetic_facts(case):
+    """The sidecar of a synthetic Case as a dict, see read_sidecar."""
+    return read_sidecar(case.folder / f"{case.case}.json")
+
+
+def already_there(folder, facts, origin):
+    """True if case facts["Case"] is in `folder` and its sidecar says what `facts` and origin() say;
+    origin is called only if it is there, as it reads files. BadInput where the sidecar says
+    otherwise, or there is none."""
+    case = Path(folder) / facts["Case"]
+    if not case.exists():
+        return False
+    found = read_sidecar(case / f"{case.name}.json")
+    for name, wanted in json.loads(json.dumps({**facts, **origin()})).items():
+        if found.get(name) != wanted:
+            raise bs.BadInput(f"{case} was made with {name} {found.get(name)}, you ask for "
+                              f"{wanted}; choose another --out")
+    return True
 
 
 def sidecar_hash(case):
-    """sha256 of what the sidecar of a synthetic Case says of how it was made; an audit added later
-    is no change."""
-    facts = {k: v for k, v in synthetic_facts(case).items() if k != "Audit"}
+    """sha256 (hex) of what the sidecar of a synthetic Case says of how it was made; an audit added
+    later does not change it."""
+    facts = {name: value for name, value in synthetic_facts(case).items() if name != "Audit"}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def contaminated(case, hashes):
-    """Whether a synthetic Case owes anything to label maps with these hashes: its own map, the
-    outline, or one its generator was trained on."""
-    facts, known = synthetic_facts(case), {digest[:16] for digest in hashes}
-    return any(digest[:16] in known for digest in
-               (facts["LabelMapSHA256"], facts["BrainSHA256"], *facts["GeneratorTrainedOn"]))
+    """True if the case was made from, or by a generator trained on, one of these label maps or
+    outlines (hashes: as slices.case_hashes has them). Compared are the first 16 digits."""
+    facts = synthetic_facts(case)
+    origin = {facts["LabelMapSHA256"][:16], facts["BrainSHA256"][:16], *facts["GeneratorTrainedOn"]}
+    return not origin.isdisjoint(digest[:16] for digest in hashes)

@@ -75,7 +75,9 @@ def measure(name, make, device, args, resolution):
     net = devices.place_network(net, device)
     optimizer = bs.make_optimizer(net, 1e-4, device, args.precision, hidden=net.hidden() if name
                                   == "ours" else ())
-    trained, times = devices.prepare_training(net, optimizer, device, args.compile), []
+    trained, times = devices.prepare_training(net, optimizer, device), []
+    if args.compile:
+        trained = torch.compile(trained)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.steps + 1):

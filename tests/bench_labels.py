@@ -137,7 +137,7 @@ def learn_slabs(args, data, way):
     def close(denoiser, pace):
         asked = data.measure(data.shown)
         made = torch.stack([volume(denoiser, its, i) for i, its in enumerate(asked)])
-        pictures.draw_planes(Path(args.out) / "samples.png", list(zip(data.shown, made))[:4],
+        pictures.plot_planes(Path(args.out) / "samples.png", list(zip(data.shown, made))[:4],
                              [data.who, way], args.condition)
         error = (data.measure(made) - asked).abs()
         files.write_json(Path(args.out) / "closing.json",
@@ -225,7 +225,7 @@ def compare_guidance(args):
                   f"| {seconds:.1f} |", flush=True)
             lines[f"guidance {guidance:g}"] = (asked, got, np.zeros(len(got)))
         panels.append((f"{label} that came", "points", lines))
-    pictures.draw_lines(Path(args.out) / "asked.png", panels, "asked for")
+    pictures.plot_lines(Path(args.out) / "asked.png", panels, "asked for")
     print(f"wrote: {Path(args.out) / 'asked.png'}")
 
 
@@ -296,7 +296,7 @@ def compare_shapes(args):
     print("sphericity guessed from blocks: correlation with that of the voxels "
           f"{np.corrcoef(guess)[0, 1]:.2f} over {guess.shape[1]} heads, "
           f"{np.abs(guess[0] - guess[1]).mean():.2f} off")
-    pictures.draw_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the share of "
+    pictures.plot_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the share of "
                         "heads that have no more")
     print(f"wrote: {Path(args.out) / 'shapes.png'}")
 

@@ -381,13 +381,16 @@ def outside_the_network(steps):
             return out
         return wrapped
 
+    def keep_seconds(task, denoiser, run):
+        seconds.append(run.seconds)
+
     prepare, seconds, folder = devices.prepare_training, [], Path.cwd()
     places = {(devices, "prepare_training"): lambda *inputs: timed(prepare(*inputs)),
               (devices, "step_if_finite"): timed(devices.step_if_finite),
               (runs, "save_checkpoint"): lambda *_: None,
               (torch.Tensor, "backward"): timed(torch.Tensor.backward),
               (nn.utils, "clip_grad_norm_"): timed(nn.utils.clip_grad_norm_),
-              (train_ddpm, "close"): lambda its, denoiser, pace: seconds.append(pace.seconds)}
+              (train_ddpm, "finish_report"): keep_seconds}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as changed:
         for (where, name), its in places.items():
             changed.enter_context(mock.patch.object(where, name, its))

@@ -9,7 +9,7 @@ in their recipe.
                                                                     learning rate
     python tests/bench_quality.py changes --minutes 2               every change of CHANGES, one run
     each python tests/bench_quality.py changes "width 96" "batch 8"      these alone python
-    tests/bench_quality.py changes "batch 8" --words="--width 128 --optimizer adamw"
+    tests/bench_quality.py changes "batch 8" --words="--width 128"
                                                                     the same from another default
     python tests/bench_quality.py samplers --minutes 5              samplers and numbers of calls,
     with the generator
@@ -41,7 +41,7 @@ import json
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -112,7 +112,7 @@ def look(denoiser, cache, args, condition="tumour", settings=None, picture=None)
     figures["ET"], _ = judging.lesion_contrast(made, classes, condition, "t1ce", "ET")
     if picture:
         few = np.linspace(0, len(x0) - 1, 6).astype(int)
-        pictures.draw_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
+        pictures.plot_rows(picture, [[classes[i], *x0[i], None, *made[i]] for i in few],
                      ["labels", *(f"held-out\n{n}" for n in bs.MODALITIES), "",
                       *(f"SYNTHETIC\n{n}" for n in bs.MODALITIES)], condition, Path(picture).stem)
     return figures
@@ -144,7 +144,7 @@ def prepare(args):
     cache = slices.build_cache(cases, Path(args.out) / "cache", args.resolution, wanted.fov,
                                "tumour", split)
     if not (Path(args.out) / "seg" / "best.pt").exists():
-        with mock.patch.object(train_seg, "close", lambda *_: None):
+        with mock.patch.object(train_seg, "finish_report", lambda *_: None):
             train_seg.main([*common_words(args), "--out", str(Path(args.out) / "seg"), "--steps",
                             str(args.seg_steps)])
     return cache
@@ -195,11 +195,6 @@ def without_outline(classes, n, original=bs.one_hot):
     return onehot
 
 
-def plain_output(out, x_t, signal, sigma, mean, std):
-    """The network's output is v_hat."""
-    return out.float()
-
-
 def optimiser(original=bs.make_optimizer, **settings):
     """make_optimizer with other settings, as AdamW names them."""
     def make(*inputs):
@@ -208,6 +203,11 @@ def optimiser(original=bs.make_optimizer, **settings):
             group.update(settings)
         return optimizer
     return {"make_optimizer": make}
+
+
+def adamw(net, lr, device, precision="auto", hidden=(), original=bs.make_optimizer):
+    """make_optimizer with AdamW for the weights inside too."""
+    return original(net, lr, device, precision)
 
 
 def faster(factor, original=bs.orthogonal):
@@ -234,8 +234,8 @@ class AskedTwice(bs.UNet):
 
 
 def early(share, what):
-    """Names of brainsyn.py replaced so that the first `share` of a run sees halved pictures, or a
-    quarter of every batch, as `what` says."""
+    """Names of brainsyn.py and the kit replaced so that the first `share` of a run sees halved
+    pictures, or a quarter of every batch, as `what` says."""
     so_far, rows, rate, move = [0.0], [], bs.learning_rate, devices.to_device
 
     def noted(peak, progress, step):
@@ -254,7 +254,7 @@ def early(share, what):
     def quarter(batch):
         so_far[0], rows[:] = 0.0, range(batch // 4)
         return rows                             # indexes every batch; grows later
-    names = {"halved pictures": {"to_device": halved}, "quarter batch": {"share_of": quarter}}
+    names = {"halved pictures": {"to_device": halved}, "quarter batch": {"slice_of_batch": quarter}}
     return {"learning_rate": noted, **names[what]}
 
 
@@ -278,11 +278,13 @@ class PlacelessCache(slices.Cache):
         self.position = np.full_like(self.position, np.nan)
 
 
-# A change of the default: (words added to the command line, names of brainsyn.py replaced).
-CHANGES = {"default": ("", {}), "AdamW": ("--optimizer adamw", {}),
-           "AdamW, betas 0.9 0.95": ("--optimizer adamw", optimiser(betas=(0.9, 0.95))),
-           "width 128, AdamW": ("--width 128 --optimizer adamw", {}),
-           "width 96, AdamW": ("--width 96 --optimizer adamw", {}), "width 48": ("--width 48", {}),
+# A change of the default: (words added to the command line, names of brainsyn.py and the kit
+# replaced).
+CHANGES = {"default": ("", {}), "AdamW": ("", {"make_optimizer": adamw}),
+           "AdamW, betas 0.9 0.95": ("", optimiser(adamw, betas=(0.9, 0.95))),
+           "width 128, AdamW": ("--width 128", {"make_optimizer": adamw}),
+           "width 96, AdamW": ("--width 96", {"make_optimizer": adamw}),
+           "width 48": ("--width 48", {}),
            "width 96": ("--width 96", {}), "width 128": ("--width 128", {}),
            "one level more (1 2 2 2)": ("--mults 1 2 2 2", {}),
            "one level less (1 2)": ("--mults 1 2", {}), "two blocks a level": ("--blocks 2", {}),
@@ -298,14 +300,12 @@ CHANGES = {"default": ("", {}), "AdamW": ("--optimizer adamw", {}),
            "Muon half as fast": ("", faster(0.5)), "Muon twice as fast": ("", faster(2)),
            "batch 8": ("--batch 8", {}), "batch 32": ("--batch 32", {}),
            "shift 1": ("--shift 1", {}), "shift 4": ("--shift 4", {}),
-           "levels in the middle": ("", chance(t=middle_levels)), "min-SNR 5": ("--min-snr 5", {}),
-           "plain loss": ("--loss v", {}), "lesion weight 5": ("--lesion-weight 5", {}),
+           "levels in the middle": ("", chance(t=middle_levels)),
            "EMA 0.99": ("--ema 0.99", {}), "EMA 0.9999": ("--ema 0.9999", {}),
            "no position, so no mean brain": ("", {"Cache": PlacelessCache}),
            "no mirroring": ("", chance(mirror=lambda it: it & False)),
            "nothing dropped": ("--drop 0", {}), "no outline": ("", {"one_hot": without_outline}),
            "no mean brain": ("", {"measure_prior": plain_prior}),
-           "plain loss, no preconditioning": ("--loss v", {"precondition": plain_output}),
            "all slices alike (tumour share 0.37)": ("--tumour-share 0.37", {}),
            "asked twice": ("", {"UNet": AskedTwice}), "first 0.4 of the time at half size": ("",
                                                                                              early(
@@ -317,22 +317,29 @@ CHANGES = {"default": ("", {}), "AdamW": ("--optimizer adamw", {}),
 
 
 def run_ours(args, name, minutes, words="", names=None, loud=True):
-    """Train by train_ddpm.py with these words, these names of brainsyn.py replaced; look; keep.
-    Only loud runs leave checkpoints."""
+    """Train by train_ddpm.py with these words, these names of brainsyn.py or the kit replaced;
+    look; keep. Only loud runs leave checkpoints."""
     condition = "tissue" if "--condition tissue" in f"{args.words} {words}" else "tumour"
     name = f"{name} {args.words}".strip()
     seed = f"-seed{args.seed}" if args.seed else ""
-    out = Path(args.out) / f"{'run' if loud else 'change'}-{name.replace(' ', '_').replace(',', '')}-{minutes:g}{seed}"
+    words_of_name = name.replace(" ", "_").replace(",", "")
+    out = Path(args.out) / f"{'run' if loud else 'change'}-{words_of_name}-{minutes:g}{seed}"
     # a run of before would be resumed, that is, not run at all
     shutil.rmtree(out, ignore_errors=True)
 
-    def close(its, denoiser, pace):
+    def finish_report(task, denoiser, run):
         picture = Path(args.out) / f"{name.replace(' ', '_')}_{minutes:g}.png"
-        keep(args, name, pace.seconds / 60, pace.step,
-             look(denoiser, its.cache, args, condition, picture=picture))
+        keep(args, name, run.seconds / 60, run.step,
+             look(denoiser, task.cache, args, condition, picture=picture))
 
-    names = {**(names or {}), "save_checkpoint": runs.save_checkpoint if loud else lambda *_: None}
-    with mock.patch.multiple(bs, **names), mock.patch.object(train_ddpm, "close", close):
+    names = {**(names or {}), "finish_report": finish_report}
+    if not loud:
+        names["save_checkpoint"] = lambda *_: None
+    with ExitStack() as replaced:
+        for word, value in names.items():
+            home = next(place for place in (bs, devices, slices, runs, train_ddpm)
+                        if hasattr(place, word))
+            replaced.enter_context(mock.patch.object(home, word, value))
         train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes",
                          str(minutes), *args.words.split(), *words.split()])
 
@@ -530,7 +537,7 @@ def show(args):
                                                        line in curves.items()}) for name,
               sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
     if curves:
-        pictures.draw_lines(Path(args.out) / "curves.png", panels, "minutes")
+        pictures.plot_lines(Path(args.out) / "curves.png", panels, "minutes")
         print(f"wrote: {Path(args.out) / 'curves.png'}")
 
 

@@ -1,16 +1,16 @@
 """Ventricles: does a generator of labels whose volumes can be chosen help to measure them?
 
-    python tests/bench_ventricles.py                    generators of labels and of images, both
-    with ventricles,
-                                                        two synthetic sets, segmenters of ventricles
-                                                        on each
+    python tests/bench_ventricles.py        trains generators of labels and of images, both with
+                                            ventricles, makes two synthetic sets, trains segmenters
+                                            of ventricles on each
 
-Phantoms, whose ventricles are known exactly. Cases have the ventricles that the condition knows
-(brainsyn.deep_fluid), as a person with no more than scans and tumour labels would; synthetic cases
-have those they were made from. "flat" asks for volumes spread evenly from the least to the most of
-the training cases. Each segmenter is trained as in train_seg.py --study, of which half of every
-batch is synthetic where both are there, and measures the ventricles of held-out heads. Errors are
-against the exact volumes and against those the condition finds in the held-out scans.
+Phantoms, whose ventricles are known exactly. Real cases have the ventricles that the condition
+finds (slices.deep_fluid), as for a person who has only scans and tumour labels; synthetic cases
+have those of the label maps they were made from. "flat" requests volumes spread evenly from the
+least to the most of the training cases. Each segmenter is trained as in train_seg.py --study; half
+of every batch is synthetic where there are real cases too. It measures the ventricles of held-out
+heads. Errors are against the exact volumes and against those the condition finds in the held-out
+scans.
 """
 from __future__ import annotations
 
@@ -39,24 +39,26 @@ LIKE_ET = torch.tensor([0, 1, 4])
 
 
 class Slices:
-    """Slices of cases in memory with ventricles where train_seg.py looks for tumour; it is used
-    like a brainsyn.Cache. whose: "exact", those of the phantom; "found", those of the condition;
+    """Slices of cases in memory with ventricles where train_seg.py looks for tumour; used like a
+    slices.Cache. truth: "exact", the ventricles of the phantom; "found", those of the condition;
     "made", those the case was made from."""
 
-    def __init__(self, cases, resolution, fov, whose):
-        rows, first, self.cases, self.meta = [], 0, [], {"modalities": list(bs.MODALITIES)}
+    def __init__(self, cases, resolution, fov, truth):
+        rows, first = [], 0
+        self.cases, self.meta = [], {"modalities": list(bs.MODALITIES)}
         for case in cases:
             got = slices.prepare_case(case, resolution, fov, "ventricles")
-            # shares of (D, R, R)
-            fluid, grid = (got["classes"] == 2).astype(np.float32), got["grid"]
+            grid = got["grid"]
             voxel = (fov / resolution) ** 2 * nifti.spacing_of(grid.affine)[2] / 1000
-            if whose != "found":
-                if whose == "exact":
-                    share = phantoms.phantom(phantoms.phantom_seed(case.case))[2]["ventricles"]
+            if truth == "found":
+                fluid = (got["classes"] == 2).astype(np.float32)                # (D, R, R)
+            else:
+                if truth == "exact":
+                    fluid = phantoms.phantom(phantoms.phantom_seed(case.case))[2]["ventricles"]
                 else:
                     path = case.folder / writing.CLASSES_NAME.format(case.case)
-                    share = np.asanyarray(nib.load(path).dataobj) == 2
-                fluid = grid.shrink(slices.to_slices(share))
+                    fluid = np.asanyarray(nib.load(path).dataobj) == 2
+                fluid = grid.shrink(slices.to_slices(fluid))                    # fractions
             classes = np.where(fluid >= 0.5, 2, got["classes"] > 0).astype(np.uint8)
             keep = (classes > 0).mean((1, 2)) > 0.01
             rows.append(np.concatenate([got["images"], classes[:, None]], 1)[keep])
@@ -67,24 +69,25 @@ class Slices:
         self.rows = np.concatenate(rows)
 
     def batch(self, rows):
-        """See brainsyn.Cache.batch; of position there is none."""
+        """See slices.Cache.batch; there is no position."""
         block = torch.from_numpy(self.rows[rows])
         return bs.to_images(block[:, :-1]), LIKE_ET[block[:, -1].long()], None
 
     def names(self, rows):
         """Names of the cases that these rows show, sorted."""
-        first = np.array([its["first"] for its in self.cases])
+        first = np.array([entry["first"] for entry in self.cases])
         return sorted({self.cases[i]["case"] for i in np.searchsorted(first, rows, "right") - 1})
 
 
 def measure(segmenter, test):
     """mL and Dice of the ventricles a segmenter finds in every case of Slices, (N,) each."""
     ml, dices = [], []
-    for its in test.cases:
-        images, classes, _ = test.batch(np.arange(its["first"], its["first"] + its["count"]))
-        found, true = segmenter.slice_labels(images) == 3, classes == 4
-        ml.append(its["voxel"] * int(found.sum()))
-        dices.append(bs.dice(found, true))
+    for entry in test.cases:
+        rows = np.arange(entry["first"], entry["first"] + entry["count"])
+        images, classes, _ = test.batch(rows)
+        found = segmenter.slice_labels(images) == 3
+        ml.append(entry["voxel"] * int(found.sum()))
+        dices.append(bs.dice(found, classes == 4))
     return np.array(ml), np.array(dices)
 
 
@@ -93,22 +96,24 @@ def make_sets(args, out, fov, low, high):
     their settings were: another study, another --out) -> {name: Slices of them}."""
     common = ["--phantoms", args.phantoms, "--resolution", args.resolution, "--condition",
               "ventricles", "--sample-every", 0, "--device", args.device, *args.words.split()]
-    for part, words in (("ddpm", ["--steps", args.image_steps]),
-                        ("labels", ["--generate", "labels", "--steps", args.label_steps])):
-        if not (out / part / ("closing.json" if part == "ddpm" else "fine/closing.json")).exists():
-            train_ddpm.main([str(word) for word in (*common, *words, "--out", out / part)])
+    labels = ["--generate", "labels", "--steps", args.label_steps]
+    for folder, last, words in (("ddpm", "closing.json", ["--steps", args.image_steps]),
+                                ("labels", "fine/closing.json", labels)):
+        if not (out / folder / last).exists():
+            train_ddpm.main([str(word) for word in (*common, *words, "--out", out / folder)])
     sets = {}
     for name, request in (("natural", ""), ("flat", f"ventricles={low:.1f}..{high:.1f}")):
-        sample.main([str(word) for word in ("--request", request, "--label-checkpoint", out
-                                            / "labels", "--checkpoint", out / "ddpm", "--count",
-                                            args.count, "--steps", args.calls, "--device",
-                                            args.device, "--out", out / name)])
+        words = ["--request", request, "--label-checkpoint", out / "labels", "--checkpoint",
+                 out / "ddpm", "--count", args.count, "--steps", args.calls, "--device",
+                 args.device, "--out", out / name]
+        sample.main([str(word) for word in words])
         sets[name] = Slices(nifti.find_cases(out / name), args.resolution, fov, "made")
     facts = [json.loads(path.read_text()) for path in (out / "flat").glob("*/*.json")]
-    asked, came = np.array([(its["Requested"]["ventricles"], its["VolumesML"]["ventricles"])
-                            for its in facts]).T
-    print(f"ventricles asked for, {asked.min():.1f} to {asked.max():.1f} mL: mean error "
-          f"{np.abs(asked - came).mean():.2f} mL, correlation {np.corrcoef(asked, came)[0, 1]:.3f}")
+    requested = np.array([row["Requested"]["ventricles"] for row in facts])
+    measured = np.array([row["VolumesML"]["ventricles"] for row in facts])
+    print(f"ventricles requested, {requested.min():.1f} to {requested.max():.1f} mL: mean error "
+          f"{np.abs(requested - measured).mean():.2f} mL, correlation "
+          f"{np.corrcoef(requested, measured)[0, 1]:.3f}")
     return sets
 
 
@@ -131,38 +136,43 @@ def main():
     parser.add_argument("--device", default="auto", choices=devices.DEVICES)
     parser.add_argument("--out", default="runs/ventricles")
     args = parser.parse_args()
-    out = Path(args.out)
-    its = train_seg.parse_arguments(["--phantoms", str(args.phantoms), "--steps",
-                                     str(args.seg_steps), "--resolution", str(args.resolution),
-                                     "--device", args.device, "--out", str(out / "seg")])
-    _, split = checks.find_data(argparse.Namespace(**{**vars(its), "out": str(out / "ddpm")}))
-    real = {whose: Slices(split["train"], args.resolution, its.fov, whose)
-            for whose in ("exact", "found")}
-    held = {whose: Slices([*split["val"], *split["test"]], args.resolution, its.fov, whose)
-            for whose in ("exact", "found")}
-    truth = {whose: np.array([case["ml"] for case in its.cases]) for whose, its in held.items()}
-    volumes = [case["ml"] for case in real["found"].cases]
+    run(args, Path(args.out))
+
+
+def run(args, out):
+    """Make phantoms and synthetic sets, train the segmenters of every arm, print the table."""
+    words = ["--phantoms", args.phantoms, "--steps", args.seg_steps, "--resolution",
+             args.resolution, "--device", args.device, "--out", out / "seg"]
+    seg_args = train_seg.parse_arguments([str(word) for word in words])
+    fov = seg_args.fov
+    data = argparse.Namespace(**{**vars(seg_args), "out": str(out / "ddpm")})
+    _, split = checks.find_data(data)
+    real, held_out, truth = {}, {}, {}
+    for kind in ("exact", "found"):
+        real[kind] = Slices(split["train"], args.resolution, fov, kind)
+        held_out[kind] = Slices([*split["val"], *split["test"]], args.resolution, fov, kind)
+        truth[kind] = np.array([entry["ml"] for entry in held_out[kind].cases])
+    volumes = [entry["ml"] for entry in real["found"].cases]
     print(f"ventricles of {len(volumes)} training cases: {min(volumes):.1f} to {max(volumes):.1f} "
           f"mL, median {np.median(volumes):.1f}; of {len(truth['exact'])} held-out ones exactly "
           f"{truth['exact'].min():.1f} to {truth['exact'].max():.1f}, found "
           f"{np.abs(truth['exact'] - truth['found']).mean():.2f} mL off")
-    sets, rows = make_sets(args, out, its.fov, min(volumes), max(volumes)), []
-    for arm, (whose, made) in ARMS.items():
-        sources = [train_seg.source(its, np.arange(len(its.rows)), 0.5)
-                   for its in ([sets[made]] if made else []) + ([real[whose]] if whose else [])]
-        errors = {"exact": [], "found": []}, []
+    sets, rows = make_sets(args, out, fov, min(volumes), max(volumes)), []
+    device = devices.pick_device(args.device)
+    for arm, (kind, made) in ARMS.items():
+        caches = [sets[made]] if made else []
+        caches += [real[kind]] if kind else []
+        sources = [train_seg.source(cache, np.arange(len(cache.rows)), 0.5) for cache in caches]
+        row = {"arm": arm, "exact": [], "found": [], "dice": []}
         for seed in range(args.seeds):
-            asked = argparse.Namespace(**{**vars(its), "seed": seed})
-            segmenter, _ = train_seg.fit(asked, sources, sources[0].cache,
-                                         devices.pick_device(args.device))
-            ml, dices = measure(segmenter, held["exact"])
-            errors[1].append(dices)
+            changed = argparse.Namespace(**{**vars(seg_args), "seed": seed})
+            segmenter, _ = train_seg.fit(changed, sources, caches[0], device)
+            ml, dices = measure(segmenter, held_out["exact"])
+            row["dice"].append(dices.tolist())
             for name in truth:
-                errors[0][name].append(ml - truth[name])
-        errors = {name: np.stack(values) for name, values in errors[0].items()} | {
-            "dice": np.stack(errors[1])}
-        rows.append({"arm": arm, **{name: values.tolist() for name, values in errors.items()}})
-        print(f"{arm}: mean error {np.abs(errors['exact']).mean():.2f} mL", flush=True)
+                row[name].append((ml - truth[name]).tolist())
+        rows.append(row)
+        print(f"{arm}: mean error {np.abs(row['exact']).mean():.2f} mL", flush=True)
     report(out, rows)
 
 

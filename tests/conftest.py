@@ -1,7 +1,5 @@
-"""What several test files share: phantom cases on disk, made once, and a cache of them; hand-ins
-put in place."""
+"""What several test files share: phantom cases on disk, made once, and a cache of them."""
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -9,30 +7,11 @@ import pytest
 import torch
 
 from kit import nifti, phantoms, slices
-from blank import ASSIGNMENTS, hand_in, home
 
+pytest_plugins = ["hand_ins"]                   # pytest --impl=student.py -m a1
 
-def pytest_addoption(parser):
-    """For hand-ins, see blank.py."""
-    parser.addoption("--impl", help="a hand-in: its functions take the place of brainsyn's, of the "
-                     "assignment named by -m")
-    parser.addoption("--blank-rest", action="store_true", help="functions that the hand-in lacks "
-                     "are blank, not brainsyn's")
-    parser.addoption("--student", help="student number, for the exercise that differs by it")
-
-
-def pytest_configure(config):
-    """The graft: functions of the hand-in in the place of brainsyn's."""
-    path = config.getoption("--impl")
-    if not path:
-        return
-    for assignment in re.findall(r"\ba\d\b", config.getoption("-m")) or ASSIGNMENTS:
-        try:
-            found = hand_in(path, assignment, config.getoption("--blank-rest"))
-        except (Exception, SystemExit) as error:
-            raise pytest.UsageError(f"{path} does not run: {type(error).__name__}: {error}") from error
-        for name, its in found.items():
-            setattr(home(name), name, its)
+# How many times coarser than a scan phantoms are where a test needs files and not anatomy.
+SCALE = 1
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +29,22 @@ def phantom_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def lay_phantoms(phantom_folder):
-    """lay_phantoms(folder, count) -> folder, with the first of them where scripts look that write
-    into `runs` there: a copy takes no time, making them a second each."""
+def coarse_folder(request, tmp_path_factory):
+    """The same twelve on a coarse grid, which are read and made in a fraction of the time: for
+    tests of what is done with files, not of anatomy and thresholds."""
+    if SCALE == 1:
+        return request.getfixturevalue("phantom_folder")
+    folder = tmp_path_factory.mktemp("coarse")
+    phantoms.make_phantoms(folder, 12, scale=SCALE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lay_phantoms(coarse_folder):
+    """lay_phantoms(folder, count) -> folder, with the first of the coarse ones where scripts look
+    that write into `runs` there: a copy takes no time."""
     def lay(folder, count, runs="runs"):
-        for path in phantom_folder.iterdir():
+        for path in coarse_folder.iterdir():
             if phantoms.phantom_seed(path.name) < count:
                 shutil.copytree(path, folder / runs / "phantoms/A" / path.name)
         return folder

@@ -1,11 +1,10 @@
 """Runs notebooks as plain Python, each in a process of its own, without Jupyter.
 
-    python tests/notebook.py notebooks/0*.ipynb                     do they run, and how long do
-    they take python tests/notebook.py --save notebooks/02_noise.ipynb        keep what the cells
-    print and draw
+    python tests/notebook.py notebooks/0*.ipynb                 whether they run, and how long
+    python tests/notebook.py --save notebooks/02_noise.ipynb    keeps what the cells print and draw
 
-Every code cell is run in turn in the notebook's folder. What it prints, its last expression where
-that is no statement, and figures are its output, as in Jupyter.
+Code cells run in turn, in the notebook's folder. As in Jupyter the output of a cell is what it
+prints, its figures, and the value of its last line if that is an expression.
 """
 from __future__ import annotations
 
@@ -25,34 +24,34 @@ ROOT = Path(__file__).parents[1]
 
 
 def code_cells(path):
-    """[(cell, its source)] of a notebook's code, and the notebook."""
+    """[(cell, source)] of a notebook's code, and the notebook."""
     book = json.loads(Path(path).read_text())
-    return [(cell, "".join(cell["source"])) for cell in book["cells"] if cell["cell_type"]
-            == "code"], book
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    return [(cell, "".join(cell["source"])) for cell in cells], book
 
 
 def picture(figure):
-    """A figure as a notebook's output: 128 colours, a third of the size and no difference to the
-    eye."""
+    """A figure as a notebook's output, in 128 colours: a third of the size, and it looks the
+    same."""
     from PIL import Image                       # matplotlib brings it
     drawn, kept = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=72, bbox_inches="tight")       # as Jupyter does
-    Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(kept,
-                                                                                    format="png",
-                                                                                    optimize=True)
-    return {"output_type": "display_data", "metadata": {}, "data": {
-        "image/png": base64.b64encode(kept.getvalue()).decode() + "\n", "text/plain": ["<Figure>"]}}
+    few_colours = Image.open(drawn).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE)
+    few_colours.save(kept, format="png", optimize=True)
+    png = base64.b64encode(kept.getvalue()).decode() + "\n"
+    return {"output_type": "display_data", "metadata": {},
+            "data": {"image/png": png, "text/plain": ["<Figure>"]}}
 
 
-def run_cell(source, names, where):
-    """Run one cell's source in the namespace `names` -> its outputs."""
+def run_cell(source, names, place):
+    """Run one cell's source in the namespace `names` -> outputs. place: for tracebacks."""
     import matplotlib.pyplot as plt
-    tree, printed, value = ast.parse(source, where), io.StringIO(), None
+    tree, printed, value = ast.parse(source, place), io.StringIO(), None
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(printed):
-        exec(compile(tree, where, "exec"), names)
+        exec(compile(tree, place, "exec"), names)
         if last is not None:
-            value = eval(compile(ast.Expression(last.value), where, "eval"), names)
+            value = eval(compile(ast.Expression(last.value), place, "eval"), names)
     outputs = []
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout",
@@ -87,14 +86,14 @@ def run_here(path, save):
 def run(path, save=False, seconds=None):
     """Run a notebook in a fresh process -> (exit status, what it said, seconds)."""
     started = time.time()
-    done = subprocess.run([sys.executable, __file__, "--here", *(["--save"] if save else []),
-                           str(path)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    words = [sys.executable, __file__, "--here", str(path)] + (["--save"] if save else [])
+    done = subprocess.run(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           timeout=seconds)
     return done.returncode, done.stdout, time.time() - started
 
 
 def main():
-    """Run them."""
+    """Run notebooks; exit status 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("notebooks", nargs="+")
     parser.add_argument("--save", action="store_true", help="write outputs into the notebooks")

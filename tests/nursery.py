@@ -30,7 +30,9 @@ for line in sys.stdin:
         sys.path.insert(0, os.path.dirname(job["words"][0]))
         torch.set_num_threads(int(more.get("OMP_NUM_THREADS", torch.get_num_threads())))
         out = os.open(job["out"], os.O_WRONLY | os.O_APPEND)
-        os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv, status = job["words"], 0
         try:
             runpy.run_path(job["words"][0], run_name="__main__")
@@ -39,9 +41,11 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             status = 1
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
-    print(max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children), flush=True)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    print(max(abs(os.waitstatus_to_exitcode(end)) for end in ends), flush=True)
 """
 mothers = []
 

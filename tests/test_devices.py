@@ -1,4 +1,4 @@
-"""Section 6: one loop on every device, and the same numbers from any number of them.
+"""kit/devices.py: one loop on every device, and the same numbers from any number of them.
 
 Several processes are tested with gloo on the CPU; XLA on torch_xla's CPU client, where torch_xla is
 installed (PJRT_DEVICE=CPU, CPU_NUM_DEVICES=4 makes four devices of one CPU). What needs a TPU or a
@@ -30,16 +30,17 @@ needs_xla = pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
 # Runs a script and says after every step what its loss was and how many graphs XLA has compiled so
 # far.
 WATCH = """
-import sys, brainsyn as bs
-add = runs.LogBook.add
-def watched(book, losses, *more):
+import sys
+from kit import devices, files, runs
+after_step = runs.Run.after_step
+def watched(run, finite, losses, *more):
     if "torch_xla" in sys.modules:
         import torch_xla.debug.metrics as met
         print("compiled", met.metric_data("CompileTime")[0], flush=True)
-    add(book, losses, *more)
-    if xla_cores.first_process():
-        print("loss was", devices.to_host(book.losses[-1][0]).mean().item(), flush=True)
-runs.LogBook.add = watched
+    after_step(run, finite, losses, *more)
+    if devices.first_process():
+        print("loss was", devices.to_host(run.losses[-1]).mean().item(), flush=True)
+runs.Run.after_step = watched
 files.run_script(__import__(sys.argv.pop(1)).main)
 """
 
@@ -49,15 +50,16 @@ def start(folder, program, *words, processes=1, xla_cores=None, status=0, torchr
     start them), or on so many XLA devices of the CPU; returns what it printed."""
     (folder / "program.py").write_text(program)
     if xla_cores or torchrun:
-        shared = ["-m", "torch.distributed.run",
-                  f"--nproc-per-node={processes}"] if torchrun else []
-        more = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(xla_cores),
-                "XLA_FLAGS": "--xla_backend_optimization_level=0"} if xla_cores else {
-            "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *shared, "program.py", *map(str, words)], cwd=folder,
-                              text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT),
-                                                           **more}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        launcher, more = [], {"OMP_NUM_THREADS": "1"}
+        if torchrun:
+            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        if xla_cores:
+            more = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(xla_cores),
+                    "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        done = subprocess.run([sys.executable, *launcher, "program.py", *map(str, words)],
+                              cwd=folder, text=True, timeout=600,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), **more},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         left, text = done.returncode, done.stdout
     else:
         with socket.socket() as free:
@@ -140,20 +142,6 @@ def test_asked_precision_is_what_layers_compute_in():
             assert layer(torch.ones(1, 3)).dtype == getattr(torch, precision)
 
 
-def test_a_compiled_network_is_the_same_network(monkeypatch):
-    """--compile: same output, same parameters, checkpoints under the same names."""
-    whole = torch.compile
-    # no C++ compiler needed
-    monkeypatch.setattr(torch, "compile", lambda net: whole(net, backend="eager"))
-    net, cpu = bs.UNet(width=16, mults=(1, 2)), torch.device("cpu")
-    trained = devices.prepare_training(net, bs.make_optimizer(net, 1e-3, cpu), cpu, compiled=True)
-    torch.nn.init.normal_(net.conv_out.weight)
-    asked = [torch.randn(2, 4, 16, 24), torch.tensor([3, 700]), torch.zeros(2, 5, 16, 24),
-             torch.tensor([[0.5], [torch.nan]])]
-    assert trained is not net and torch.allclose(trained(*asked), net(*asked), atol=1e-5)
-    assert all(a is b for a, b in zip(trained.parameters(), net.parameters()))
-
-
 def test_the_bench_times_a_step(tmp_path):
     """The README's line, shortened: one row with the size of the default network and rates above
     0."""
@@ -161,8 +149,8 @@ def test_the_bench_times_a_step(tmp_path):
                            "--resolutions", "16", "--batch", "1", "--steps", "1"], cwd=tmp_path,
                           text=True, timeout=300, capture_output=True)
     row = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[1:-1]]
-    assert done.returncode == 0 and row[:3:2] == ["ours", "16"] and row[
-        3] == "3.5", done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert row[:3:2] == ["ours", "16"] and row[3] == "3.5", row
     assert float(row[4]) > 0 and float(row[8]) > 0
 
 
@@ -171,8 +159,8 @@ def test_two_processes_give_the_weights_of_one(plain):
     sums."""
     folder, alone = plain
     text = run(folder, "train_ddpm", *DDPM, "--out", "runs/two", processes=2, torchrun=True)
-    assert text.count("device cpu x 2, float32") == 1 and text.count(
-        "wrote: runs/two/samples.png") == 1
+    assert text.count("device cpu x 2, float32") == 1
+    assert text.count("wrote: runs/two/samples.png") == 1
     for part in ("weights", "ema"):
         assert furthest(folder / "runs/plain", folder / "runs/two", part) < 1e-5
     assert len(losses(text)) == 12 and losses(text) == pytest.approx(losses(alone), abs=1e-5)
@@ -201,29 +189,34 @@ def test_two_processes_segment_like_one(plain_seg):
     """The same losses to a thousandth: ReLUs turn rounding into flips, so weights drift apart."""
     folder, alone = plain_seg
     text = run(folder, "train_seg", *SEG, "--out", "runs/two_seg", processes=2)
-    assert "device cpu x 2" in text and text.count("--- ") == 1 and (folder / "runs/two_seg/best.pt").exists()
+    assert "device cpu x 2" in text and text.count("--- ") == 1
+    assert (folder / "runs/two_seg/best.pt").exists()
     assert len(losses(text)) == 4 and losses(text) == pytest.approx(losses(alone), rel=1e-3)
 
 
 ALONE_AND_SHARED = """
 import torch, torch.distributed as dist, brainsyn as bs
+from kit import devices
 devices.pick_device("cpu", several=True)
 torch.manual_seed(0)
 x, target = torch.randn(8, 3, 4, 5) + 2, (torch.rand(8, 3, 4, 5) > 0.7).float()
-mine, results = devices.share_of(8), []
-assert (mine.start, mine.stop) == (4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-for norm, part, total in ((torch.nn.BatchNorm2d(3), slice(0, 8), lambda s: s), (devices.BatchNorm(3), mine, bs.all_sum)):
+own, results = devices.slice_of_batch(8), []
+assert (own.start, own.stop) == (4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+for norm, shared in ((torch.nn.BatchNorm2d(3), False), (devices.BatchNorm(3), True)):
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
-    some = x[part].clone().requires_grad_(True)
+    some = (x[own] if shared else x).clone().requires_grad_(True)
+    total = bs.all_sum if shared else torch.clone
     out = norm(some)
-    p, t = out.sigmoid(), target[part]
+    p, t = out.sigmoid(), target[own] if shared else target
     loss = 1 - (2 * total((p * t).sum()) + 1) / (total((p + t).sum()) + 1)
-    (loss if part != mine else loss / 2).backward()              # DistributedDataParallel takes the mean of two
-    its = mine if part != mine else slice(0, 4)
-    results.append((out.detach()[its], loss.detach(), norm.running_mean, norm.running_var, some.grad[its]))
+    (loss / 2 if shared else loss).backward()       # DistributedDataParallel takes the mean of two
+    rows = slice(0, 4) if shared else own
+    results.append((out.detach()[rows], loss.detach(), norm.running_mean, norm.running_var,
+                    some.grad[rows]))
 for whole, shared in zip(*results):
     assert torch.allclose(whole, shared, atol=1e-6, rtol=1e-5), (whole, shared)
-assert torch.equal(devices.gathered(x[mine]), x) and devices.agreed(5 + dist.get_rank()) == 5
+assert torch.equal(devices.all_gather(x[own]), x)
+assert devices.broadcast_from_first(5 + dist.get_rank()) == 5
 devices.leave_processes()
 """
 
@@ -272,16 +265,17 @@ def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, xla_cores):
         assert furthest(folder / "runs/plain", folder / f"runs/xla{xla_cores}", part) < 1e-5, part
     assert losses(text) == pytest.approx(losses(alone), abs=1e-5)
     compiled = [int(n) for n in re.findall(r"compiled (\d+)\n", text)]
-    assert len(compiled) == 12 and len(set(compiled)) == 1, f"compiled again after step 1: {compiled}"
+    assert len(compiled) == 12 and len(set(compiled)) == 1, f"again after step 1: {compiled}"
     total = re.search(r"XLA compiled (\d+) graphs in [\d.]+ s; run on the CPU instead: nothing\n",
                       text)
     assert total and int(total[1]) <= compiled[0] + 2, text
 
 
 SHOW_SHARDING = """
-import torch, torch_xla, brainsyn as bs
+import torch, torch_xla
+from kit import devices
 device, show = devices.pick_device("xla"), torch_xla._XLAC._get_xla_sharding_spec
-print([show(its) for its in devices.to_device(device, torch.zeros(8, 3), torch.zeros(6, 3))])
+print([show(part) for part in devices.to_device(device, torch.zeros(8, 3), torch.zeros(6, 3))])
 print(show(devices.place_network(torch.nn.Linear(3, 8), device).weight))
 """
 
@@ -296,11 +290,13 @@ def test_xla_splits_a_batch_over_all_devices(tmp_path):
 
 SPOIL = """
 import torch, brainsyn as bs
+from kit import devices
 device = devices.pick_device("xla")
 net = devices.place_network(torch.nn.Linear(2, 2), device)
 optimizer = bs.make_optimizer(net, 0.1, device)
 devices.prepare_training(net, optimizer, device)
-held = lambda: [its.cpu().clone() for its in (*net.parameters(), *(t for s in optimizer.state.values() for t in s.values()))]
+def held():
+    return [part.cpu().clone() for part in (*net.parameters(), *devices.state_of(optimizer))]
 for norm in (1.0, float("nan"), 1.0):
     before = held()
     batch, norm = devices.to_device(device, torch.ones(2, 2), torch.tensor([norm]))
@@ -319,8 +315,8 @@ def test_xla_leaves_out_a_step_that_is_not_finite(tmp_path):
     them."""
     done = subprocess.run([sys.executable, "-c", SPOIL], cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "PJRT_DEVICE": "CPU"})
-    assert done.stdout.split()[-6:] == ["True", "False", "False", "True", "True",
-                                        "False"], done.stdout + done.stderr
+    expected = ["True", "False", "False", "True", "True", "False"]
+    assert done.stdout.split()[-6:] == expected, done.stdout + done.stderr
 
 
 @needs_xla
@@ -364,7 +360,8 @@ def test_xla_segments_like_the_cpu(plain_seg):
     assert losses(text)[0] == pytest.approx(losses(alone)[0], rel=1e-5)
     assert losses(text) == pytest.approx(losses(alone), rel=1e-2)
     compiled = [int(n) for n in re.findall(r"compiled (\d+)\n", text)]
-    assert len(compiled) == 4 and len(set(compiled)) == 1 and "run on the CPU instead: nothing" in text, text
+    assert len(compiled) == 4 and len(set(compiled)) == 1, text
+    assert "run on the CPU instead: nothing" in text, text
 
 
 @needs_xla
@@ -376,5 +373,6 @@ def test_xla_without_a_tpu_is_said(tmp_path):
         done = subprocess.run([sys.executable, ROOT / "train_ddpm.py", "--device", "xla"],
                               cwd=tmp_path, text=True, env={**environment, **more}, timeout=60,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout, done.stdout
+        assert done.returncode == 2 and words in done.stdout, done.stdout
+        assert "Traceback" not in done.stdout
         assert not list(tmp_path.iterdir())

@@ -27,9 +27,12 @@ def centre(labels, affine=AFFINE):
 
 def edited(words, labels=None, brain=None):
     """edit_labels as the command line asks for it."""
-    mine = head()
-    return edits.edit_labels(mine[0] if labels is None else labels, AFFINE, mine[1] if brain is None
-                             else brain, edits.parse_edit(words), np.random.default_rng(0))
+    if labels is None:
+        labels = head()[0]
+    if brain is None:
+        brain = head()[1]
+    return edits.edit_labels(labels, AFFINE, brain, edits.parse_edit(words),
+                             np.random.default_rng(0))
 
 
 def test_no_edit_changes_nothing():
@@ -58,8 +61,8 @@ def test_mirror_swaps_left_and_right_about_the_middle_of_the_brain():
     once = edited(["mirror"])
     across = np.where(brain.any((1, 2)))[0]
     middle = (across[0] + across[-1]) / 2
-    mean = lambda volume: np.argwhere(volume > 0)[:, 0].mean()
-    assert mean(once) - middle == pytest.approx(middle - mean(labels)) and mean(once) < middle
+    before, after = [np.argwhere(volume > 0)[:, 0].mean() for volume in (labels, once)]
+    assert after - middle == pytest.approx(middle - before) and after < middle
     assert np.array_equal(once[across[0]:across[-1] + 1], labels[across[0]:across[-1] + 1][::-1])
     assert np.array_equal(edits.edit_labels(once, AFFINE, brain, {"mirror": True},
                                             np.random.default_rng(0)), labels)
@@ -73,8 +76,8 @@ def test_rotation_turns_right_to_front():
     labels[29, 15:17, 10:14] = 3                            # ... whose right end is marked
     out = edited(["rotate=90"], labels, brain)
     bar, end = np.argwhere(out > 0), np.argwhere(out == 3)
-    assert np.ptp(bar[:, 1]) == 9 and np.ptp(bar[:, 0]) <= 2 and end[:, 1].mean() > bar[:, 1].mean(
-        ) + 3
+    assert np.ptp(bar[:, 1]) == 9 and np.ptp(bar[:, 0]) <= 2
+    assert end[:, 1].mean() > bar[:, 1].mean() + 3
 
 
 def test_elastic_bends_and_follows_its_seed():
@@ -91,9 +94,8 @@ def test_elastic_bends_and_follows_its_seed():
 def test_labels_are_dropped_and_added():
     """Dropped necrosis enhances, dropped ET is necrosis, dropped oedema is brain; added ones come
     back."""
-    values = lambda words, **kw: set(np.unique(edited(words, **kw)).tolist())
-    assert values(["drop=NCR"]) == {0, 2, 3} and values(["drop=ET"]) == {0, 1, 2} and values(
-        ["drop=ED"]) == {0, 1, 3}
+    for word, left in (("drop=NCR", {0, 2, 3}), ("drop=ET", {0, 1, 2}), ("drop=ED", {0, 1, 3})):
+        assert set(np.unique(edited([word])).tolist()) == left, word
     assert np.array_equal(edited(["drop=NCR"]) == 3, np.isin(head()[0], (1, 3)))
     core = edited(["drop=ED"])
     rim = edited(["add=ED"], labels=core)
@@ -125,12 +127,12 @@ def test_pasting_keeps_the_place_relative_to_the_outline():
     out = edits.edit_labels(labels, AFFINE, other, {"place": place.tolist()},
                             np.random.default_rng(0), home)
 
-    def share(volume, mask, affine):
-        at = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
-        return (centre(volume, affine) - (at.min(0) + at.max(0)) / 2) / ((at.max(0) - at.min(0))
-                                                                         / 2)
+    def fraction(volume, mask, affine):
+        points = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
+        low, high = points.min(0), points.max(0)
+        return (centre(volume, affine) - (low + high) / 2) / ((high - low) / 2)
 
-    assert np.abs(share(out, other, home) - share(labels, brain, AFFINE)).max() < 0.05
+    assert np.abs(fraction(out, other, home) - fraction(labels, brain, AFFINE)).max() < 0.05
     assert edits.volume_ml(out, home, "WT") == pytest.approx(edits.volume_ml(labels, AFFINE, "WT"),
                                                              rel=0.1)
 
@@ -139,8 +141,7 @@ def test_balanced_targets_are_even_and_every_first_part_is():
     """Sorted they are equally spaced over the range; the first five of twenty already reach both
     thirds."""
     targets = [edits.balanced_target(i, 20, 2.0, 42.0) for i in range(20)]
-    assert np.allclose(np.diff(sorted(targets)), 2.0) and min(targets) == 3.0 and max(
-        targets) == 41.0
+    assert np.allclose(sorted(targets), np.arange(3.0, 42.0, 2.0))
     assert min(targets[:5]) < 15 and max(targets[:5]) > 29
 
 
@@ -159,8 +160,18 @@ def test_a_tumour_is_scaled_to_the_volume_asked_for(phantom_folder):
                                                      np.random.default_rng(0)))
 
 
-@pytest.mark.parametrize("word", ["scale=0", "scale=x", "shift=1,2", "drop=WT", "mirror=1",
-                                  "wave=2", "rotate=nan", "drop=NCR drop=ET"])
+def test_brains_for_a_volume_are_those_that_need_a_mild_change():
+    """Of volumes that a factor of 0.7 to 1.4 on lengths brings to the target, any may be drawn; if
+    there are none, the nearest is taken."""
+    volumes = [1.0, 8.0, 10.0, 64.0]
+    picks = {edits.pick_for_volume(volumes, 9.0, np.random.default_rng(seed)) for seed in range(20)}
+    assert picks == {1, 2}
+    assert edits.pick_for_volume(volumes, 500.0, np.random.default_rng(0)) == 3
+
+
+@pytest.mark.parametrize("word", ["scale=0", "scale=x", "scale=1,2", "scale", "shift=1,2",
+                                  "drop=WT", "mirror=1", "wave=2", "rotate=nan",
+                                  "drop=NCR drop=ET"])
 def test_unknown_edits_are_one_sentence(word):
     """What an edit may be is said where it is refused."""
     with pytest.raises(bs.BadInput, match="expected scale=1.2"):
@@ -170,12 +181,13 @@ def test_unknown_edits_are_one_sentence(word):
 def test_uncovered_tissue_is_that_of_the_other_side(phantom_folder):
     """Where an edit takes a tumour away, the tissue condition shows the mirrored tissue, not
     fluid."""
-    case = next(c for c in nifti.find_cases(phantom_folder) if (nifti.read_labels(c)[0] > 0).sum()
-                > 3000)
+    case = next(case for case in nifti.find_cases(phantom_folder)
+                if (nifti.read_labels(case)[0] > 0).sum() > 3000)
     before = slices.prepare_case(case, 48, 192.0, "tissue")
     after = slices.prepare_case(case, 48, 192.0, "tissue", lambda labels, brain, affine: labels * 0)
     uncovered = before["classes"] >= 4
-    share = np.bincount(after["classes"][uncovered], minlength=7) / uncovered.sum()
-    assert share[4:].sum() == 0 and share[0] < 0.05 and share[1] < 0.35 and share[2] + share[
-        3] > 0.6 and share[3] > 0.15, share
+    fractions = np.bincount(after["classes"][uncovered], minlength=7) / uncovered.sum()
+    air, fluid, grey, white, *tumour = fractions
+    assert not any(tumour) and air < 0.05 and fluid < 0.35, fractions
+    assert grey + white > 0.6 and white > 0.15, fractions
     assert before["hashes"] == after["hashes"] and not after["labels"].any()

@@ -1,4 +1,4 @@
-"""Section 13: the figures a run closes with must be able to say no."""
+"""kit/judging.py: the figures a run closes with must be able to say no."""
 import numpy as np
 import pytest
 import torch
@@ -19,8 +19,8 @@ def test_phantoms_pass_their_own_judgement(held_out):
     """Held-out phantoms judged as if sampled: all ratios 1, tumours visible, air black."""
     images, classes = held_out
     figures = judging.judge_slices(images, images, classes, "tumour")
-    assert figures["sampled_t1ce_ET_above_brain"] >= 0.95 and figures[
-        "sampled_flair_ED_above_brain"] >= 0.95
+    assert figures["sampled_t1ce_ET_above_brain"] >= 0.95
+    assert figures["sampled_flair_ED_above_brain"] >= 0.95
     assert figures["slices_with_ET"] > 5 and figures["slices_with_ED"] > 10
     assert figures["sampled_air_black"] == 1.0
     assert figures["fine_power_ratio"] == 1.0 and figures["grey_white_ratio"] == 1.0
@@ -29,8 +29,9 @@ def test_phantoms_pass_their_own_judgement(held_out):
 def test_swapped_labels_are_noticed(held_out):
     """Images of other masks do not light up where these masks say."""
     images, classes = held_out
-    share, _ = judging.lesion_contrast(images.roll(1, 0).flip(-1), classes, "tumour", "t1ce", "ET")
-    assert share < 0.9
+    other = images.roll(1, 0).flip(-1)
+    fraction, _ = judging.lesion_contrast(other, classes, "tumour", "t1ce", "ET")
+    assert fraction < 0.9
 
 
 def test_small_regions_are_not_counted():
@@ -52,8 +53,8 @@ def test_blur_and_noise_are_noticed(held_out):
     real = judging.fine_power(images, classes)
     blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
     assert (judging.fine_power(blurred, classes) / real).mean() < 0.5
-    assert (judging.fine_power(images + 0.1 * torch.randn(images.shape), classes) / real).mean(
-        ) > 1.3
+    noisy = images + 0.1 * torch.randn(images.shape)
+    assert (judging.fine_power(noisy, classes) / real).mean() > 1.3
 
 
 def test_lost_contrast_is_noticed(held_out):
@@ -70,92 +71,28 @@ def test_erosion_by_hand():
     """A 3x3 block loses its rim; the picture's edge counts as outside only where the mask ends."""
     mask = torch.zeros(1, 7, 7, dtype=torch.bool)
     mask[0, 2:5, 2:5] = True
-    assert judging.erode(mask).sum() == 1 and judging.erode(mask)[0, 3, 3] and not judging.erode(
-        mask, 2).any()
+    assert judging.erode(mask).sum() == 1 and judging.erode(mask)[0, 3, 3]
+    assert not judging.erode(mask, 2).any()
 
 
 def test_roughness_rises_when_slices_disagree():
     """Equal slices have roughness 0; independent noise in each slice has the most."""
-    classes, same = torch.ones(6, 16, 24, dtype=torch.long), torch.randn(1, 4, 16, 24).expand(6, 4,
-                                                                                              16,
-                                                                                              24)
+    classes = torch.ones(6, 16, 24, dtype=torch.long)
+    same = torch.randn(1, 4, 16, 24).expand(6, 4, 16, 24)
     assert judging.roughness(same, classes) == 0
     assert judging.roughness(same + 0.1 * torch.randn(6, 4, 16, 24), classes) > 0.05
-    assert abs(judging.roughness(torch.randn(60, 4, 32, 32),
-                                 torch.ones(60, 32, 32, dtype=torch.long)) - 1.128) < 0.02
+    independent = torch.randn(60, 4, 32, 32)
+    classes = torch.ones(60, 32, 32, dtype=torch.long)
+    assert abs(judging.roughness(independent, classes) - 1.128) < 0.02
 
 
 def test_frechet_distance_of_gaussians_is_known():
     """Means 3 apart, standard deviations 1 and 2 in 4 features: 9 + 4 (1 - 2)^2; 0 from itself."""
-    draw = lambda n: torch.from_numpy(np.random.default_rng(n).standard_normal((200_000, 4)))
-    a, b = draw(0), draw(1) * 2 + torch.tensor([3.0, 0, 0, 0])
+    a, b, c = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 200_000, 4)))
+    b = b * 2 + torch.tensor([3.0, 0, 0, 0])
     assert judging.frechet_distance(a, b) == pytest.approx(13, abs=0.2)
-    assert abs(judging.frechet_distance(a, a)) < 1e-6 and judging.frechet_distance(a,
-                                                                                   draw(2)) < 1e-3
-
-
-def test_kernel_distance_is_unbiased():
-    """Its mean over many small samples of one distribution is 0; of two it is above 0."""
-    g = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(20, 3, generator=g)
-    same = [judging.kernel_distance(draw(), draw()) for _ in range(300)]
-    assert abs(np.mean(same)) < 3 * np.std(same) / 300 ** 0.5 and min(same) < 0
-    assert np.mean([judging.kernel_distance(draw(), draw() + 1) for _ in range(50)]) > 0.5
-
-
-def test_precision_and_recall_tell_poor_from_narrow():
-    """Samples all at one place of the real set are precise and cover nothing; far ones are not
-    precise."""
-    real = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
-    narrow, far = real[:1] + 1e-3 * torch.randn(300, 2), real + 5
-    got = judging.precision_recall(real, narrow)
-    assert got["precision"] > 0.95 and got["recall"] < 0.1 and got["coverage"] < 0.1
-    got = judging.precision_recall(real, far)
-    assert got == {"precision": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0}
-    got = judging.precision_recall(real, torch.rand(300, 2))
-    assert min(got["precision"], got["recall"], got["coverage"]) > 0.9 and 0.8 < got[
-        "density"] < 1.2
-
-
-def test_precision_recall_by_hand():
-    """Real points 0, 1, 3 on a line, k = 1: balls of radius 1, 1, 2. Made: 0.5 and 4, balls of 3.5
-    each."""
-    got = judging.precision_recall(torch.tensor([[0.0], [1.0], [3.0]]),
-                                   torch.tensor([[0.5], [4.0]]), k=1)
-    assert got == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
-
-
-def test_ms_ssim_knows_sameness_noise_and_size():
-    """1 for equal pictures, less for noisier ones, also at 64 pixels where only three scales
-    fit."""
-    for size in (64, 192):
-        a = torch.nn.functional.interpolate(torch.rand(3, 4, 12, 12), size, mode="bicubic").clamp(0, 1) * 2 - 1
-        some, much = [(a + s * torch.randn(a.shape)).clamp(-1, 1) for s in (0.1, 0.6)]
-        assert torch.allclose(judging.ms_ssim(a, a), torch.ones(3), atol=1e-5)
-        assert (judging.ms_ssim(a, some) > judging.ms_ssim(a, much) + 0.1).all() and (
-            judging.ms_ssim(a, some) < 0.999).all()
-
-
-def test_ms_ssim_agrees_with_monai():
-    """All five scales, against the library."""
-    monai = pytest.importorskip("monai.metrics")
-    a, b = torch.rand(2, 1, 192, 192), torch.rand(2, 1, 192, 192)
-    b = 0.7 * a + 0.3 * b
-    theirs = monai.MultiScaleSSIMMetric(spatial_dims=2, data_range=1.0, kernel_size=11,
-                                        kernel_sigma=1.5)(a, b)
-    assert torch.allclose(judging.ms_ssim(a * 2 - 1, b * 2 - 1), theirs.flatten(), atol=2e-3)
-
-
-def test_modality_correlation_finds_what_is_linear():
-    """Second modality = minus the first inside class 1, independent in class 2; a small class is
-    left out."""
-    images, classes = torch.randn(4, 3, 16, 24), torch.ones(4, 16, 24, dtype=torch.long)
-    classes[2:], classes[0, 0, :5] = 2, 3
-    images[:2, 1] = -images[:2, 0]
-    # pairs 01, 02, 12
-    got = judging.modality_correlation(images, classes, 4)
-    assert got.shape == (3, 3) and got[0, 0] == pytest.approx(-1, abs=1e-5)
-    assert abs(got[1, 0]) < 0.15 and got[2].isnan().all()
+    assert abs(judging.frechet_distance(a, a)) < 1e-6
+    assert judging.frechet_distance(a, c) < 1e-3
 
 
 def test_rank_correlation_agrees_with_scipy():
@@ -170,9 +107,8 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     """Of 200 experiments with 30 patients and a true difference of 0, about 95% of intervals hold
     0; NaN differences (nothing to find) are left out."""
     draws = np.random.default_rng(0).standard_normal((200, 30))
-    holds = [low <= 0 <= high for _, low, high in (metrics.bootstrap_interval(d, 1000)
-                                                   for d in draws)]
-    assert 0.87 < np.mean(holds) < 0.99
+    intervals = [metrics.bootstrap_interval(differences, 1000) for differences in draws]
+    assert 0.87 < np.mean([low <= 0 <= high for _, low, high in intervals]) < 0.99
     assert metrics.bootstrap_interval([1.0, 1.0, float("nan")]) == (1.0, 1.0, 1.0)
     assert all(np.isnan(metrics.bootstrap_interval([])))
 
@@ -181,13 +117,12 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
 def slice_sets(phantom_folder):
     """Slices of six phantoms, of six others, and of one six times over, with blurred pictures as
     features."""
-    cases = nifti.find_cases(phantom_folder)
-    prepare = lambda some: [(c, slices.prepare_case(c, 32, 192.0, "tumour")) for c in some]
-    sets = {"real": prepare(cases[:6]), "training": prepare(cases[6:]),
-            "synthetic": prepare(cases[:1]) * 6}
-    sets = {who: judging.slice_set(its, 20) for who, its in sets.items()}
-    for its in sets.values():
-        its["features"] = torch.nn.functional.avg_pool2d(its["images"], 8).flatten(1)
+    prepared = [slices.prepare_case(case, 32, 192.0, "tumour")
+                for case in nifti.find_cases(phantom_folder)]
+    sets = {"real": prepared[:6], "training": prepared[6:], "synthetic": prepared[:1] * 6}
+    sets = {name: judging.slice_set(group, 20) for name, group in sets.items()}
+    for group in sets.values():
+        group["features"] = torch.nn.functional.avg_pool2d(group["images"], 8).flatten(1)
     return sets
 
 
@@ -195,20 +130,26 @@ def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
     """Nothing between equal pictures in whatever order; other heads are near; blur, noise and
     another contrast are far, and the further the stronger."""
     real, other = slice_sets["real"], slice_sets["training"]
-    changed = lambda f: judging.texture_distance(real, {**real, "images": f(real["images"])})
-    blur = lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    images = real["images"]
+
+    def blur(x):
+        return torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+
+    def changed(images):
+        return judging.texture_distance(real, {**real, "images": images})
+
     floor = judging.texture_distance(real, other)
-    order = torch.randperm(len(real["case"]))
-    assert judging.texture_distance(real, {name: values[order] for name,
-                                           values in real.items()}) < 1e-6 < floor
-    noisy, noisier = [changed(lambda x: x + level * torch.randn_like(x)) for level in (0.1, 0.2)]
-    blurred, smeared = changed(blur), changed(lambda x: blur(blur(x)))
-    assert min(noisy, blurred, changed(lambda x: 0.7 * x)) > 1.5 * floor
+    order = torch.randperm(len(images))
+    shuffled = {name: values[order] for name, values in real.items()}
+    assert judging.texture_distance(real, shuffled) < 1e-6 < floor
+    noisy, noisier = [changed(images + sd * torch.randn_like(images)) for sd in (0.1, 0.2)]
+    blurred, smeared = changed(blur(images)), changed(blur(blur(images)))
+    assert min(noisy, blurred, changed(0.7 * images)) > 1.5 * floor
     assert noisier > 1.3 * noisy and smeared > 1.1 * blurred
     # white noise of equal power in place of what is fine: only the shape of details differs
-    fine = real["images"] - blur(real["images"])
-    assert changed(lambda x: blur(x) + fine.flatten()[torch.randperm(fine.numel())].view_as(
-        x)) > 1.5 * floor
+    fine = (images - blur(images)).flatten()
+    noise = fine[torch.randperm(len(fine))].view_as(images)
+    assert changed(blur(images) + noise) > 1.5 * floor
     nothing = {**real, "classes": torch.zeros_like(real["classes"])}
     assert np.isnan(judging.texture_distance(real, nothing))
 
@@ -216,32 +157,24 @@ def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
 def test_every_case_gives_equally_many_slices(slice_sets):
     """Figures that depend on the number of slices are computed on equal numbers, all heights
     included."""
-    for its in slice_sets.values():
-        assert {len(values) for values in its.values()} == {120} and torch.bincount(
-            its["case"]).tolist() == [20] * 6
-        assert its["images"].min() == -1 and its["position"].min() < -0.6 and its["position"].max(
-            ) > 0.6
+    for group in slice_sets.values():
+        assert {len(values) for values in group.values()} == {120}
+        assert torch.bincount(group["case"]).tolist() == [20] * 6
+        assert group["images"].min() == -1
+        assert group["position"].min() < -0.6 and group["position"].max() > 0.6
 
 
-def test_a_set_of_copies_is_found_far_and_monotonous(slice_sets):
-    """One head six times over: further from the held-out heads than other heads are, misses most of
-    them, and its pairs look alike."""
+def test_a_set_of_copies_is_found_far(slice_sets):
+    """One head six times over is further from the held-out heads than other heads are."""
     mean, sd, cases = judging.compare_draws(slice_sets, draws=3)
-    made, real = mean["synthetic"], mean["real"]
+    synthetic, real = mean["synthetic"], mean["real"]
     assert cases == 6 and set(sd["real"]) == set(real)
-    assert made["Frechet distance"] > 1.3 * real["Frechet distance"] and made["coverage"] < real[
-        "coverage"]
-    similar = "MS-SSIM of pairs (less: more varied)"
-    assert made[similar] > 0.95 > real[similar] + 0.1
+    assert synthetic["Frechet distance"] > 1.3 * real["Frechet distance"]
 
 
 def test_distances_are_between_equal_numbers_of_cases(slice_sets):
     """A larger set is drawn down to the size of the smallest: otherwise more cases alone would look
     nearer."""
-    keep = slice_sets["real"]["case"] < 2
-    few = {**slice_sets, "real": {name: values[keep] for name,
-                                  values in slice_sets["real"].items()}}
-    assert judging.compare_draws(few, draws=1)[2] == 2
-    one = {**few, "real": {name: values[few["real"]["case"] < 1] for name,
-                           values in few["real"].items()}}
-    assert np.isnan(judging.pair_similarity(one["real"]))
+    real = slice_sets["real"]
+    two = {name: values[real["case"] < 2] for name, values in real.items()}
+    assert judging.compare_draws({**slice_sets, "real": two}, draws=1)[2] == 2

@@ -1,6 +1,7 @@
 """Section 3: a reader that is wrong is wrong in silence, so most of these tests are about truth."""
 import gzip
 import json
+import os
 import shutil
 
 import nibabel as nib
@@ -70,60 +71,31 @@ def test_label_conventions():
             nifti.standard_labels(bad, modern)
 
 
-def damage(kind, raw):
-    """A faulty version of the bytes of a .nii.gz file."""
-    flipped = bytearray(raw)
-    flipped[len(raw) // 2] ^= 4
-    return {"truncated": raw[:-2000], "bit flipped": bytes(flipped), "empty": b"",
-            "web page": b"<html>not found</html>", "checksum missing": raw[:-8]}[kind]
-
-
-@pytest.mark.parametrize("kind", ["truncated", "bit flipped", "empty", "web page",
-                                  "checksum missing"])
-def test_damaged_files_are_named(phantom_folder, tmp_path, kind):
-    """Common readers return wrong voxels for these, in silence."""
-    path = tmp_path / "X_t1.nii.gz"
-    path.write_bytes(damage(kind, nifti.find_cases(phantom_folder)[0].files["t1"].read_bytes()))
-    with pytest.raises(bs.BadInput, match="X_t1.nii.gz"):
-        nifti.read_nifti(path)
-
-
-def with_data(image, change):
-    return nib.Nifti1Image(change(np.asanyarray(image.dataobj)), image.affine)
-
-
-FAULTS = {"NaN": lambda n, i: with_data(i, lambda d: np.where(d > d.max() - 1, np.nan, d)) if n
-          == "t2" else i, "4-D": lambda n, i: with_data(i, lambda d: np.stack([d, d], -1)) if n
-          == "t2" else i, "constant": lambda n, i: with_data(i, lambda d: d * 0) if n == "t2"
-          else i, "shape": lambda n, i: with_data(i, lambda d: d[:-1]) if n == "t2" else i,
-          "moved labels": lambda n, i: (nib.Nifti1Image(np.asanyarray(i.dataobj), i.affine
-                                                        + np.eye(4) * 3) if n == "seg" else i),
-          "labels 0/255": lambda n, i: with_data(i, lambda d: (d > 0).astype(np.uint8) * 255) if n
-          == "seg" else i,}
-
-
-@pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_inconsistent_cases_are_refused(phantom_folder, tmp_path, fault):
-    """Each fault is a sentence that names the file, before anything is trained on it."""
-    with pytest.raises(bs.BadInput, match="BraTS"):
-        nifti.read_case(copy_case(nifti.find_cases(phantom_folder)[0], tmp_path, FAULTS[fault]))
-
-
-def test_missing_and_double_files_are_refused(phantom_folder, tmp_path):
-    """No such folder, an empty one, a missing modality, and one case in two folders."""
-    source = nifti.find_cases(phantom_folder)[0].files["seg"].parent
+def test_a_folder_without_cases_is_refused(tmp_path):
+    """No such folder, and one that holds nothing of use."""
     with pytest.raises(bs.BadInput, match="no such folder"):
         nifti.find_cases(tmp_path / "nowhere")
     with pytest.raises(bs.BadInput, match="no BraTS case"):
         nifti.find_cases(tmp_path)
-    shutil.copytree(source, tmp_path / "a" / source.name)
-    shutil.copytree(source, tmp_path / "b" / source.name)
-    with pytest.raises(bs.BadInput, match="is also in"):
-        nifti.find_cases(tmp_path)
-    shutil.rmtree(tmp_path / "b")
-    next((tmp_path / "a").rglob("*t1c*")).unlink()
-    with pytest.raises(bs.BadInput, match="has no t1ce"):
-        nifti.find_cases(tmp_path)
+
+
+def test_a_fault_ends_a_search_unless_findings_are_wanted(phantom_folder, tmp_path):
+    """find_cases raises the first fault; with a list of findings it leaves those cases out."""
+    folder = shutil.copytree(phantom_folder, tmp_path / "data")
+    next(folder.rglob("*00004-000-t1c*")).unlink()
+    with pytest.raises(bs.BadInput, match="BraTS-PHA-00004-000 has no t1ce"):
+        nifti.find_cases(folder)
+    findings = []
+    assert len(nifti.find_cases(folder, findings=findings)) == 11
+    assert [finding.kind for finding in findings] == ["rejected"]
+
+
+def test_labels_that_are_not_wanted_are_not_read(phantom_folder, tmp_path):
+    """labelled=False: a case without labels is a case, and labels that are there are left out."""
+    folder = shutil.copytree(phantom_folder, tmp_path / "data")
+    next(folder.rglob("*00004-000-seg*")).unlink()
+    cases = nifti.find_cases(folder, labelled=False)
+    assert len(cases) == 12 and all(set(case.files) == set(bs.MODALITIES) for case in cases)
 
 
 def test_brain_mask_is_what_differs_from_air():
@@ -290,19 +262,43 @@ def test_a_split_file_overrides(tmp_path):
         slices.split_patients(cases, path)
 
 
-def test_the_cache_is_reused_until_something_changes(phantom_folder, tmp_path):
-    """Built once; a touched file, another size or another split makes a new one."""
-    cases, said = nifti.find_cases(phantom_folder)[:6], []
-    build = lambda size=16: slices.build_cache(cases, tmp_path, size, 192.0, "tumour",
-                                               say=said.append)
-    first = build()
-    assert len(said) == 1 and build().path == first.path and len(said) == 1
-    assert build(20).path != first.path
-    split = tmp_path / "split.json"
-    split.write_text(json.dumps({"train": [c.case for c in cases]}))
-    assert slices.build_cache(cases, tmp_path, 16, 192.0, "tumour",
-                              slices.split_patients(cases, split), said.append).path != first.path
-    assert not list(tmp_path.glob("*.tmp"))
+def test_the_cache_is_reused_until_something_changes(phantom_folder, tmp_path, monkeypatch):
+    """A case is read once, whatever the split; a touched file or a new case reads one case; another
+    size reads all."""
+    folder = shutil.copytree(phantom_folder, tmp_path / "data")
+    cases = nifti.find_cases(folder)[:6]
+    prepare, reads = slices.prepare_case, []
+
+    def counted(case, *settings):
+        reads.append(case.case)
+        return prepare(case, *settings)
+
+    def build(count=6, size=16, split=None):
+        reads.clear()
+        some = nifti.find_cases(folder)[:count]
+        built = slices.build_cache(some, tmp_path / "cache", size, 192.0, "tumour", split)
+        return built, sorted(reads)
+
+    monkeypatch.setattr(slices, "prepare_case", counted)
+    first, read = build()
+    assert read == [case.case for case in cases]
+    again, read = build(split={"train": cases[:2], "test": cases[2:]})
+    assert not read and np.array_equal(first.rows, again.rows)
+    assert len(again.part("train")) == sum(case["count"] for case in again.cases[:2])
+    assert build(count=7)[1] == [nifti.find_cases(folder)[6].case]
+    os.utime(cases[1].files["t1"], (1, 1))
+    assert build()[1] == [cases[1].case] and len(build(size=20)[1]) == 6
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_rows_of_the_cache_index_like_one_array(cache):
+    """Numbers, slices, lists, a channel beside them, and nothing at all."""
+    whole = np.concatenate([block for block in np.split(np.array(cache.rows), [7])])
+    assert whole.shape == cache.rows.shape and whole.dtype == np.uint8
+    some = np.array([5, 3, len(whole) - 1, 3])
+    for index in (4, -1, slice(90, 130), some, np.array([], int), (3, -1), (slice(50, 70), -1),
+                  (some, slice(0, 2))):
+        assert np.array_equal(cache.rows[index], whole[index]), index
 
 
 def test_the_cache_gives_back_the_slices(cache, phantom_folder):

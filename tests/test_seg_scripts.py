@@ -66,9 +66,9 @@ def test_training_ends_with_a_table_and_its_files(work):
     assert np.mean([float(r["dice"]) for r in rows if r["region"] == "WT"]) == pytest.approx(
         json.loads((out / "closing.json").read_text())["WT"]["dice"], abs=1e-5)
     for case in split["test"]:
-        ours, theirs = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz"), nib.load(
-            case.files["t1"])
-        assert ours.shape == theirs.shape and np.array_equal(ours.affine, theirs.affine)
+        predicted = nib.load(out / "predictions" / f"{case.case}_prediction.nii.gz")
+        scan = nib.load(case.files["t1"])
+        assert predicted.shape == scan.shape and np.array_equal(predicted.affine, scan.affine)
 
 
 def test_one_voxel_in_a_case_without_tumour_does_not_choose_the_weights():
@@ -102,7 +102,7 @@ def test_the_best_weights_are_those_of_the_best_validation(work):
         max(r["val_dice"] for r in log), abs=1e-5)
     segmenter = runs.load_segmenter(folder / "runs/seg", torch.device("cpu"))
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    assert segmenter.seen == set(train_seg.hashes_of_all([*split["train"], *split["val"]]))
+    assert segmenter.seen == set(study.hashes_of_all([*split["train"], *split["val"]]))
 
 
 class PowerCut(Exception):
@@ -115,7 +115,7 @@ def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     os.symlink(work[0] / "runs/phantoms", tmp_path / "runs/phantoms")
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     real = train_seg.draw_batch
 
     def cut(sources, args, step):
@@ -137,7 +137,11 @@ def test_resume_equals_the_straight_run_bit_for_bit(work, tmp_path, monkeypatch)
                          for at in (work[0] / "runs/seg", "runs/seg")]
     for part in ("weights", "ema"):
         assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part]), part
-    assert straight["best"] == resumed["best"]
+    straight, resumed = [runs.load_checkpoint(folder, "segmenter", names=("best.pt",))
+                         for folder in (work[0] / "runs/seg", "runs/seg")]
+    assert straight["step"] == resumed["step"] and straight["dice"] == resumed["dice"]
+    assert all(torch.equal(straight["weights"][k], resumed["weights"][k])
+               for k in straight["weights"])
 
 
 def test_synthetic_cases_join_the_training(made):
@@ -215,16 +219,16 @@ def test_real_cases_are_no_synthetic_ones_and_the_other_way_round(made):
 def test_the_closed_loop_needs_no_labels(work, tmp_path):
     """Scan -> predicted labels on its own grid -> a synthetic case with those labels -> a picture.
     The labels that lie beside the scan are not looked at: without them the result is the same, byte
-    for byte."""
+    for byte. The same command again makes nothing; with another segmenter it is refused."""
     folder, _ = work
     case = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))["test"][0]
     bare = tmp_path / "bare"
     shutil.copytree(case.folder, bare / case.case)
     (bare / case.case / case.files["seg"].name).unlink()
     voxels = []
+    command = ["--segmenter", "runs/seg", "--checkpoint", "runs/ddpm", "--steps", "2"]
     for scan, out in ((case.folder, tmp_path / "with"), (bare, tmp_path / "without")):
-        text = run(folder, "sample.py", "--scan", scan, "--segmenter", "runs/seg", "--checkpoint",
-                   "runs/ddpm", "--steps", "2", "--out", out)
+        text = run(folder, "sample.py", "--scan", scan, *command, "--out", out)
         assert (out / "loop.png").exists() and "Traceback" not in text
         made, = nifti.find_cases(out)
         predicted = nib.load(out / "predictions/scan_00000.nii.gz")
@@ -233,6 +237,14 @@ def test_the_closed_loop_needs_no_labels(work, tmp_path):
         assert facts["LabelMaps"] == "segmented" and case.case not in json.dumps(facts)
         voxels.append((np.asarray(predicted.dataobj), nifti.read_case(made)[0]))
     assert all(np.array_equal(a, b) for a, b in zip(*voxels))
+    again = ["sample.py", "--scan", bare, *command, "--out", tmp_path / "without"]
+    assert "made 0 cases, 1 were there already" in run(folder, *again)
+    state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
+    runs.save_state(tmp_path / "best.pt", {**state, "dice": 0.0})
+    before = (tmp_path / "without/predictions/scan_00000.nii.gz").stat().st_mtime_ns
+    text = run(folder, *again, "--segmenter", tmp_path, status=2)
+    assert "was made with SegmenterSHA256" in text and "Traceback" not in text
+    assert (tmp_path / "without/predictions/scan_00000.nii.gz").stat().st_mtime_ns == before
 
 
 NAME = (b"DOE^JOHN", b"DOE_JOHN")              # as a header has it, as a file name has it
@@ -263,8 +275,8 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
             new = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
             for field in ("descrip", "aux_file", "db_name", "intent_name"):
                 new.header[field] = NAME[0]
-            new.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient "
-                                                                    + NAME[0]))
+            comment = nib.nifti1.Nifti1Extension("comment", b"patient " + NAME[0])
+            new.header.extensions.append(comment)
             name = path.name.replace(case.case, f"DOE_JOHN_{number}")
             (tmp_path / f"in/DOE_JOHN_{number}").mkdir(parents=True, exist_ok=True)
             nib.save(new, tmp_path / f"in/DOE_JOHN_{number}" / name)
@@ -279,19 +291,21 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
     sample.main([*common, "--labels", "in", "--paste", "in", "--native", "--out", "out/native"])
     sample.main([*common, "--scan", "in/DOE_JOHN_1", "--segmenter", str(work[0] / "runs/seg"),
                  "--out", "out/loop"])
-    found = {folder: [name for name, data in everything_in(tmp_path / folder) for its in NAME
-                      if its in name + data] for folder in ("in", "out")}
+    found = {"in": [], "out": []}
+    for folder, names in found.items():
+        for name, data in everything_in(tmp_path / folder):
+            names += [name for person in NAME if person in name + data]
     assert len(found["in"]) >= 3 * 5 * 2 and not found["out"], found["out"]
     assert len(list(everything_in(tmp_path / "out"))) > 50
 
 
-def test_judging_writes_one_table_one_json_one_plot(made):
+def test_judging_writes_one_table_and_one_json(made):
     """Re-segmentation beside the ceiling, distances beside the floor and the number of images,
     diversity, consistency, roughness; five segmenters ask how far Dice on synthetic cases can be
     trusted."""
     folder, _ = made
     state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
-    # four weaker ones: the head's bias moved
+    # four weaker segmenters: the head's bias moved
     for i in range(1, 5):
         (folder / f"runs/weak{i}").mkdir()
         weights = {**state["weights"], "head.bias": state["weights"]["head.bias"] + 0.2 * i}
@@ -299,30 +313,28 @@ def test_judging_writes_one_table_one_json_one_plot(made):
     text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter",
                "runs/seg", *[f"runs/weak{i}" for i in range(1, 5)])
     report = json.loads((folder / "synthetic/judge.json").read_text())
-    assert (folder / "synthetic/judge.png").read_bytes()[:4] == b"\x89PNG"
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
-    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "kernel distance",
-                 "precision", "recall", "density", "coverage", "modality correlation, mean error",
+    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "texture distance",
                  "slice-to-slice roughness"):
         assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
     assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text
     assert report["cases_a_draw"] == 2 and report["slices_a_draw"] == 80
     known = report["known_truth"]
-    assert len(known["dice_on_real"]) == 5 and known["dice_on_synthetic"] == sorted(
-        known["dice_on_synthetic"])
-    assert known["spearman"] == pytest.approx(metrics.rank_correlation(known["dice_on_synthetic"],
-                                                                       known["dice_on_real"]))
+    on_synthetic, on_real = known["dice_on_synthetic"], known["dice_on_real"]
+    assert len(on_real) == 5 and on_synthetic == sorted(on_synthetic)
+    expected = metrics.rank_correlation(on_synthetic, on_real)
+    assert known["spearman"] == pytest.approx(expected)
     assert "MS-SSIM of pairs" in text
 
 
 def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path):
     """The ceiling would be no ceiling: refused by the hashes in its checkpoint."""
     folder, _ = made
-    split = {part: [c.case for c in cases] for part, cases in
-             slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A")).items()}
-    for known in ("train", "val"):
-        (tmp_path / "other.json").write_text(json.dumps({"train": split["test"],
-                                                         "test": split[known][:1]}))
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
+    held_out = [case.case for case in split["test"]]
+    for part in ("train", "val"):
+        other = {"train": held_out, "test": [split[part][0].case]}
+        (tmp_path / "other.json").write_text(json.dumps(other))
         text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A",
                    "--split", tmp_path / "other.json", status=2)
         assert "no real case is held out from runs/seg" in text and "Traceback" not in text
@@ -355,8 +367,8 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
                   if slices.hashes_of(case)[0] in state["trained_on"])
     scans, labels, affine = nifti.read_case(victim)
     facts = {**facts_of(syn)[0], "LabelMapSHA256": "0" * 64, "BrainSHA256": "0" * 64}
-    writing.write_case(syn, "BraTS-SYN-00009-000", (scans / scans.max((1, 2, 3), keepdims=True)
-                                                    * 999).astype(np.int16), labels, affine, facts)
+    counts = (scans / scans.max((1, 2, 3), keepdims=True) * 999).astype(np.int16)
+    writing.write_case(syn, "BraTS-SYN-00009-000", counts, labels, affine, facts)
     digests = [writing.sidecar_hash(case) for case in nifti.find_cases(syn)]
     with pytest.raises(SystemExit) as left:
         sample.main([*few, "--out", str(tmp_path / "after"), "--mark"])
@@ -365,15 +377,15 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     assert re.search(f"copy: BraTS-SYN-00009-000 at .* is too near to {victim.case}", text), text
     report = json.loads((tmp_path / "after/audit.json").read_text())
     first = report["pairs"][0]
-    assert report["copies"] >= 1 and first["training"] == victim.case and first[
-        "named"] and "00009" in first["synthetic"]
-    assert report["training_cases"] == 7 and report["decoys"] == 3 and report[
-        "condition"] == "tumour"
+    assert report["copies"] >= 1 and first["named"]
+    assert first["training"] == victim.case and "00009" in first["synthetic"]
+    assert report["training_cases"] == 7 and report["decoys"] == 3
+    assert report["condition"] == "tumour"
     assert {p.name for p in (tmp_path / "after").iterdir()} == {"audit.json", "audit.png",
                                                                 "pairs.png"}
     marked = facts_of(syn)
-    assert all(its["Audit"]["verdict"] == "leak"
-               for its in marked) and victim.case not in json.dumps(marked)
+    assert {facts["Audit"]["verdict"] for facts in marked} == {"leak"}
+    assert victim.case not in json.dumps(marked)
     sheet = (syn / "DATASHEET.md").read_text()
     assert "**leak**" in sheet and victim.case not in sheet
     assert [writing.sidecar_hash(case) for case in nifti.find_cases(syn)] == digests
@@ -395,12 +407,13 @@ def test_sampling_from_one_part_of_the_split(made):
     sidecar."""
     folder, _ = made
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    allowed = {slices.hashes_of(c)[0] for c in split["train"]}
-    facts = facts_of(folder / "synthetic")
-    assert len(facts) == 4 and all(f["LabelMapSHA256"] in allowed and f["UsedInTraining"]
-                                   for f in facts)
-    assert all(set(f["Edits"]) == {"scale", "rotate", "shift", "mirror", "elastic"} for f in facts)
-    assert len({json.dumps(f["Edits"]) for f in facts}) == 4
+    allowed = {slices.hashes_of(case)[0] for case in split["train"]}
+    sidecars = facts_of(folder / "synthetic")
+    for facts in sidecars:
+        assert facts["LabelMapSHA256"] in allowed and facts["UsedInTraining"]
+        assert set(facts["Edits"]) == {"scale", "rotate", "shift", "mirror", "elastic"}
+        assert facts["EditsApplied"] == facts["Edits"]
+    assert len({json.dumps(facts["Edits"]) for facts in sidecars}) == len(sidecars) == 4
 
 
 def test_a_balanced_set_measures_what_it_was_asked_for(made):
@@ -410,10 +423,12 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
     text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--balance",
                "ET", "--range", "4", "20", "--count", "4", "--steps", "2", "--native", "--out",
                "balanced")
-    facts = facts_of(folder / "balanced")
-    asked, measured = [f["RequestedML"]["ET"] for f in facts], [f["VolumesML"]["ET"] for f in facts]
-    assert sorted(asked) == [6, 10, 14, 18] and np.abs(np.subtract(asked, measured)).max(
-        ) < 1.5, measured
+    sidecars = facts_of(folder / "balanced")
+    asked, measured = [[facts[name]["ET"] for facts in sidecars]
+                       for name in ("RequestedML", "VolumesML")]
+    assert sorted(asked) == [6, 10, 14, 18]
+    assert np.abs(np.subtract(asked, measured)).max() < 1.5, measured
+    assert all(set(facts["EditsApplied"]) == {"scale"} for facts in sidecars)
     assert re.search(r"ET: asked 6.0 to 18.0 mL, mean error 0\.\d\d mL", text)
 
 
@@ -424,13 +439,15 @@ def test_a_tumour_is_pasted_into_another_brain(made):
         "runs/phantoms/A", "--edit", "scale=0.9", "drop=NCR", "--count", "2", "--steps", "2",
         "--native", "--out", "pasted")
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    # --part holds for tumours and brains
-    hashes = [slices.hashes_of(c) for c in split["train"]]
+    # outline -> label map; --part holds for tumours and brains
+    maps = {}
+    for case in split["train"]:
+        of_labels, of_brain = slices.hashes_of(case)
+        maps[of_brain] = of_labels
     for case, facts in zip(nifti.find_cases(folder / "pasted"), facts_of(folder / "pasted")):
         scans, labels, _ = nifti.read_case(case)
-        home = next(of_labels for of_labels, of_brain in hashes if of_brain == facts["BrainSHA256"])
-        assert facts["Pasted"] and facts["LabelMapSHA256"] != home and facts["LabelMapSHA256"] in [
-            h[0] for h in hashes]
+        assert facts["Pasted"] and facts["LabelMapSHA256"] in maps.values()
+        assert facts["LabelMapSHA256"] != maps[facts["BrainSHA256"]]
         assert labels.any() and not (labels == 1).any() and (scans[0][labels > 0] > 0).all()
 
 
@@ -445,28 +462,32 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
     rows = list(csv.DictReader((out / "study.csv").open()))
+    summary = json.loads((out / "study.json").read_text())
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
     # sizes, arms, seeds, regions, cases
     assert len(rows) == 2 * len(study.ARMS) * 2 * 3 * len(split["test"])
     assert {row["patients"] for row in rows} == {"1", str(len(split["train"]))}
     assert {row["case"] for row in rows} == {c.case for c in split["test"]}
     state = runs.load_checkpoint(out / "patients_001/ddpm")
-    assert len(state["trained_on"]) == 2                        # one label map, one outline
+    assert len(state["trained_on"]) == 2                        # of a label map and of its outline
+    trained_on = [digest[:16] for digest in state["trained_on"]]
     for name in ("synthetic", "balanced"):
-        assert all(f["GeneratorTrainedOn"] == [digest[:16] for digest in state["trained_on"]]
-                   for f in facts_of(out / "patients_001" / name))
-    summary = json.loads((out / "study.json").read_text())["rows"]
-    assert [row["arm"] for row in summary] == list(study.ARMS) * 2 and "too few to tell" in text
-    results = lambda: {p: p.stat().st_mtime_ns for p in out.glob("patients_*/*-*.json")}
+        for facts in facts_of(out / "patients_001" / name):
+            assert facts["GeneratorTrainedOn"] == trained_on
+    assert [row["arm"] for row in summary["rows"]] == list(study.ARMS) * 2
+    pairs = {(row["arm"], row["against"]) for row in summary["differences"]}
+    assert pairs == set(study.AGAINST) and "too few to tell" in text
+
+    def results():
+        return {path: path.stat().st_mtime_ns for path in out.glob("patients_*/*-*.json")}
+
     before = results()
     again = run(folder, "train_seg.py", *command)
     assert before == results() and len(before) == 2 * len(study.ARMS) * 2
-    pairs = {(row["arm"], row["against"]) for row in json.loads((out / "study.json").read_text())[
-        "differences"]}
-    assert pairs == set(train_seg.AGAINST)
     assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
     text = run(folder, "train_seg.py", *command, "--arms", "real", "generated")
-    assert [row["arm"] for row in json.loads((out / "study.json").read_text())["rows"]] == ["real", "generated"] * 2
+    summary = json.loads((out / "study.json").read_text())
+    assert [row["arm"] for row in summary["rows"]] == ["real", "generated"] * 2
     text = run(folder, "train_seg.py", *command, "--lr", "0.5", status=2)
     assert "other settings" in text and "Traceback" not in text
 
@@ -477,9 +498,9 @@ def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
     args = train_seg.parse_arguments(["--study", "--phantoms", "10", "--test-scanner", "B"])
     _, split = checks.find_data(args)
     other = study.study_test(args, split)
-    assert [c.case for c in other] == [c.case for c in split["test"]]
-    assert all(c.folder.parent.name == "B" for c in other) and all(c.folder.parent.name == "A"
-                                                                   for c in split["train"])
+    assert [case.case for case in other] == [case.case for case in split["test"]]
+    assert {case.folder.parent.name for case in other} == {"B"}
+    assert {case.folder.parent.name for case in split["train"]} == {"A"}
     assert np.array_equal(nifti.read_labels(other[0])[0], nifti.read_labels(split["test"][0])[0])
     assert not np.array_equal(nifti.read_case(other[0])[0], nifti.read_case(split["test"][0])[0])
 
@@ -492,20 +513,20 @@ def test_generators_saw_all_is_said(made):
                "--resolution", "24", "--batch", "2", "--steps", "1", "--patients", "1", "all",
                "--seeds", "1", "--out", "runs/given")
     marked = [line for line in text.splitlines() if "generator saw all" in line]
-    assert len(marked) == 2 and all(" 1 patients" in line and "synthetic" in line
-                                    for line in marked)
+    assert len(marked) == 2
+    assert all(" 1 patients" in line and "synthetic" in line for line in marked)
 
 
 @pytest.mark.parametrize("script, arguments, words", [("train_seg.py", ["--data", "nowhere"],
                                                        "no such folder"),
                                                       ("train_seg.py", ["--synthetic-share", "2"],
-                                                       "--synthetic-share 2"),
+                                                       "--synthetic-share: '2' is not a number from 0"),
                                                       ("train_seg.py", ["--batch", "1"],
                                                        "--batch 1"),
                                                       ("train_seg.py",
                                                        ["--study", "--minutes", "1"],
                                                        "--minutes does not go with --study"),
-                                                      ("sample.py", ["--seed", "-1"], "--seed -1"),
+                                                      ("sample.py", ["--seed", "-1"], "--seed"),
                                                       ("train_seg.py",
                                                        ["--study", "--phantoms", "4", "--patients",
                                                         "77"], "--patients 77"),

@@ -1,4 +1,4 @@
-"""Section 9: regions, losses, augmentation and metrics, by hand and against SciPy and MONAI."""
+"""Regions, losses, augmentation and metrics, by hand and against SciPy and MONAI."""
 import itertools
 import math
 
@@ -47,20 +47,22 @@ def test_dice_loss_by_hand():
     probability = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(1, 1, 2, 2)
     target = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
     assert abs(bs.dice_loss(probability, target).item() - 1 / 3) < 1e-6
-    assert bs.dice_loss(target, target).item() == 0 and bs.dice_loss(target * 0, target * 0).item(
-        ) == 0
-    both = torch.cat([probability, probability * 0]), torch.cat([target, target * 0])
-    assert abs(bs.dice_loss(*both).item() - 1
-               / 3) < 1e-6, "sums go over the whole batch: an empty slice changes nothing"
+    assert bs.dice_loss(target, target).item() == 0
+    assert bs.dice_loss(target * 0, target * 0).item() == 0
+    loss = bs.dice_loss(torch.cat([probability, probability * 0]), torch.cat([target, target * 0]))
+    why = "sums go over the whole batch: an empty slice changes nothing"
+    assert abs(loss.item() - 1 / 3) < 1e-6, why
 
 
-@pytest.mark.a4
+@pytest.mark.a4("dice_loss")
 @pytest.mark.parametrize("predict", ["regions", "labels"])
 def test_the_right_answer_has_the_least_loss(predict):
     """Confident right logits cost almost nothing, confident wrong ones a lot."""
     labels = torch.randint(0, 4, (2, 16, 24))
-    right = (bs.regions_of(labels).movedim(0, 1).float() if predict == "regions"
-             else bs.one_hot(labels, 4)) * 40 - 20
+    target = bs.one_hot(labels, 4)
+    if predict == "regions":
+        target = bs.regions_of(labels).movedim(0, 1).float()
+    right = target * 40 - 20
     assert bs.segmentation_loss(right, labels, predict) < 1e-3
     assert bs.segmentation_loss(right, (labels + 1) % 4, predict) > 3
 
@@ -109,8 +111,8 @@ def test_hd95_is_the_larger_of_the_two_directions():
     truth[2:5, 2:4, 2:4] = True
     predicted = truth.clone()
     predicted[30:33, 2:4, 2:4] = True
-    assert metrics.hd95(predicted, truth, (1, 1, 1)) == metrics.hd95(truth, predicted,
-                                                                     (1, 1, 1)) > 20
+    distance = metrics.hd95(predicted, truth, (1, 1, 1))
+    assert distance == metrics.hd95(truth, predicted, (1, 1, 1)) > 20
 
 
 @pytest.mark.a4
@@ -119,11 +121,11 @@ def test_hd95_agrees_with_scipy():
     ndimage = pytest.importorskip("scipy.ndimage")
     for seed in range(4):
         a, b, spacing = blobs(seed), blobs(seed + 10, level=0.3), (1.0, 2.0, 2.4)
-        edges = [m.numpy() & ~ndimage.binary_erosion(m.numpy()) for m in (a, b)]
-        assert np.array_equal(metrics.surface(a).numpy(), edges[0])
-        ways = [ndimage.distance_transform_edt(~edges[1 - i], sampling=spacing)[edges[i]]
-                for i in (0, 1)]
-        expected = max(np.percentile(way, 95) for way in ways)
+        edge_a, edge_b = [m.numpy() & ~ndimage.binary_erosion(m.numpy()) for m in (a, b)]
+        assert np.array_equal(metrics.surface(a).numpy(), edge_a)
+        to_b = ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
+        to_a = ndimage.distance_transform_edt(~edge_a, sampling=spacing)[edge_b]
+        expected = max(np.percentile(to_a, 95), np.percentile(to_b, 95))
         assert metrics.hd95(a, b, spacing) == pytest.approx(expected, rel=1e-6)
 
 
@@ -131,14 +133,12 @@ def test_hd95_agrees_with_scipy():
 def test_dice_and_hd95_agree_with_monai():
     """The library most of the field uses gives the same figures."""
     monai = pytest.importorskip("monai.metrics")
-    a, b = blobs(3), blobs(5)
-    as_batch = lambda m: m[None, None].float()
-    assert bs.dice(a, b) == pytest.approx(monai.compute_dice(as_batch(a), as_batch(b)).item(),
-                                          abs=1e-6)
-    theirs = monai.compute_hausdorff_distance(as_batch(a), as_batch(b), percentile=95,
-                                              include_background=True,
-                                              spacing=[1.0, 1.5, 2.0]).item()
-    assert metrics.hd95(a, b, (1.0, 1.5, 2.0)) == pytest.approx(theirs, rel=1e-4)
+    a, b, spacing = blobs(3), blobs(5), [1.0, 1.5, 2.0]
+    batches = [mask[None, None].float() for mask in (a, b)]
+    assert bs.dice(a, b) == pytest.approx(monai.compute_dice(*batches).item(), abs=1e-6)
+    expected = monai.compute_hausdorff_distance(*batches, percentile=95, include_background=True,
+                                                spacing=spacing)
+    assert metrics.hd95(a, b, spacing) == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.a4
@@ -155,22 +155,22 @@ def test_components_touch_through_corners():
 
 
 @pytest.mark.a4
-@pytest.mark.parametrize("share", [0.05, 0.12, 0.2])
-def test_components_agree_with_a_flood(share):
-    """Voxel by voxel from one to the next, on noise: pieces that wind through all of it."""
-    mask = torch.rand(14, 12, 10) < share
-    left, pieces = {tuple(at) for at in mask.nonzero().tolist()}, 0
-    found = metrics.components(mask)
+@pytest.mark.parametrize("fraction", [0.05, 0.12, 0.2])
+def test_components_agree_with_a_flood(fraction):
+    """Voxel by voxel from each to the next, on noise: pieces that wind through all of it."""
+    mask = torch.rand(14, 12, 10) < fraction
+    left = {tuple(voxel) for voxel in mask.nonzero().tolist()}
+    found, pieces = metrics.components(mask), 0
     while left:
-        pieces, edge, piece = pieces + 1, [left.pop()], set()
+        pieces, edge, numbers = pieces + 1, [left.pop()], set()
         while edge:
-            at = edge.pop()
-            piece.add(found[at].item())
-            near = {tuple(a + d for a, d in zip(at, by))
-                    for by in itertools.product((-1, 0, 1), repeat=3)} & left
+            x, y, z = edge.pop()
+            numbers.add(found[x, y, z].item())
+            around = itertools.product((x - 1, x, x + 1), (y - 1, y, y + 1), (z - 1, z, z + 1))
+            near = set(around) & left
             left -= near
             edge += near
-        assert len(piece) == 1 and piece != {0}
+        assert len(numbers) == 1 and numbers != {0}
     assert pieces == found.max()
 
 
@@ -180,13 +180,13 @@ def test_components_and_dilation_agree_with_scipy():
     ndimage = pytest.importorskip("scipy.ndimage")
     for seed in range(3):
         mask = blobs(seed, level=1.0)
-        theirs, count = ndimage.label(mask.numpy(), np.ones((3, 3, 3)))
-        ours = metrics.components(mask).numpy()
-        pairs = set(zip(ours[mask.numpy()].tolist(), theirs[mask.numpy()].tolist()))
-        assert ours.max() == count == len(pairs) > 1
+        expected, count = ndimage.label(mask.numpy(), np.ones((3, 3, 3)))
+        found = metrics.components(mask).numpy()
+        pairs = set(zip(found[mask].tolist(), expected[mask].tolist()))
+        assert found.max() == count == len(pairs) > 1
         structure = ndimage.generate_binary_structure(3, 2)
-        assert np.array_equal(metrics.dilate(mask, 2).numpy(),
-                              ndimage.binary_dilation(mask.numpy(), structure, 2))
+        grown = ndimage.binary_dilation(mask.numpy(), structure, 2)
+        assert np.array_equal(metrics.dilate(mask, 2).numpy(), grown)
 
 
 def cube(*boxes, shape=(40, 20, 20)):
@@ -201,12 +201,11 @@ def cube(*boxes, shape=(40, 20, 20)):
 def test_lesion_dice_by_hand():
     """Two lesions, one found exactly: (1 + 0) / 2. A false positive is one more 0. Lesions closer
     than the dilations reach are one. At most 50 mm^3 is not counted as a lesion."""
-    one, two = cube((2, 6)), cube((2, 6), (30, 34))
-    assert metrics.lesion_dice(one, two, (1, 1, 1)) == 0.5
-    assert metrics.lesion_dice(two, one, (1, 1, 1)) == 0.5
-    assert metrics.lesion_dice(two, two, (1, 1, 1)) == 1.0 and metrics.lesion_dice(one & False, one
-                                                                                   & False,
-                                                                                   (1, 1, 1)) == 1.0
+    single, two = cube((2, 6)), cube((2, 6), (30, 34))
+    assert metrics.lesion_dice(single, two, (1, 1, 1)) == 0.5
+    assert metrics.lesion_dice(two, single, (1, 1, 1)) == 0.5
+    assert metrics.lesion_dice(two, two, (1, 1, 1)) == 1.0
+    assert metrics.lesion_dice(single & False, single & False, (1, 1, 1)) == 1.0
     # a gap of 3 voxels: dilations by 3 touch
     near = cube((2, 6), (9, 13))
     assert metrics.lesion_dice(cube((2, 6)), near, (1, 1, 1)) == pytest.approx(2 / 3)
@@ -223,19 +222,19 @@ def test_score_case_uses_spacing_and_regions():
     predicted[predicted == 3] = 1                           # called necrosis instead of enhancing
     got = metrics.score_case(predicted, truth, (1, 2, 2.5))
     assert got["WT"]["dice"] == got["TC"]["dice"] == 1 and got["ET"]["dice"] == 0
-    assert got["ET"]["hd95_mm"] == 373.13 and got["WT"]["true_ml"] == 5.0 and got["TC"][
-        "true_ml"] == pytest.approx(0.32)
+    assert got["ET"]["hd95_mm"] == 373.13 and got["WT"]["true_ml"] == 5.0
+    assert got["TC"]["true_ml"] == pytest.approx(0.32)
     assert got["ET"]["volume_error_ml"] == pytest.approx(0.32) and got["ET"]["sensitivity"] == 0
 
 
 def test_tables_leave_out_what_does_not_exist():
     """Sensitivity has no meaning where there is nothing to find: such cases are not in its mean,
     and one-sided empties are counted."""
-    empty, full = torch.zeros(4, 4, 4, dtype=torch.uint8), torch.full((4, 4, 4), 3,
-                                                                      dtype=torch.uint8)
-    rows = [{"case": name, "region": region, **its} for name, a,
-            b in (("a", full, full), ("b", full, empty)) for region,
-            its in metrics.score_case(a, b, (1, 1, 1)).items()]
+    empty = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    full, rows = empty + 3, []
+    for case, truth in (("a", full), ("b", empty)):
+        for region, row in metrics.score_case(full, truth, (1, 1, 1)).items():
+            rows.append({"case": case, "region": region, **row})
     mean = metrics.summarise(rows)["ET"]
     assert mean["sensitivity"] == 1 and mean["dice"] == 0.5 and mean["missed"] == 1
     assert "1 cases" in metrics.table_of(rows)[-1]
@@ -247,13 +246,14 @@ def test_labels_move_with_the_image(kind):
     images, labels = torch.full((8, 4, 48, 64), -1.0), torch.zeros(8, 48, 64, dtype=torch.long)
     images[..., 8:40, 8:56] = -0.4
     images[..., 14:24, 34:50], labels[:, 14:24, 34:50] = 0.6, 3
-    moved, its = bs.augment(images, labels, kind, (0, "a"))
-    assert set(its.unique().tolist()) == {0, 3} and moved.shape == images.shape and not torch.equal(
-        its, labels)
-    for picture, mask in zip(moved, its):
+    moved, moved_labels = bs.augment(images, labels, kind, (0, "a"))
+    assert moved.shape == images.shape and set(moved_labels.unique().tolist()) == {0, 3}
+    assert not torch.equal(moved_labels, labels)
+    for picture, mask in zip(moved, moved_labels):
         inside, brain = picture[:, mask == 3], (picture > -1).all(0) & (mask == 0)
         assert inside.mean() > picture[:, brain].mean() + 0.3
-    assert len({int(m.nonzero().sum()) for m in its}) > 4, "every slice must move its own way"
+    sums = {int(mask.nonzero().sum()) for mask in moved_labels}
+    assert len(sums) > 4, "every slice must move its own way"
 
 
 def test_augmentation_is_a_pure_function_and_keeps_air():
@@ -264,8 +264,8 @@ def test_augmentation_is_a_pure_function_and_keeps_air():
     state = torch.get_rng_state()
     first, again, other = [bs.augment(images, labels, "strong", key)
                            for key in ((0, 1), (0, 1), (0, 2))]
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(
-        first[0], other[0])
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
     assert torch.equal(torch.get_rng_state(), state)
     assert first[0].min() == -1 and first[0].max() <= 1 and (first[0] == -1).float().mean() > 0.3
     assert torch.equal(bs.augment(images, labels, "none", (0, 1))[0], images)
@@ -290,8 +290,8 @@ def test_predictions_come_back_on_the_grid_of_the_scans(phantom_folder):
     blind["images"] = np.repeat(paint[:, None], 4, 1)
     segmenter, shown = metrics.Segmenter(Oracle(), 96, 192.0, torch.device("cpu")), []
     rows = segmenter.evaluate([(case, blind, truth)], lambda *what: shown.append(what))
-    assert [(row["case"], row["region"]) for row in rows] == [(case.case, region)
-                                                              for region in bs.REGIONS]
+    assert [row["region"] for row in rows] == list(bs.REGIONS)
+    assert {row["case"] for row in rows} == {case.case}
     assert all(row["dice"] > 0.97 and row["hd95_mm"] < 3 for row in rows), rows
     assert shown[0][2].shape == truth.shape and shown[0][2].dtype == np.uint8
     labels = torch.from_numpy(bs.tumour_labels(seen["classes"]))

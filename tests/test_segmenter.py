@@ -1,4 +1,4 @@
-"""Section 8: the ResNet U-Net. Its encoder must be torchvision's, number for number."""
+"""The ResNet U-Net. Its encoder must be torchvision's, number for number."""
 from pathlib import Path
 
 import pytest
@@ -25,30 +25,32 @@ def fixed_batch_norms(net):
 def test_encoder_has_torchvisions_names_and_shapes(depth):
     """Published weights fit only if every parameter and buffer has its name and shape (fc
     aside)."""
-    frozen = [line.split(" ", 2) for line in FROZEN.read_text().splitlines()]
-    theirs = {name: tuple(int(n) for n in shape.replace(" ", "").split(",") if n)
-              for number, name, shape in ((f[0], f[1], f[2] if len(f) > 2 else "") for f in frozen)
-              if int(number) == depth and not name.startswith("fc.")}
-    ours = {name: tuple(value.shape) for name, value in bs.ResNet(depth, 3).state_dict().items()}
-    assert len(theirs) > 100 and ours == theirs
+    expected = {}
+    for line in FROZEN.read_text().splitlines():
+        number, name, *shape = line.split(" ", 2)
+        if int(number) == depth and not name.startswith("fc."):
+            sizes = shape[0].split(",") if shape else []
+            expected[name] = tuple(int(size) for size in sizes if size.strip())
+    found = {name: tuple(value.shape) for name, value in bs.ResNet(depth, 3).state_dict().items()}
+    assert len(expected) > 100 and found == expected
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_encoder_computes_what_torchvision_computes(depth):
     """A state dict of torchvision loads strictly and all five feature maps agree to 1e-5."""
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
-    theirs = fixed_batch_norms(getattr(models, f"resnet{depth}")(weights=None))
-    ours = bs.ResNet(depth, 3)
-    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
-    x, expected = torch.randn(2, 3, 64, 96), []
+    model = fixed_batch_norms(getattr(models, f"resnet{depth}")(weights=None))
+    encoder = bs.ResNet(depth, 3).eval()
+    encoder.load_state_dict({name: value for name, value in model.state_dict().items()
+                             if not name.startswith("fc.")})
+    x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        h = theirs.relu(theirs.bn1(theirs.conv1(x)))
-        expected.append(h)
-        h = theirs.maxpool(h)
-        for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+        expected = [model.relu(model.bn1(model.conv1(x)))]
+        h = model.maxpool(expected[0])
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
             h = stage(h)
             expected.append(h)
-        for a, b in zip(ours.eval()(x), expected):
+        for a, b in zip(encoder(x), expected):
             assert torch.allclose(a, b, atol=1e-5 * b.abs().max().item())
 
 
@@ -57,7 +59,8 @@ def test_every_block_adds_its_input():
     for bottleneck, c_in in ((False, 32), (True, 128)):
         block = bs.ResNetBlock(c_in, 32, 1, bottleneck).eval()
         for name, p in block.named_parameters():
-            nn.init.zeros_(p) if "conv" in name else None
+            if "conv" in name:
+                nn.init.zeros_(p)
         x = torch.rand(2, c_in, 8, 12)
         assert torch.equal(block(x), x)
 
@@ -65,7 +68,8 @@ def test_every_block_adds_its_input():
 @pytest.mark.parametrize("channels", [1, 3, 4, 7])
 def test_inflated_convolution_answers_grey_alike(channels):
     """The same picture in every channel gives the activation it gave as a grey colour picture."""
-    first, picture = nn.Conv2d(3, 8, 7, 2, 3, bias=False), torch.randn(2, 1, 32, 24)
+    first = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+    picture = torch.randn(2, 1, 32, 24)
     wide = nn.Conv2d(channels, 8, 7, 2, 3, bias=False)
     wide.weight.data = runs.inflate(first.weight.data, channels)
     assert torch.allclose(wide(picture.expand(-1, channels, -1, -1)),

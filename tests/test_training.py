@@ -1,4 +1,5 @@
 """Section 10: batches, EMA, checkpoints, log, and whether a network learns at all."""
+import argparse
 import copy
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import runs
+from kit import files, runs
 
 
 def test_every_row_comes_once_an_epoch():
@@ -32,7 +33,7 @@ def test_tumour_share_is_what_was_asked(share):
     assert np.array_equal(batches[33], bs.batch_rows(tumour, other, share, 0, 33, 8))
     joined = np.concatenate([bs.batch_rows(tumour, other, share, 0, step, 16)
                              for step in range(25)])
-    assert sorted(joined) == sorted(np.concatenate(batches)), "batch size must not change what is drawn"
+    assert sorted(joined) == sorted(np.concatenate(batches)), "batch size changes what is drawn"
 
 
 def test_batches_need_only_one_kind_of_slice():
@@ -64,7 +65,7 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert math.isclose(bs.learning_rate(1.0, 1.0, 500), 0.01)
 
 
-@pytest.mark.a2
+@pytest.mark.a2("EMA.advanced")
 @pytest.mark.parametrize("every", [1, 4, 10])
 def test_ema_equals_its_closed_form(every):
     """EMA after n updates = sum of weights times (1 - keep_i) times the product of later keeps."""
@@ -80,11 +81,13 @@ def test_ema_equals_its_closed_form(every):
             keeps.append(min(0.97, (1 + step) / (10 + step)) ** every)
     share = [(1 - k if i else 1.0) * math.prod(keeps[i + 1:]) for i, k in enumerate(keeps)]
     assert math.isclose(sum(share), 1.0)
-    assert torch.allclose(ema.weights["weight"].double(),
-                          sum(s * w for s, w in zip(share, history)), atol=1e-5)
+    closed_form = sum(s * w for s, w in zip(share, history))
+    assert torch.allclose(ema.weights["weight"].double(), closed_form, atol=1e-5), (
+        "look at: decay to the power of count; the smaller decay of early steps; and which of both "
+        "factors belongs to the average, which to the network")
 
 
-@pytest.mark.a2
+@pytest.mark.a2("EMA.advanced")
 def test_ema_forgets_the_random_start_of_a_short_run():
     """Too young an EMA gives noise: after 300 steps less than 1% of the start is left."""
     net = torch.nn.Linear(1, 1, bias=False)
@@ -93,7 +96,9 @@ def test_ema_forgets_the_random_start_of_a_short_run():
     torch.nn.init.constant_(net.weight, 0.0)
     for step in range(1, 301):
         ema.update(net, step)
-    assert 0 <= ema.weights["weight"].item() < 1.0
+    assert 0 <= ema.weights["weight"].item() < 1.0, (
+        "after 300 steps more than 1% of the random start is left: the decay of a young average is "
+        "min(decay, (1 + step) / (10 + step))")
 
 
 def test_samples_of_a_run_of_any_length_use_all_of_it():
@@ -143,58 +148,97 @@ def test_no_checkpoint_is_one_clear_sentence(tmp_path):
         runs.load_checkpoint(tmp_path)
 
 
-def test_log_has_four_noise_bins_and_no_step_twice(tmp_path):
-    """Bins are quarters of t; rows after the step a run resumes from are dropped."""
-    book = runs.LogBook(tmp_path, 0)
-    book.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([250, 251, 750, 751]))
-    row, text = book.line(10, 1e-3, 4, 1.0)
-    assert [row[f"loss_q{q}"] for q in (1, 2, 3, 4)] == [1.0, 2.0, 3.0, 4.0] and row["loss"] == 2.5
-    assert text.startswith("loss 2.5000 | lr 1.0e-03")
-    book.add(torch.ones(4), torch.tensor([1, 300, 600, 1000]))
-    book.line(20, 1e-3, 4, 2.0)
-    runs.LogBook(tmp_path, 10)
-    assert [r["step"] for r in runs.read_log(tmp_path / "log.csv")] == [10]
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Function: kind of checkpoint -> the Run of a network of one number in tmp_path."""
+    monkeypatch.setattr(files, "catch_signals", list)
+
+    def begin(kind="ddpm"):
+        net = torch.nn.Linear(1, 1)
+        args = argparse.Namespace(out=str(tmp_path), steps=100, minutes=None, batch=4)
+        facts = dict.fromkeys(runs.HOLDS[kind] - runs.TRAINING - {"kind", "version", "step", "args",
+                                                                  "ema"}, 0)
+        return runs.Run(args, kind, net, bs.EMA(net),
+                        bs.make_optimizer(net, 1e-3, torch.device("cpu")), facts)
+
+    return begin
 
 
-@pytest.mark.parametrize("more, values", [(runs.QUARTERS, ()), (("val_dice",), (0.5,))])
-def test_a_line_without_a_sound_step_has_no_loss(tmp_path, more, values):
+def test_log_has_four_noise_bins_and_no_step_twice(begin, tmp_path, capsys):
+    """Bins are quarters of t; rows after the step that a run resumes from are dropped."""
+    run = begin()
+    run.after_step(torch.tensor(True), torch.tensor([1.0, 2.0, 3.0, 4.0]), None,
+                   torch.tensor([250, 251, 750, 751]))
+    run.write_line()
+    row, = runs.read_log(tmp_path / "log.csv")
+    assert [row[name] for name in runs.QUARTERS] == [1.0, 2.0, 3.0, 4.0] and row["loss"] == 2.5
+    assert "step 00001/100 | loss 2.5000 | lr 1.0e-03" in capsys.readouterr().out
+    run.save()
+    step = (torch.tensor(True), torch.ones(4), None, torch.tensor([1, 300, 600, 1000]))
+    run.after_step(*step)
+    run.write_line()
+    resumed = begin()
+    assert resumed.step == 1
+    for _ in range(2):
+        resumed.after_step(*step)
+    resumed.write_line()
+    assert [row["step"] for row in runs.read_log(tmp_path / "log.csv")] == [1, 3]
+
+
+@pytest.mark.parametrize("kind, columns", [("ddpm", runs.QUARTERS), ("seg", ("val_dice",))])
+def test_a_line_without_a_sound_step_has_no_loss(begin, tmp_path, kind, columns):
     """Where every step since the last line was left out there is nothing to average: NaN, in every
     loss column."""
-    row, _ = runs.LogBook(tmp_path, 0, more).line(7, 1e-3, 4, 2.0, values)
-    assert list(row) == ["step", "loss", *more, "lr", "images_per_s", "seconds"] and row[
-        "seconds"] == 2.0
-    assert all(math.isnan(row[name]) for name in ("loss", *more) if name != "val_dice")
-    assert runs.read_log(tmp_path / "log.csv")[0]["step"] == 7
+    run = begin(kind)
+    run.step = 7
+    run.write_line(0.5)
+    row, = runs.read_log(tmp_path / "log.csv")
+    assert list(row) == ["step", "loss", *columns, "lr", "images_per_s", "seconds"]
+    assert row["step"] == 7 and row.get("val_dice", 0.5) == 0.5
+    assert all(math.isnan(row[name]) for name in ("loss", *columns) if name != "val_dice")
 
 
-class TwoSlices:
-    """A cache of two slices, one modality: half brain (class 1, values 0 and 0.2), half ET
-    (1.0)."""
-    rows = np.zeros((2, 2, 4, 6), np.uint8)
+@pytest.mark.parametrize("flag, value", [("loss", "v"), ("min_snr", 5.0), ("lesion_weight", 2.0),
+                                         ("optimizer", "adamw")])
+def test_a_run_with_a_dropped_flag_is_not_continued_in_silence(begin, flag, value):
+    """A checkpoint of a former version whose loss or optimiser was another one: one sentence. With
+    the one that is left it goes on, compiled or not."""
+    former = begin()
+    vars(former.args).update(runs.DROPPED, compile=True)
+    former.save()
+    assert begin().saved_step == 0
+    setattr(former.args, flag, value)
+    former.save()
+    with pytest.raises(bs.BadInput, match=f"holds a run with {flag} {value}, .*another --out"):
+        begin()
 
-    def batch(self, rows):
-        x0, classes = torch.ones(len(rows), 1, 4, 6), torch.full((len(rows), 4, 6), 4)
-        x0[..., :3], classes[..., :3] = torch.tensor([[[[0.0]]], [[[0.2]]]])[rows], 1
-        return x0, classes, torch.tensor([-1.0, 1.0])[rows]
+
+def two_slices():
+    """Two slices, one modality: half brain (class 1, values 0 and 0.2), half ET (1.0)."""
+    x0, classes = torch.ones(2, 1, 4, 6), torch.full((2, 4, 6), 4)
+    x0[..., :3] = torch.tensor([0.0, 0.2]).view(2, 1, 1, 1)
+    classes[..., :3] = 1
+    return x0, classes, torch.tensor([-1.0, 1.0])
 
 
 def test_prior_by_hand():
     """Mean and spread of the pixels of each class; 0 and 0.5 for one that never occurs; the atlas
     knows the two heights apart, and both sides alike."""
-    prior = bs.measure_prior(TwoSlices(), np.arange(2), "tumour", slabs=2)
+    prior = bs.measure_prior([two_slices()], "tumour", slabs=2)
     mean, std = prior["classes"][:, :, 0]
     assert torch.allclose(mean, torch.tensor([0.0, 0.1, 0, 0, 1.0, 0.55])) and std[0] == 0.5
     assert torch.allclose(std[[1, 4]], torch.tensor([0.1, 0.01]), atol=1e-5)
     atlas = prior["atlas"][0, :, 0]
     assert (atlas[0] < 0.09).all() and (atlas[1] > 0.11).all() and torch.allclose(atlas,
                                                                                   atlas.flip(-1))
-    assert "atlas" not in bs.measure_prior(TwoSlices(), np.arange(2), "tissue")
+    assert "atlas" not in bs.measure_prior([two_slices()], "tissue")
 
 
 def test_one_batch_can_be_learned(cache):
     """If the loss on a single batch does not fall below a tenth, something in the step is wrong."""
     x0, classes, position = cache.batch(cache.part("train")[10:14])
-    prior, alpha_bar = bs.measure_prior(cache, cache.part("train"), "tumour"), bs.cosine_alpha_bar()
+    prior = bs.measure_prior(cache.batches(cache.part("train")), "tumour")
+    alpha_bar = bs.cosine_alpha_bar()
     t, eps = torch.tensor([150, 400, 700, 950]), torch.randn(x0.shape)
     signal, sigma = bs.signal_sigma(alpha_bar, t)
     x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal,
@@ -228,7 +272,7 @@ def test_averaged_networks_keep_the_batch_norms_as_they_are():
     assert not torch.equal(ema.copy_of(net, 1).head.bias, net.head.bias)
 
 
-@pytest.mark.a2
+@pytest.mark.a2("orthogonal")
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
 def test_orthogonalised_matrices_keep_their_directions(shape):
     """U diag(s) V^T becomes U diag(about 1) V^T: no direction is left behind, none is mixed into
@@ -238,8 +282,12 @@ def test_orthogonalised_matrices_keep_their_directions(shape):
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     inside = u.T @ bs.orthogonal(torch.stack([100 * other, matrix]))[1] @ vt.T
     assert (s > s.max() * 0.05).sum() > 20 and s.max() > 5
-    assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-9)
-    assert (inside.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.28
+    assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-9), (
+        "singular vectors must stay what they are: look at the order of products, and whether a "
+        "tall matrix comes back tall")
+    assert (inside.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.28, (
+        "singular values must come near 1: is every matrix divided by its own norm, and are there "
+        "five steps with the right factors?")
 
 
 def test_muon_by_hand():
@@ -255,7 +303,8 @@ def test_muon_by_hand():
     weight, momentum = conv.weight.detach().clone(), 0.0
     for _ in range(2):
         gradient = torch.randn(40, 2, 3, 3, dtype=torch.float64)
-        conv.weight.grad, conv.bias.grad, twin.bias.grad = gradient.clone(), gradient[:, 0, 0, 0], gradient[:, 0, 0, 0]
+        conv.weight.grad = gradient.clone()
+        conv.bias.grad = twin.bias.grad = gradient[:, 0, 0, 0]
         momentum = 0.95 * momentum + 0.05 * gradient
         u, s, vt = torch.linalg.svd((0.95 * momentum + 0.05 * gradient).reshape(40, 18),
                                     full_matrices=False)
@@ -284,11 +333,11 @@ def test_muon_gets_what_lies_inside():
     assert {id(p) for p in second["params"]} == inside
     assert {id(p) for p in first["params"]} | inside == {id(p) for p in net.parameters()}
     twin = copy.deepcopy(net)
-    for its, optimizer in ((net, bs.make_optimizer(net, 1e-3, torch.device("cpu"))),
+    for network, optimizer in ((net, bs.make_optimizer(net, 1e-3, torch.device("cpu"))),
                            (twin, torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.99),
                                                     weight_decay=0.01, fused=True))):
         for step in range(3):
-            for i, p in enumerate(its.parameters()):
+            for i, p in enumerate(network.parameters()):
                 p.grad = torch.randn(p.shape, generator=bs.generator(step, i))
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))

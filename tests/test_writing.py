@@ -17,9 +17,9 @@ def write(folder, affine=None):
     labels[2:4, 3:6, 1:4] = rng.integers(1, 4, (2, 3, 3))
     counts = rng.integers(0, 1000, (4, 6, 8, 5)).astype(np.int16)
     affine = np.diag([2.0, 2.0, 3.0, 1.0]) if affine is None else affine
-    home = writing.write_case(folder, "BraTS-SYN-00000-000", counts, labels, affine,
-                              {"SyntheticData": "YES"})
-    return home, counts, labels
+    written = writing.write_case(folder, "BraTS-SYN-00000-000", counts, labels, affine,
+                                 {"SyntheticData": "YES"})
+    return written, counts, labels
 
 
 def test_written_cases_read_back_as_written(tmp_path):
@@ -28,10 +28,9 @@ def test_written_cases_read_back_as_written(tmp_path):
     folder, counts, labels = write(tmp_path, affine)
     for c, name in enumerate(("t1n", "t1c", "t2w", "t2f")):
         image = nib.load(folder / f"BraTS-SYN-00000-000-{name}.nii.gz")
-        assert np.array_equal(np.asanyarray(image.dataobj), counts[c]) and np.allclose(image.affine,
-                                                                                       affine)
-        assert np.allclose(image.get_qform(),
-                           affine), "viewers that read only the qform see the same place"
+        assert np.array_equal(np.asanyarray(image.dataobj), counts[c])
+        assert np.allclose(image.affine, affine)
+        assert np.allclose(image.get_qform(), affine), "viewers that read only the qform"
     scans, read, _ = nifti.read_case(nifti.find_cases(tmp_path)[0])
     assert np.array_equal(scans, counts[:, ::-1]) and np.array_equal(read, labels[::-1])
 
@@ -56,11 +55,11 @@ def test_pictures_are_drawn(tmp_path):
     """Label maps, images, colours and gaps in one grid; lines with and without errors. The files
     are PNG and appear at once."""
     grey, labels = np.linspace(-1, 1, 64).reshape(8, 8), np.eye(8, dtype=int) * 3
-    pictures.draw_rows(tmp_path / "a.png", [[labels, None, torch.zeros(8, 8),
-                                             pictures.overlay(grey, labels)]],
-                       ["labels", "", "t1", "both"], "tissue")
-    pictures.draw_lines(tmp_path / "b.png", [("loss", "log", {"a": ([1, 2, 3], [3.0, 2.0, 1.0])}),
-                                       ("Dice", "linear", {"b": ([1, 2], [0.5, 0.6], [0.1, 0.1])})])
+    row = [labels, None, torch.zeros(8, 8), pictures.overlay(grey, labels)]
+    pictures.plot_rows(tmp_path / "a.png", [row], ["labels", "", "t1", "both"], "tissue")
+    panels = [("loss", "log", {"a": ([1, 2, 3], [3.0, 2.0, 1.0])}),
+              ("Dice", "linear", {"b": ([1, 2], [0.5, 0.6], [0.1, 0.1])})]
+    pictures.plot_lines(tmp_path / "b.png", panels)
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("a.png", "b.png"))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -76,14 +75,16 @@ def test_overlays_leave_the_rest_of_the_picture_alone():
 def test_predictions_lie_voxel_for_voxel_on_the_scans_files(phantom_folder, tmp_path, number):
     """Written in the storage order of the case's own files (RAS or LPS): same affine, and every
     label where the case's seg file has it in the array as stored."""
-    case = next(c for c in nifti.find_cases(phantom_folder) if phantoms.phantom_seed(c.case)
-                == number)
+    case = next(case for case in nifti.find_cases(phantom_folder)
+                if phantoms.phantom_seed(case.case) == number)
     labels, affine = nifti.read_labels(case)
     nifti.write_labels(tmp_path / "deep" / "x_prediction.nii.gz", labels, case, affine)
-    ours, theirs = nib.load(tmp_path / "deep" / "x_prediction.nii.gz"), nib.load(case.files["seg"])
-    stored = np.asarray(theirs.dataobj)
-    assert np.array_equal(np.asarray(ours.dataobj), np.where(stored == 4, 3, stored))
-    assert np.array_equal(ours.affine, theirs.affine) and ours.get_data_dtype() == np.uint8
+    written = nib.load(tmp_path / "deep" / "x_prediction.nii.gz")
+    given = nib.load(case.files["seg"])
+    stored = np.asarray(given.dataobj)
+    assert np.array_equal(np.asarray(written.dataobj), np.where(stored == 4, 3, stored))
+    assert np.array_equal(written.affine, given.affine)
+    assert written.get_data_dtype() == np.uint8
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x_prediction.nii.gz"]
 
 
@@ -98,11 +99,9 @@ def test_debts_of_synthetic_cases_are_found(tmp_path):
     """Its own label map, its outline, or any map its generator was trained on: each alone is
     enough."""
     held, other = "a" * 64, "b" * 64
-    for i, (label, brain, trained, owes) in enumerate(((held, other, [], True),
-                                                       (other, held, [], True),
-                                                       (other, other, [other[:16], held[:16]],
-                                                        True),
-                                                       (other, other, [other[:16]], False))):
+    sidecars = [(held, other, [], True), (other, held, [], True),
+                (other, other, [other[:16], held[:16]], True), (other, other, [other[:16]], False)]
+    for i, (label, brain, trained, owes) in enumerate(sidecars):
         case = synthetic_case(tmp_path / str(i), SyntheticData="YES", LabelMapSHA256=label,
                               BrainSHA256=brain, GeneratorTrainedOn=trained)
         assert writing.contaminated(case, [held]) == owes
@@ -110,9 +109,8 @@ def test_debts_of_synthetic_cases_are_found(tmp_path):
 
 def test_a_case_without_sidecar_is_not_taken_for_synthetic(tmp_path):
     """No sidecar, another file, or one that does not say so: one sentence."""
-    # does not say all of what it owes
-    older = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64}
-    for i, facts in enumerate(({"SyntheticData": "NO"}, {"Name": 1}, older)):
+    incomplete = {"SyntheticData": "YES", "LabelMapSHA256": "a" * 64}
+    for i, facts in enumerate(({"SyntheticData": "NO"}, {"Name": 1}, incomplete)):
         with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
             writing.synthetic_facts(synthetic_case(tmp_path / str(i), **facts))
     with pytest.raises(bs.BadInput, match="no sidecar of a synthetic case"):
@@ -180,16 +178,17 @@ def test_any_one_mark_may_be_lost(tmp_path):
     for lost in ("header", "name", "sidecar", "description"):
         copy = tmp_path / lost
         shutil.copytree(folder, copy)
-        its = copy / case.name / file.name
+        scan = copy / case.name / file.name
         if lost == "header":
-            image = nib.load(its)
-            nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), its)
+            image = nib.load(scan)
+            nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), scan)
         elif lost == "name":
-            its = its.rename(its.with_name("x-t2w.nii.gz"))
+            scan = scan.rename(scan.with_name("x-t2w.nii.gz"))
+        elif lost == "sidecar":
+            scan.with_name(f"{case.name}.json").unlink()
         else:
-            (its.with_name(f"{case.name}.json") if lost == "sidecar" else copy
-             / "dataset_description.json").unlink()
-        assert checks.is_synthetic(its), lost
+            (copy / "dataset_description.json").unlink()
+        assert checks.is_synthetic(scan), lost
     alone = tmp_path / "alone.nii.gz"
     shutil.copy(file, alone)
     assert checks.is_synthetic(alone), "moved and renamed, its header still says it"
@@ -208,7 +207,8 @@ def test_the_datasheet_says_what_must_not_be_done(tmp_path):
                                              "real": {"Dice WT": 0.9}})
     writing.write_datasheet(folder)
     text = (folder / "DATASHEET.md").read_text()
-    assert "against 12 held-out cases" in text and "| Dice WT | 0.81 | 0.9 |" in text and "Not judged" not in text
+    assert "against 12 held-out cases" in text and "| Dice WT | 0.81 | 0.9 |" in text
+    assert "Not judged" not in text
 
 
 def test_labels_survive_the_way_through_regions(tmp_path):
@@ -217,14 +217,14 @@ def test_labels_survive_the_way_through_regions(tmp_path):
     in."""
     description = json.loads((small_set(tmp_path) / "dataset.json").read_text())
     assert list(description["labels"])[1:] == ["whole_tumor", "tumor_core", "enhancing_tumor"]
-    assert description["numTraining"] == len(description["dataset"]) == len(
-        description["training"]) == 3
+    counts = [len(description[name]) for name in ("dataset", "training")]
+    assert counts == [3, 3] and description["numTraining"] == 3
     for case in nifti.find_cases(tmp_path):
         labels = nifti.read_labels(case)[0]
         out = np.zeros_like(labels)
-        for region, value in zip(list(description["labels"])[1:],
-                                 description["regions_class_order"]):
-            out[np.isin(labels, description["labels"][region])] = value
+        regions = list(description["labels"].values())[1:]
+        for members, value in zip(regions, description["regions_class_order"]):
+            out[np.isin(labels, members)] = value
         assert np.array_equal(out, labels) and set(np.unique(labels)) == {0, 1, 2, 3}
 
 
@@ -245,6 +245,7 @@ def test_monai_loads_a_set(tmp_path):
     load = transforms.LoadImaged(["image", "label"], ensure_channel_first=True)
     assert len(items) == 3
     for item, case in zip(items, nifti.find_cases(folder)):
-        got, (scans, labels, _) = load(item), nifti.read_case(case)
-        assert np.array_equal(got["image"].numpy(), scans) and np.array_equal(
-            got["label"][0].numpy(), labels)
+        loaded = load(item)
+        scans, labels, _ = nifti.read_case(case)
+        assert np.array_equal(loaded["image"].numpy(), scans)
+        assert np.array_equal(loaded["label"][0].numpy(), labels)

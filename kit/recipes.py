@@ -1,0 +1,184 @@
+"""Where the label maps of a synthetic set come from: cases or fresh phantoms, as they are or
+edited; a label generator; scans without labels, which a segmenter labels. Each source gives
+Recipes.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import brainsyn as bs
+from kit import checks, edits, nifti, phantoms, requests, runs, slices
+
+
+FRESH = 500_000                 # phantoms whose label maps are used have seeds from this one on
+LABEL_GUIDANCE = 2.0            # guidance scale of the label generator
+
+
+@dataclass
+class Recipe:
+    """What one synthetic case is made of.
+
+    key      (seed, number of the case), from which all random numbers follow
+    facts    what its sidecar says of the label map
+    case     the Case that gives scans, for brain and tissue, and unless there is a donor the tumour
+    donor    the Case that gives the tumour, which is put into the brain of `case`
+    edit     how the tumour is changed, see edits.edit_labels
+    target   (label or region, mL): the tumour is scaled until this volume is right
+    model    the LabelGenerator that makes the label map, in place of a case
+    request  what it is asked for, float (len(requests.ASKED),)
+    applied  the edit as it was carried out; prepare sets it
+    """
+    key: tuple
+    facts: dict
+    case: nifti.Case | None = None
+    donor: nifti.Case | None = None
+    edit: dict = field(default_factory=dict)
+    target: tuple = ()
+    model: requests.LabelGenerator | None = None
+    request: torch.Tensor | None = None
+    applied: dict = field(default_factory=dict)
+
+    def prepare(self, resolution, fov, condition):
+        """Label map, outline and scans on the model's grid, as slices.prepare_case returns them;
+        without scans (images None) where the label map is generated."""
+        self.applied = self.edit
+        if self.case:
+            changed = self.edit or self.target or self.donor
+            return slices.prepare_case(self.case, resolution, fov, condition,
+                                       self.relabel if changed else None)
+        classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
+                                         {**bs.SAMPLING, "guidance": LABEL_GUIDANCE})
+        return requests.prepare_labels(classes, self.model.condition, self.model.step, resolution,
+                                       fov, condition)
+
+    def relabel(self, labels, brain, affine):
+        """Labels, outline and affine of `case` -> labels of the synthetic case, on that grid."""
+        seed = [*self.key, 3]
+        if self.target:
+            labels, self.applied = edits.edit_to_volume(labels, affine, brain, *self.target,
+                                                        self.edit, seed)
+            return labels
+        home = affine
+        if self.donor:
+            scans, labels, affine = nifti.read_case(self.donor)
+            outline = slices.brain_mask(scans, self.donor.folder)
+            place = edits.relative_place(labels, affine, outline, brain, home)
+            self.applied = {**self.edit, "place": place.round(2).tolist()}
+        return edits.edit_labels(labels, affine, brain, self.applied, np.random.default_rng(seed),
+                                 home)
+
+    def hashes(self):
+        """What a sidecar says of the files that tumour and outline come from; {} without files."""
+        if not self.case:
+            return {}
+        return {"LabelMapSHA256": slices.hashes_of(self.donor or self.case)[0],
+                "BrainSHA256": slices.hashes_of(self.case)[1]}
+
+
+def cases_of_part(args, folder):
+    """The real cases in a folder, of --part alone where it is given."""
+    cases = checks.usable_cases(folder, True) if args.skip_bad else nifti.find_cases(folder)
+    checks.refuse_synthetic(cases)
+    if args.part:
+        cases = slices.split_patients(cases, args.split)[args.part]
+    if not cases:
+        raise bs.BadInput(f"{folder}: no case is in part {args.part}; choose another --part or "
+                          "--split")
+    return cases
+
+
+def fresh_phantom(folder, number, scanner):
+    """The Case of a phantom that no training run has seen, written below `folder`."""
+    return nifti.find_cases(phantoms.write_phantom(folder, FRESH + number, scanner))[0]
+
+
+def measured(cases, name):
+    """[(Case, mL of the label or region `name`)] of those cases that show it. BadInput if none."""
+    volumes = [(case, edits.volume_ml(*nifti.read_labels(case), name)) for case in cases]
+    volumes = [(case, ml) for case, ml in volumes if ml > 0]
+    if not volumes:
+        raise bs.BadInput(f"no label map shows {name}, which --paste or --balance asks for; use "
+                          "other cases")
+    return volumes
+
+
+def edited_cases(args, scanner, scratch):
+    """Recipes from the cases of --labels, or from fresh phantoms of this scanner, which are written
+    into the folder `scratch`; edited, pasted or balanced as asked."""
+    cases = cases_of_part(args, args.labels) if args.labels else []
+    order = np.random.default_rng(args.seed).permutation(len(cases))
+    donors = measured(cases_of_part(args, args.paste), "WT") if args.paste else []
+    if args.balance:
+        volumes = measured(cases or [fresh_phantom(scratch, number, scanner)
+                                     for number in range(args.count)], args.balance)
+        cases, volumes = zip(*volumes)
+        low, high = args.range or (min(volumes), max(volumes))
+    for number in range(args.count):
+        recipe = Recipe((args.seed, number), {"LabelMaps": "cases" if args.labels else "phantoms"},
+                        edit=args.edit)
+        if args.edit == ["random"]:
+            recipe.edit = edits.random_edit(np.random.default_rng([*recipe.key, 1]))
+        if args.balance:
+            ml = round(edits.balanced_target(number, args.count, low, high), 2)
+            recipe.target = args.balance, ml
+            rng = np.random.default_rng([*recipe.key, 2])
+            recipe.case = cases[edits.pick_for_volume(volumes, ml, rng)]
+        elif args.labels:
+            recipe.case = cases[order[number % len(cases)]]
+        else:
+            recipe.case = fresh_phantom(scratch, number, scanner)
+        if args.paste:
+            others = [case for case, _ in donors if case.case != recipe.case.case]
+            recipe.donor = others[number % len(others)] if others else donors[0][0]
+        recipe.facts |= {"Edits": recipe.edit, "Pasted": bool(args.paste),
+                         "RequestedML": {args.balance: recipe.target[1]} if args.balance else {}}
+        yield recipe
+
+
+def requested_labels(args, device, state):
+    """Recipes of label maps that are generated as --request asks, for the image generator with
+    checkpoint `state`. BadInput where --label-checkpoint cannot serve both."""
+    model = requests.load_label_generator(args.label_checkpoint, device)
+    requests.require_condition(model.condition, state["condition"])
+    if "ventricles" in args.request and state["condition"] != "ventricles":
+        raise bs.BadInput(f"--request ventricles: {args.label_checkpoint} was not trained with "
+                          f"--condition ventricles, or {args.checkpoint} was not")
+    names = (*bs.LABELS, "ventricles")          # what is a volume in mL
+    for number in range(args.count):
+        request = requests.requested(args.request, number, args.count, args.seed)
+        asked = {name: round(value, 2) for name, value in zip(requests.ASKED, request.tolist())
+                 if not math.isnan(value)}
+        facts = {"LabelMaps": "generated", "Edits": {}, "Pasted": False, "Requested": asked,
+                 "RequestedML": {name: asked[name] for name in names if name in asked},
+                 "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.patients,
+                 "LabelCheckpointSHA256": model.digest}
+        yield Recipe((args.seed, number), facts, model=model, request=request)
+
+
+def segmented_scans(args, device, scratch):
+    """Recipes from the scans of --scan and the label maps that --segmenter predicts for them, which
+    are written into the folder `scratch`; labels that lie beside the scans are not read."""
+    segmenter = runs.load_segmenter(args.segmenter[0], device)
+    for number, case in enumerate(nifti.find_cases(args.scan, labelled=False)):
+        case.files.pop("seg", None)
+        prepared = slices.prepare_case(case, segmenter.resolution, segmenter.fov, "tumour")
+        path = Path(scratch) / f"{number}.nii.gz"
+        nifti.write_labels(path, segmenter.segment(prepared), case, prepared["grid"].affine)
+        labelled = nifti.Case(case.case, {**case.files, "seg": path}, modern=True)
+        yield Recipe((args.seed, number), {"LabelMaps": "segmented",
+                                           "SegmenterSHA256": segmenter.digest}, labelled)
+
+
+def recipes_of(args, device, state, scratch):
+    """The Recipes of all cases of a set, one by one, for the image generator with checkpoint
+    `state`. args: of sample.py; scratch: a folder for what is needed meanwhile."""
+    if args.request is not None:
+        return requested_labels(args, device, state)
+    if args.scan:
+        return segmented_scans(args, device, scratch)
+    return edited_cases(args, state["args"]["scanner"], scratch)

@@ -359,8 +359,8 @@ def test_volume_noise_is_standard_and_correlated_as_promised(coherence):
         seen = torch.stack(products).mean().item()
         expected = math.exp(-((2.0 * apart) ** 2) / (2 * coherence ** 2)) if coherence else 0.0
         assert abs(seen - expected) < 0.03, (
-            f"slices {2 * apart} mm apart correlate {seen:.3f}, and should {expected:.3f}: is dz in "
-            "mm, and coherence 0 no coherence?")
+            f"slices {2 * apart} mm apart correlate {seen:.3f}, and should {expected:.3f}: is dz "
+            "in mm, and coherence 0 no coherence?")
 
 
 def test_generators_depend_on_their_key_alone():

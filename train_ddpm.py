@@ -66,7 +66,7 @@ def parse_arguments(argv=None):
     model.add_argument("--blocks", type=options.count, default=1, help="residual blocks a level")
     model.add_argument("--patch", type=options.count, default=4,
                        help="p x p pixels folded into channels")
-    optimisation = options.add_optimisation(parser, f"{STEPS}, of labels {LABEL_STEPS}", 0.999)
+    optimisation = options.add_optimisation(parser, f"{STEPS}, labels {LABEL_STEPS},", 0.999)
     optimisation.add_argument("--drop", type=options.fraction, default=0.1,
                               help="fraction of samples trained without labels, for guidance")
     optimisation.add_argument("--shift", type=options.positive, help="noise schedule: factor on "

@@ -32,64 +32,55 @@ from kit import (checks, devices, files, judging, label_training, options, phant
                  requests, runs, slices)
 
 STEPS, LABEL_STEPS = 2000, 3000                 # of a run with neither --steps nor --minutes
-# Defaults that depend on --generate. None: see PARTS.
-DEFAULTS = {"images": {"sample_every": 250, "shift": 2.0, "width": 64, "out": "runs/ddpm"},
-            "labels": {"sample_every": 1000, "shift": None, "width": None, "out": "runs/labels"}}
+# Defaults of --generate labels. None: see PARTS.
+LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
+                  "out": "runs/labels"}
 # The two networks of --generate labels: their fractions of a run's steps or minutes (a fine step
 # takes two to three times as long), and the defaults of --shift and --width.
 PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
          "fine": {"steps": 0.2, "minutes": 0.4, "shift": 0.4, "width": 64}}
+FLAGS = {
+    "data": [
+        *options.DATA, *options.GRID,
+        ("--condition", list(bs.CONDITIONS), "tumour", "tumour, and perhaps tissue or ventricles"),
+        ("--label-maps", str, None, "for labels: tumours of this folder in the cases' outlines"),
+        ("--relatives", options.count, 512, "for labels: heads, training cases and moved copies")],
+    "model": [
+        ("--generate", ["images", "labels"], "images", "scans, or label maps from requests"),
+        ("--width", options.count, 64, "channels of the first level; of coarse labels 48"),
+        ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
+        ("--blocks", options.count, 1, "residual blocks a level"),
+        ("--patch", options.count, 4, "p x p pixels folded into channels")],
+    "optimisation": [
+        ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
+        *options.OPTIMISATION,
+        ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
+        ("--drop", options.fraction, 0.1, "fraction trained without labels, for guidance"),
+        ("--shift", options.positive, 2.0, "factor on sqrt(snr), about 128/resolution; of labels "
+         "0.5 coarse, 0.4 fine")],
+    "run": [
+        ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
+        *options.RUN,
+        ("--guidance", float, 1.0, "guidance scale of pictures and closing figures, 1: none"),
+        ("--sample-every", options.natural, 250, "steps between pictures, 0: none; labels 1000")]}
 
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. BadInput where they are wrong
     or do not go together."""
-    parser = options.Parser(__doc__)
-    parser.add_argument("--generate", choices=sorted(DEFAULTS), default="images",
-                        help="four modalities from a label map, or label maps from volumes and a "
-                        "place asked for")
-    data = options.add_data(parser)
-    options.add_grid(data)
-    data.add_argument("--condition", choices=sorted(bs.CONDITIONS), default="tumour",
-                      help="classes of label maps: tumour (outline, NCR, ED, ET), tissue (CSF, "
-                      "grey and white for the rest of the brain) or ventricles (tumour, and "
-                      "ventricles)")
-    data.add_argument("--label-maps", metavar="DIR", help="for --generate labels: tumours of the "
-                      "label maps in this folder, in outlines of the training cases")
-    data.add_argument("--relatives", type=options.count, default=512, help="for --generate labels: "
-                      "learn from about so many heads, training cases and moved copies of them")
-    model = parser.add_argument_group("model")
-    model.add_argument("--width", type=options.count, help="channels of the first level (default "
-                       "64, of coarse labels 48)")
-    model.add_argument("--mults", type=options.count, nargs="+", default=[1, 2, 2],
-                       help="channels of each level / width")
-    model.add_argument("--blocks", type=options.count, default=1, help="residual blocks a level")
-    model.add_argument("--patch", type=options.count, default=4,
-                       help="p x p pixels folded into channels")
-    optimisation = options.add_optimisation(parser, f"{STEPS}, labels {LABEL_STEPS},", 0.999)
-    optimisation.add_argument("--drop", type=options.fraction, default=0.1,
-                              help="fraction of samples trained without labels, for guidance")
-    optimisation.add_argument("--shift", type=options.positive, help="noise schedule: factor on "
-                              "sqrt(snr); 128/resolution suits larger pictures (default 2, of "
-                              "labels 0.5 coarse and 0.4 fine)")
-    run = options.add_run(parser, "runs/ddpm, of labels runs/labels")
-    run.add_argument("--guidance", type=float, default=1.0,
-                     help="guidance scale of pictures and closing figures, 1 for none")
-    run.add_argument("--sample-every", type=options.natural, help="steps between sample pictures, "
-                     "0 for none (default 250; of labels 1000)")
+    parser = options.Parser(__doc__, FLAGS)
     args = parser.parse_args(argv)
     labels = args.generate == "labels"
-    for name, value in DEFAULTS[args.generate].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.steps is None and args.minutes is None:
-        args.steps = LABEL_STEPS if labels else STEPS
+    if labels:
+        parser.set_defaults(**LABEL_DEFAULTS)
+    if args.minutes:
+        parser.set_defaults(steps=None)
+    args = parser.parse_args(argv)              # again, with the defaults that depend on flags
     multiple = 4 * requests.BLOCK
     if labels and args.resolution % multiple:
         raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {multiple}")
     if args.label_maps and (not labels or args.condition != "tumour"):
-        raise bs.BadInput("--label-maps is for --generate labels with the condition tumour: such "
-                          "maps show no tissue")
+        raise bs.BadInput("--label-maps needs --generate labels and the condition tumour")
     return args
 
 
@@ -118,7 +109,10 @@ class Images:
         self.own = devices.slice_of_batch(args.batch)           # this process's part
         self.sampling = {**bs.SAMPLING, "guidance": args.guidance, "coherence": 0.0}   # of slices
         train, val, test = [cache.part(part) for part in ("train", "val", "test")]
-        self.train, self.val, self.held_out = train, val, np.concatenate([val, test])
+        self.shown = val if len(val) else train
+        self.held_out, self.part = np.concatenate([val, test]), "held-out"
+        if not len(self.held_out):
+            self.held_out, self.part = train, "training"
         has_tumour = slices.has_label(cache, train, self.first_lesion)
         self.tumour, self.other = train[has_tumour], train[~has_tumour]
         self.network = {"channels": len(self.modalities), "classes": len(self.names)}
@@ -149,12 +143,19 @@ class Images:
         mean, std = bs.expected(self.prior, onehot, scalars[:, 0])
         return t, x0, eps, onehot, scalars, signal, sigma, mean, std
 
+    def sample(self, denoiser, rows, count, word):
+        """Sample from the label maps of `count` of these rows -> real and sampled images float
+        (N, C, R, R), classes int (N, R, R). word: from which the noise follows."""
+        rows = pick_rows(self.cache, rows, self.first_lesion, count)
+        real, classes, position = self.cache.batch(rows)
+        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, word),
+                                   self.sampling)
+        return real, sampled, classes
+
     def picture(self, denoiser, step):
         """Draw four samples into sample_*.png: always the same label maps and the same noise."""
         rows = self.val if len(self.val) else self.train
-        _, classes, position = self.cache.batch(pick_rows(self.cache, rows, self.first_lesion, 4))
-        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, "shown"),
-                                   self.sampling)
+        _, sampled, classes = self.sample(denoiser, rows, 4, "shown")
         pictures.plot_rows(Path(self.args.out) / f"sample_{step:06d}.png",
                            [[labels, *image] for labels, image in zip(classes, sampled)],
                            ["labels", *self.modalities], self.args.condition,
@@ -164,20 +165,16 @@ class Images:
         """End a run: samples.png, and the figures of up to 64 slices with tumour, held out where
         the split holds out any."""
         rows, part = (self.held_out, "held-out") if len(self.held_out) else (self.train, "training")
-        rows = pick_rows(self.cache, rows, self.first_lesion, 64)
-        real, classes, position = self.cache.batch(rows)
-        sampled = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, "closing"),
-                                   self.sampling)
-        few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
-        titles = ["labels", *(f"{part}\n{name}" for name in self.modalities), "",
-                  *(f"SYNTHETIC\n{name}" for name in self.modalities)]
+        real, sampled, classes = self.sample(denoiser, rows, 64, "closing")
+        few = np.linspace(0, len(real) - 1, min(6, len(real))).astype(int)
+        titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
         pictures.plot_rows(Path(self.args.out) / "samples.png",
                            [[classes[i], *real[i], None, *sampled[i]] for i in few], titles,
-                           self.args.condition)
+                           self.args.condition, f"{part} slices")
         print(f"--- slices of {part} cases, sampled from their label maps")
         figures = judging.judge_slices(real, sampled, classes, self.args.condition)
         runs.report(self.args, {"steps": run.step, "minutes": round(run.seconds / 60, 2),
-                                "slices": f"{len(rows)} {part}",
+                                "slices": f"{len(real)} {part}",
                                 "sampler_calls": self.sampling["steps"], **figures})
 
 

@@ -25,39 +25,47 @@ import brainsyn as bs
 from kit import checks, devices, files, metrics, nifti, options, pictures, runs, slices, study
 
 STEPS = 1200                                    # of a run with neither --steps nor --minutes
+FLAGS = {
+    "data": [
+        *options.DATA, *options.GRID,
+        ("--synthetic", str, None, "folder of cases made by sample.py, for training only"),
+        ("--synthetic-share", options.fraction, 0.5, "fraction of every batch that is synthetic"),
+        ("--augment", list(bs.AUGMENT), "standard", "how slices are varied")],
+    "model": [
+        ("--depth", list(bs.STAGES), 18, "ResNet-18, 34 or 50"),
+        ("--predict", ["regions", "labels"], "regions", "WT, TC, ET by sigmoids, or one softmax"),
+        ("--weights", str, None, "encoder to start from: a file in torchvision's names")],
+    "optimisation": [
+        ("--steps", options.count, STEPS, f"of a study {study.STUDY_STEPS}; no bound with --minutes"),
+        *options.OPTIMISATION,
+        ("--ema", options.fraction, 0.99, "decay of the averaged weights a step")],
+    "run": [
+        ("--out", str, "runs/seg", "output folder; of a study runs/study"),
+        *options.RUN,
+        ("--validate-every", options.count, 150, "steps between two validations")],
+    "study": [
+        ("--study", bool, False, "compare training sets; 120 phantoms unless --phantoms is given"),
+        ("--seeds", options.count, 3, "trainings of every kind"),
+        ("--patients", str, None, "numbers of real patients: 2 10 all", {"nargs": "+"}),
+        ("--test-scanner", options.SCANNERS, None, "test on the same phantoms in this scanner"),
+        ("--generator-steps", options.count, 400, "training steps of each generator"),
+        ("--label-steps", options.natural, 0, "of a label generator; above 0 adds its sets"),
+        ("--arms", list(study.ARMS), None, "only these training sets", {"nargs": "+"}),
+        ("--made", options.count, 24, "synthetic cases a set"),
+        ("--calls", options.count, 10, "network calls a slice when they are sampled")]}
 
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. BadInput where one is wrong."""
-    parser = options.Parser(__doc__)
-    data = options.add_data(parser, n_phantoms=None)
-    options.add_grid(data)
-    data.add_argument("--synthetic", help="folder of cases made by sample.py, for training only")
-    data.add_argument("--synthetic-share", type=options.fraction, default=0.5,
-                      help="fraction of every batch that is synthetic")
-    data.add_argument("--augment", choices=list(bs.AUGMENT), default="standard",
-                      help="how slices are varied")
-    model = parser.add_argument_group("model")
-    model.add_argument("--depth", type=int, choices=list(bs.STAGES), default=18,
-                       help="ResNet-18, 34 or 50")
-    model.add_argument("--predict", choices=["regions", "labels"], default="regions",
-                       help="WT, TC, ET by a sigmoid each, or background, NCR, ED, ET by one "
-                       "softmax")
-    model.add_argument("--weights", help="encoder to start from: a file in torchvision's names, or "
-                       "imagenet")
-    options.add_optimisation(parser, STEPS, 0.99)
-    run = options.add_run(parser, "runs/seg; of a study runs/study")
-    run.add_argument("--validate-every", type=options.count, default=150,
-                     help="steps between two validations")
-    options.add_study(parser, study.ARMS, study.PATIENTS)
+    parser = options.Parser(__doc__, FLAGS)
     args = parser.parse_args(argv)
     if args.study and args.minutes:
-        raise bs.BadInput("--minutes does not go with --study, whose trainings all get the same "
-                          "--steps")
-    if args.steps is None and args.minutes is None:
-        args.steps = study.STUDY_STEPS if args.study else STEPS
-    args.out = args.out or ("runs/study" if args.study else "runs/seg")
-    args.phantoms = args.phantoms or (120 if args.study else 60)
+        raise bs.BadInput("--minutes does not go with --study: give --steps")
+    if args.study:
+        parser.set_defaults(phantoms=120, steps=study.STUDY_STEPS, out="runs/study")
+    if args.minutes:
+        parser.set_defaults(steps=None)
+    args = parser.parse_args(argv)              # again, with the defaults that depend on flags
     if args.batch < 2:
         raise bs.BadInput("--batch 1: batch norms need at least two slices")
     args.encoder = args.weights and files.file_hash(args.weights)       # checkpoints keep no path
@@ -73,27 +81,22 @@ def source(cache, rows, fraction=1.0):
 
 
 def draw_rows(sources, args, step):
-    """This process's part of the batch of step 0, 1, ...: [(Cache, its rows)], one for each source
-    that has any."""
-    own = devices.slice_of_batch(args.batch)
-    parts, start = [], 0
+    """This process's part of the batch of step 0, 1, ...: [(Cache, row of it)]."""
+    drawn = []
     for i, part in enumerate(sources):
         last = i + 1 == len(sources)
-        count = args.batch - start if last else round(args.batch * part.fraction)
-        rows = bs.batch_rows(part.tumour, part.other, args.tumour_share, (args.seed, i), step,
-                             count)[max(own.start - start, 0):max(own.stop - start, 0)]
-        parts += [(part.cache, rows)] if len(rows) else []
-        start += count
-    return parts
+        count = args.batch - len(drawn) if last else round(args.batch * part.fraction)
+        rows = bs.batch_rows(part.tumour, part.other, args.tumour_share, (args.seed, i), step, count)
+        drawn += [(part.cache, row) for row in rows]
+    return drawn[devices.slice_of_batch(args.batch)]
 
 
 def draw_batch(sources, args, step):
     """The slices of that part, augmented: images float (B, C, R, R) in [-1, 1] and labels int (B,
     R, R) in 0..3."""
-    parts = [cache.batch(rows) for cache, rows in draw_rows(sources, args, step)]
-    images = torch.cat([part[0] for part in parts])
-    labels = bs.tumour_labels(torch.cat([part[1] for part in parts]))
-    return bs.augment(images, labels, args.augment, (args.seed, "augment", step),
+    parts = [cache.batch([row]) for cache, row in draw_rows(sources, args, step)]
+    images, classes, _ = map(torch.cat, zip(*parts))
+    return bs.augment(images, bs.tumour_labels(classes), args.augment, (args.seed, "augment", step),
                       (args.batch, devices.slice_of_batch(args.batch)))
 
 
@@ -103,9 +106,7 @@ def validate(segmenter, cache):
     otherwise a single voxel found in a case without tumour, Dice 0 in place of 1, decides.
     """
     shared, total = np.zeros(3), np.zeros(3)
-    for case in cache.cases:
-        if case["part"] != "val":
-            continue
+    for case in [case for case in cache.cases if case["part"] == "val"]:
         images, classes, _ = cache.batch(case["first"] + np.arange(case["count"]))
         found = bs.regions_of(segmenter.slice_labels(images))
         true = bs.regions_of(bs.tumour_labels(classes))
@@ -123,8 +124,8 @@ def fit(args, sources, cache, device, trained_on=None):
     validated: the last averaged weights are returned.
     """
     torch.manual_seed(args.seed)
-    network = {"depth": args.depth, "channels": len(cache.meta["modalities"]),
-               "predict": args.predict}
+    channels = len(cache.meta["modalities"])
+    network = {"depth": args.depth, "channels": channels, "predict": args.predict}
     net = devices.place_network(bs.ResUNet(**network), device)
     if args.weights:
         runs.load_encoder(net.encoder, args.depth, args.weights)
@@ -137,14 +138,12 @@ def fit(args, sources, cache, device, trained_on=None):
     if keep and devices.first_process():
         if not run.step:
             (Path(args.out) / "best.pt").unlink(missing_ok=True)    # of a run that was deleted
-        words = [f"{len(part.tumour) + len(part.other)} ({len(part.tumour)} with tumour)"
-                 for part in sources]
+        counts = " + ".join(str(len(part.tumour) + len(part.other)) for part in sources)
         print(f"ResNet-{args.depth} U-Net, {bs.count_parameters(net) / 1e6:.1f} M parameters | "
-              f"training slices {', '.join(words)}", flush=True)
+              f"training slices {counts}", flush=True)
 
     def case_names(step):
-        return sorted({name for part, rows in draw_rows(sources, args, step)
-                       for name in part.names(rows)})
+        return sorted({part.names([row])[0] for part, row in draw_rows(sources, args, step)})
 
     # Training in pseudo-code, repeated (keys as in brainsyn.py):
     #         images, labels ~ training slices: moved and recoloured at random
@@ -211,10 +210,8 @@ def keep_best(run, cache, device):
 def finish_report(args, segmenter, split, run):
     """What a run ends with: every held-out case segmented on its own grid, table, CSV, pictures."""
     out = Path(args.out)
-    part = "test" if split["test"] else "val" if split["val"] else "train"
-    words = {"test": "test cases", "val": "validation cases (which chose the weights)",
-             "train": "training cases"}
-    title = f"{len(split[part])} {words[part]}"
+    part = next(name for name in ("test", "val", "train") if split[name])
+    title = f"{len(split[part])} {part} cases"
     shown = []
 
     def keep_prediction(case, prepared, predicted):
@@ -225,18 +222,20 @@ def finish_report(args, segmenter, split, run):
     prepared = metrics.prepare_blind(split[part], args.resolution, args.fov)
     rows = segmenter.evaluate(prepared, keep_prediction)
     dice = np.reshape([row["dice"] for row in rows], (len(shown), -1)).mean(1)
-    few = np.unique(np.linspace(0, len(dice) - 1, min(6, len(dice))).astype(int))
+    few = np.linspace(0, len(dice) - 1, min(6, len(dice))).astype(int)
     worst_first = np.argsort(dice, kind="stable")[few]
     pictures.plot_rows(out / "predictions.png", [shown[i] for i in worst_first],
                        ["t1ce", "flair", "truth", "prediction"], "tumour",
                        f"{title}, worst (above) to best")
     files.write_csv(out / "cases.csv", rows)
-    plot_log(out)
-    minutes = run.seconds / 60
-    closing = {"steps": run.step, "minutes": round(minutes, 2), "cases": title}
+    log = runs.read_log(out / "log.csv")
+    curves = [("Dice + cross-entropy", "log", {"loss": runs.curve(log, "loss")}),
+              ("validation: mean Dice", "linear", {"WT, TC, ET": runs.curve(log, "val_dice")})]
+    pictures.plot_lines(out / "curves.png", curves)
+    closing = {"steps": run.step, "minutes": round(run.seconds / 60, 2), "cases": title}
     files.write_json(out / "closing.json", {**closing, **metrics.summarise(rows)})
     print(f"--- {title}, whole volumes on their own grid, after {run.step} steps in "
-          f"{minutes:.1f} minutes")
+          f"{run.seconds / 60:.1f} minutes")
     print("\n".join(metrics.table_of(rows)))
     for name in "best.pt cases.csv predictions.png predictions curves.png closing.json".split():
         print(f"wrote: {out / name}")
@@ -251,17 +250,6 @@ def picture_of(case, prepared, predicted):
     t1ce, flair = [prepared["grid"].grow(images[bs.MODALITIES.index(name)])
                    for name in ("t1ce", "flair")]
     return [t1ce, flair, pictures.overlay(t1ce, true[at]), pictures.overlay(t1ce, predicted[at])]
-
-
-def plot_log(out):
-    """curves.png: loss and validation Dice over steps."""
-    log = runs.read_log(out / "log.csv")
-    validated = [row for row in log if not math.isnan(row["val_dice"])]
-    loss = ([row["step"] for row in log], [row["loss"] for row in log])
-    dice = ([row["step"] for row in validated], [row["val_dice"] for row in validated])
-    pictures.plot_lines(out / "curves.png",
-                        [("Dice + cross-entropy", "log", {"loss": loss}),
-                         ("mean Dice of WT, TC, ET", "linear", {"validation cases": dice})])
 
 
 def train(args, device):

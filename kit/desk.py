@@ -1,12 +1,18 @@
 """What `python brainsyn.py` does: a first look, the check of a folder, publishing weights.
 """
 import tempfile
-from pathlib import Path
 
 import torch
 
 import brainsyn as bs
 from kit import checks, nifti, options, phantoms, pictures, runs, slices
+
+FLAGS = {"what to do": [
+    ("folder", str, None, "cases to check; without it, the first look", {"nargs": "?"}),
+    ("--no-labels", bool, False, "check scans alone"),
+    ("--publish", str, None, "write the weights of a run, or of one network of a generator of "
+     "labels, as .npz, without pickle, and print the sha256",
+     {"nargs": 2, "metavar": ("RUN", "FILE")})]}
 
 
 def first_look():
@@ -28,33 +34,12 @@ def first_look():
     print("a phantom and its noise ladder -> runs/first_look.png")
 
 
-def publish(run, path):
-    """Write the weights of a run as one .npz file, those of a generator of labels as two into a
-    folder; print their sha256."""
-    pairs = [(run, path)]
-    labels = (Path(run) / "coarse").is_dir()    # two networks
-    if labels == path.endswith(".npz"):
-        raise bs.BadInput(f"--publish {path}: name a folder for the two files of a generator of "
-                          "labels, a file that ends in .npz for every other run")
-    if labels:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        pairs = [(Path(run) / part, Path(path) / f"{part}.npz") for part in ("coarse", "fine")]
-    for source, target in pairs:
-        print(f"sha256 {runs.publish(source, target)}\nwrote: {target}")
-
-
 def main(argv=None):
     """Draw a first look at what this project makes; or check a folder of BraTS cases before
     anything is trained on it."""
-    parser = options.Parser(main.__doc__)
-    parser.add_argument("folder", nargs="?", help="cases to check; without it, the first look")
-    parser.add_argument("--no-labels", action="store_true", help="check scans alone")
-    parser.add_argument("--publish", nargs=2, metavar=("RUN", "FILE"),
-                        help="write the weights of a run as .npz (of a generator of labels into "
-                        "a folder), without pickle, and print the sha256")
-    args = parser.parse_args(argv)
+    args = options.Parser(main.__doc__, FLAGS).parse_args(argv)
     if args.publish:
-        publish(*args.publish)
+        print(f"sha256 {runs.publish(*args.publish)}\nwrote: {args.publish[1]}")
     elif args.folder:
         checks.check_folder(args.folder, not args.no_labels)
     else:

@@ -36,12 +36,10 @@ def pick_device(name="auto", several=False):
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        raise bs.BadInput(f"--device {name}: PyTorch {torch.__version__} finds no such device "
-                          "here; use --device auto")
+        raise bs.BadInput(f"--device {name}: PyTorch finds none here; use --device auto")
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if not alone and (not several or name in ("mps", "xla")):
-        raise bs.BadInput(f"this command with --device {name} runs in one process; start it with "
-                          "python, not torchrun")
+        raise bs.BadInput(f"with --device {name} start this command with python, not torchrun")
     if name == "xla":
         return pick_xla()
     if name == "cpu":
@@ -53,14 +51,12 @@ def join_processes(name):
     """Join the processes that torchrun started -> this process's torch.device, "cpu" or one of
     "cuda". Only the first process prints from then on. BadInput where there are too few GPUs or
     several machines."""
-    device = torch.device(name)
-    if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-        raise bs.BadInput("torchrun started processes on several machines; use one machine")
+    rank = int(os.environ["LOCAL_RANK"])
+    few = name == "cuda" and rank >= torch.cuda.device_count()
+    if few or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        raise bs.BadInput("let torchrun start one process a GPU, all on one machine")
+    device = torch.device(f"cuda:{rank}" if name == "cuda" else "cpu")
     if name == "cuda":
-        device = torch.device(name, int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise bs.BadInput(f"--device cuda: process {device.index + 1} has no GPU here; start "
-                              "fewer processes, or use --device cpu")
         torch.cuda.set_device(device)
     # phantoms, a cache or pictures of the first process take as long as they take: the others wait
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
@@ -79,32 +75,24 @@ def pick_xla():
         import torch_xla.runtime as xr
         xr.use_spmd()
         device = torch_xla.device()
-        found = xr.device_type()
         xla_devices()                           # looks for the devices: fails where there are none
     except (ImportError, RuntimeError, OSError) as error:
         raise bs.BadInput(f"--device xla: XLA cannot use a {asked} here "
                           f"({str(error).splitlines()[0]}); on a TPU machine pip install -r "
                           "requirements-tpu.txt") from error
-    if found == "CPU" and asked != "CPU":
-        raise bs.BadInput("--device xla: there is no TPU here; PJRT_DEVICE=CPU in front of the "
-                          "command runs XLA on the CPU")
-    if xr.process_count() > 1:
-        raise bs.BadInput("--device xla: this machine is part of a TPU pod; use a single machine")
+    if xr.process_count() > 1 or xr.device_type() == "CPU" != asked:
+        raise bs.BadInput("--device xla: there is no TPU here that a single machine drives; "
+                          "PJRT_DEVICE=CPU in front of the command runs XLA on the CPU")
     return device
 
 
 def describe(device, precision="auto"):
     """The device in use, for the first line of a log: "device cpu x 2, float32". precision: of
     PRECISIONS."""
-    name = device.type
-    if name == "cuda":
-        name = f"cuda ({torch.cuda.get_device_name(device)})"
-    if name == "xla":
-        import torch_xla.runtime as xr
-        name = f"xla ({xr.device_type()})"
+    chip = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     times = f" x {device_count(device)}" if device_count(device) > 1 else ""
     layers = "bfloat16" if bs.uses_bf16(device, precision) else "float32"
-    return f"device {name}{times}, {layers}"
+    return f"device {device.type}{chip}{times}, {layers}"
 
 
 def device_count(device):
@@ -115,10 +103,8 @@ def device_count(device):
 def require_divisible(batch, device):
     """BadInput unless a global batch divides evenly over the devices: in a mean of means, unequal
     parts would not count the same."""
-    count = device_count(device)
-    if batch % count:
-        raise bs.BadInput(f"--batch {batch}: does not divide evenly over {count} devices; choose a "
-                          f"multiple of {count}")
+    if batch % device_count(device):
+        raise bs.BadInput(f"--batch {batch} must be a multiple of {device_count(device)} devices")
 
 
 # -------------------------------------------------------------------------- several processes ---
@@ -138,8 +124,7 @@ def slice_of_batch(batch):
 def first_process_first(make):
     """make() in the first process and then in all others, which find on disk what it wrote ->
     what make() returns."""
-    if first_process():
-        result = make()
+    result = make() if first_process() else None
     if bs.processes() > 1:
         dist.barrier()
     return result if first_process() else make()
@@ -148,10 +133,9 @@ def first_process_first(make):
 def broadcast_from_first(value):
     """The first process's number, in all processes: clocks differ, and all must stop at the same
     step."""
-    if bs.processes() == 1:
-        return value
     number = torch.tensor(float(value), dtype=torch.float64)
-    dist.broadcast(number, 0)
+    if bs.processes() > 1:
+        dist.broadcast(number, 0)
     return number.item()
 
 
@@ -210,12 +194,14 @@ def xla_devices():
     return xr.global_runtime_device_count()
 
 
-def xla_sharding(axes, split):
-    """How XLA lays out an array with so many axes: split along the first one, or whole on every
-    device -> (mesh of all devices, the mesh's axis or None for each axis of the array)."""
+def xla_sharding(tensor, whole=False):
+    """How XLA lays out a tensor: whole on every device; or split along the first axis, where the
+    number of devices divides it -> (mesh of all devices, the mesh's axis or None for each axis)."""
     import torch_xla.distributed.spmd as xs
-    mesh = xs.Mesh(np.arange(xla_devices()), (xla_devices(),), ("batch",))
-    return mesh, ("batch", *[None] * (axes - 1)) if split else (None,) * axes
+    count = xla_devices()
+    first = None if whole or len(tensor) % count else "batch"
+    axes = [first, *[None] * tensor.ndim][:tensor.ndim]
+    return xs.Mesh(np.arange(count), (count,), ("batch",)), tuple(axes)
 
 
 def to_device(device, *tensors):
@@ -225,11 +211,9 @@ def to_device(device, *tensors):
         return bs.copy_to(device, *tensors)
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as xs
-    moved = []
-    for tensor in tensors:
-        layout = xla_sharding(tensor.ndim, split=len(tensor) % xla_devices() == 0)
-        moved += xm.send_cpu_data_to_device([tensor], device, xs.ShardingSpec(*layout))
-    return moved
+    specs = [xs.ShardingSpec(*xla_sharding(tensor)) for tensor in tensors]
+    return [xm.send_cpu_data_to_device([tensor], device, spec)[0]
+            for tensor, spec in zip(tensors, specs)]
 
 
 def to_host(tree):
@@ -239,8 +223,7 @@ def to_host(tree):
     if "torch_xla" in sys.modules:              # otherwise no tensor is on XLA
         import torch_xla.core.xla_model as xm
         # not a public name: without it, one transfer a tensor
-        at_once = getattr(xm, "_maybe_convert_to_cpu", None)
-        tree = at_once(tree) if at_once else tree
+        tree = getattr(xm, "_maybe_convert_to_cpu", lambda tree: tree)(tree)
     if isinstance(tree, torch.Tensor):
         return tree.detach().cpu()
     if isinstance(tree, dict):
@@ -264,7 +247,7 @@ def mark_whole(tensors):
     import torch_xla
     import torch_xla.distributed.spmd as xs
     for tensor in tensors:
-        xs.mark_sharding(tensor, *xla_sharding(tensor.ndim, split=False))
+        xs.mark_sharding(tensor, *xla_sharding(tensor, whole=True))
     torch_xla.sync()
 
 
@@ -274,11 +257,10 @@ def prepare_training(net, optimizer, device):
     """The network that a training loop calls in place of net, whose parameters it shares: of
     several processes it averages the gradients. Batch norms become those of the global batch. Call
     it once net and optimizer hold what they start from."""
-    if bs.processes() > 1 or device.type == "xla":
-        # as nn.SyncBatchNorm is put in place, with the parameters it has
-        for module in net.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = BatchNorm
+    # as nn.SyncBatchNorm is put in place, with the parameters it has
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchNorm
     if device.type == "xla":
         mark_whole(state_of(optimizer))
     return nn.parallel.DistributedDataParallel(net) if bs.processes() > 1 else net
@@ -297,10 +279,7 @@ def step_if_finite(device, optimizer, losses, norm):
     On XLA both outcomes are computed and one is chosen, so that the graph is the same.
     """
     finite = losses.isfinite().all() & norm.isfinite()
-    if bs.processes() > 1:
-        flag = finite.int()
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        finite = flag > 0
+    finite = bs.all_sum((~finite).float()) == 0
     if device.type != "xla":
         if finite:
             optimizer.step()
@@ -322,12 +301,12 @@ def end_step(device, *read):
 
 
 def xla_report():
-    """What XLA did so far, in words; "" where it was not used. Operations that it cannot compile
+    """Print what XLA did so far; nothing where it was not used. Operations that it cannot compile
     run on the CPU instead and cut a graph in two."""
     if "torch_xla" not in sys.modules:
-        return ""
+        return
     import torch_xla.debug.metrics as met
     count, nanoseconds, *_ = met.metric_data("CompileTime") or (0, 0)
     on_cpu = sorted(name for name in met.counter_names() if name.startswith("aten::"))
-    return (f"XLA compiled {count} graphs in {nanoseconds / 1e9:.1f} s; run on the CPU instead: "
-            + (", ".join(on_cpu) or "nothing"))
+    print(f"XLA compiled {count} graphs in {nanoseconds / 1e9:.1f} s; run on the CPU instead: "
+          f"{', '.join(on_cpu) or 'nothing'}")

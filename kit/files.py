@@ -25,9 +25,7 @@ def run_script(main):
     as one sentence and ends the process with status 2; Ctrl-C with 130."""
     try:
         main()
-        report = devices.xla_report()
-        if report:
-            print(report)
+        devices.xla_report()
     except KeyboardInterrupt:
         sys.exit(130)
     except (bs.BadInput, OSError) as error:
@@ -63,9 +61,8 @@ def sync_folder(folder):
 
 
 def file_hash(path):
-    """sha256 of a file, in hex; of the word itself where it is "imagenet"."""
-    content = b"imagenet" if path == "imagenet" else Path(path).read_bytes()
-    return hashlib.sha256(content).hexdigest()
+    """sha256 of a file, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -88,8 +85,7 @@ def sole_writer(folder):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise bs.BadInput(f"{folder}: another process writes there; wait for it, or choose another "
-                          "--out") from error
+        raise bs.BadInput(f"{folder}: another process writes there; use another --out") from error
     except OSError:                             # a file system without locks
         pass
     for leftover in folder.glob(".*.tmp"):
@@ -108,8 +104,7 @@ def attempt(what, write):
     try:
         write()
     except OSError as error:
-        print(f"note: {what} could not be written ({error.strerror or error}); training goes on",
-              flush=True)
+        print(f"note: {what} could not be written ({error}); training goes on", flush=True)
 
 
 def catch_signals():

@@ -1,15 +1,19 @@
 """Flags as tables, those that several scripts share, and the kinds of numbers that flags take."""
 import argparse
+import functools
 
 import brainsyn as bs
 from kit import devices, phantoms
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a BadInput: one sentence."""
+    """argparse whose errors are a BadInput: one sentence. doc: the docstring of the command, whose
+    first paragraph --help shows; groups: {title: rows of add_flags}."""
 
-    def __init__(self, doc):
+    def __init__(self, doc, groups={}):
         super().__init__(description=doc.split("\n\n")[0])
+        for title, rows in groups.items():
+            add_flags(self, title, rows)
 
     def error(self, message):
         raise bs.BadInput(message.removeprefix("argument "))
@@ -37,7 +41,7 @@ def add_flags(parser, title, rows):
     return group
 
 
-def number(text, kind, low, high=float("inf")):
+def number(kind, low, high, text):
     """Text of the command line -> int or float in low..high. ArgumentTypeError otherwise."""
     try:
         value = kind(text)
@@ -46,35 +50,21 @@ def number(text, kind, low, high=float("inf")):
     if low <= value <= high:
         return value
     what = "a whole number" if kind is int else "a number"
-    limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limits}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
 
 
-def count(text):
-    """A whole number of at least 1."""
-    return number(text, int, 1)
+# Kinds of numbers: functions of the text.
+count = functools.partial(number, int, 1, float("inf"))
+natural = functools.partial(number, int, 0, float("inf"))
+positive = functools.partial(number, float, 1e-12, 1e12)
+fraction = functools.partial(number, float, 0, 1)
 
-
-def natural(text):
-    """A whole number of at least 0."""
-    return number(text, int, 0)
-
-
-def positive(text):
-    """A number above 0."""
-    return number(text, float, 1e-12, 1e12)
-
-
-def fraction(text):
-    """A number from 0 to 1."""
-    return number(text, float, 0, 1)
-
-
+SCANNERS = sorted(phantoms.SCANNERS)
 # Which real cases or phantoms a command works on.
 DATA = [
     ("--data", str, None, "folder of BraTS cases; without it phantoms are made"),
     ("--phantoms", count, 60, "how many phantom cases to make"),
-    ("--scanner", sorted(phantoms.SCANNERS), "A", "centre the phantoms come from"),
+    ("--scanner", SCANNERS, "A", "centre the phantoms come from"),
     ("--split", str, None, "JSON file with case or patient names for train, val, test"),
     ("--skip-bad", bool, False, "leave out cases of --data that the check rejects")]
 # Slices of both training scripts.

@@ -26,7 +26,7 @@ def overlay(image, labels, strength=0.55):
     """A picture (H, W) in [-1, 1] under its labels int (H, W) in 0..3 -> colours (H, W, 3) in
     0..1."""
     grey = np.repeat((np.asarray(image)[..., None] + 1) / 2, 3, -1).clip(0, 1)
-    labels = np.asarray(labels).astype(int)
+    labels = np.asarray(labels, int)
     colour = colour_labels(np.where(labels > 0, labels + 1, 0), "tumour")
     return np.where(labels[..., None] > 0, (1 - strength) * grey + strength * colour, grey)
 
@@ -129,21 +129,17 @@ def plot_lines(path, panels, xlabel="step", xscale="linear"):
 def layer_table(net, size):
     """Lines of text: every layer of a UNet that holds parameters, in the order of calls, with its
     output shape for one slice of size x size, and how many parameters it has."""
-    names = {module: name for name, module in net.named_modules()
-             if list(module.parameters()) and not list(module.children())}
-    shapes = {}
+    names = {module: name for name, module in net.named_modules()}
+    lines = [f"{'layer':<28} {'output (C, H, W)':<18} parameters"]
 
-    def note_shape(module, _, output):
-        shapes.setdefault(module, tuple(output.shape[1:]))
+    def note(layer, _, output):
+        if list(layer.parameters(recurse=False)):
+            lines.append(f"{names[layer]:<28} {str(tuple(output.shape[1:])):<18} "
+                         f"{bs.count_parameters(layer):>10,}")
 
-    hooks = [module.register_forward_hook(note_shape) for module in names]
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
     with torch.no_grad():
         net(torch.zeros(1, net.channels, size, size), torch.ones(1),
             torch.zeros(1, net.classes, size, size), torch.zeros(1, 1))
-    for hook in hooks:
-        hook.remove()
-    counts = [bs.count_parameters(module) for module in shapes]
-    lines = [f"{'layer':<28} {'output (C, H, W)':<18} parameters"]
-    for (module, shape), count in zip(shapes.items(), counts):
-        lines.append(f"{names[module]:<28} {str(shape):<18} {count:>10,}")
-    return lines + [f"{'total':<28} {'':<18} {sum(counts):>10,}"]
+    hook.remove()
+    return [*lines, f"{'total':<28} {'':<18} {bs.count_parameters(net):>10,}"]

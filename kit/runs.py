@@ -23,14 +23,13 @@ from kit import devices, files, metrics, pictures
 # What each kind of checkpoint holds. "ddpm" and "labels" are generators, "seg" is what a run of
 # train_seg.py continues from, "segmenter" its best.pt. A published file holds the same without
 # TRAINING, what only a run needs to continue.
+ALL = {"kind", "version", "step", "args", "network"}
 TRAINING = {"seconds", "weights", "optimizer"}
-GENERATOR = {"kind", "version", "step", "args", "network", "ema", "prior", "condition", "classes",
-             "modalities", "shift", "resolution", "fov", "trained_on", "patients", "data"}
-HOLDS = {"ddpm": GENERATOR | TRAINING,
-         "labels": GENERATOR | TRAINING | {"measured"},
-         "seg": {"kind", "version", "step", "args", "network", "ema", "trained_on"} | TRAINING,
-         "segmenter": {"kind", "version", "step", "args", "network", "weights", "resolution", "fov",
-                       "seen", "dice"}}
+GENERATOR = ALL | TRAINING | {"ema", "prior", "condition", "classes", "modalities", "shift",
+                              "resolution", "fov", "trained_on", "patients", "data"}
+HOLDS = {"ddpm": GENERATOR, "labels": GENERATOR | {"measured"},
+         "seg": ALL | TRAINING | {"ema", "trained_on"},
+         "segmenter": ALL | {"weights", "resolution", "fov", "seen", "dice"}}
 # The script that writes each kind.
 SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels",
           "seg": "train_seg.py", "segmenter": "train_seg.py"}
@@ -78,30 +77,28 @@ def load_checkpoint(path, kind="ddpm", say=print, names=NEWEST_FIRST):
         if faults:
             say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
         return {**state, "file": str(candidate)}
-    if faults:
-        raise bs.BadInput("; ".join(faults) + "; train again or use another checkpoint")
-    script = SCRIPT[kinds[0]]
-    raise bs.BadInput(f"{path}: no checkpoint there; train one first with python {script}")
+    if not faults:
+        faults = [f"{path}: no checkpoint there; train one first with python {SCRIPT[kinds[0]]}"]
+    raise bs.BadInput("; ".join(faults))
 
 
 def read_state(path, kinds):
     """The state in a checkpoint (.pt) or a published file (.npz). Any exception where it is
     damaged, of none of these kinds, incomplete, or holds a pickle of more than data."""
-    published = path.suffix == ".npz"
     with zipfile.ZipFile(path) as archive:      # both are zip archives
         if archive.testzip():
             raise ValueError("a checksum does not match")
-    if not published:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix != ".npz":
+        state, without = torch.load(path, map_location="cpu", weights_only=True), set()
     else:
         with np.load(path, allow_pickle=False) as archive:
-            state = json.loads(archive["about"].item())
+            state, without = json.loads(archive["about"].item()), TRAINING
             for name in set(archive.files) - {"about"}:
                 group, key = name.split("/", 1)
                 state.setdefault(group, {})[key] = torch.from_numpy(archive[name])
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         raise ValueError(f"it is no checkpoint of kind {' or '.join(kinds)}")
-    missing = HOLDS[state["kind"]] - set(state) - (TRAINING if published else set())
+    missing = HOLDS[state["kind"]] - set(state) - without
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return state
@@ -114,16 +111,12 @@ def publish(run, path):
     takes it as --checkpoint or --segmenter; two of them in a folder, "coarse.npz" and "fine.npz",
     as --label-checkpoint.
     """
-    if Path(run).name == "best.pt" or (Path(run) / "best.pt").exists():
-        state = load_checkpoint(run, "segmenter", names=("best.pt",))
-    else:
-        state = load_checkpoint(run, ("ddpm", "labels"))
-        state = {name: value for name, value in state.items() if name not in TRAINING}
-    del state["file"]
-    arrays = {}
-    for group in ("ema", "prior", "weights"):
-        for key, tensor in state.pop(group, {}).items():
-            arrays[f"{group}/{key}"] = tensor.numpy()
+    kinds = ("ddpm", "labels", "segmenter")
+    state = load_checkpoint(run, kinds, names=("best.pt", *NEWEST_FIRST))
+    for name in {"file"} if state["kind"] == "segmenter" else {"file", *TRAINING}:
+        del state[name]
+    arrays = {f"{group}/{key}": tensor.numpy() for group in ("ema", "prior", "weights")
+              for key, tensor in state.pop(group, {}).items()}
     buffer = io.BytesIO()
     np.savez(buffer, about=np.array(json.dumps(state, sort_keys=True)), **arrays)
     files.replace_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
@@ -138,9 +131,8 @@ def load_generator(path, device, batch=32, kind="ddpm"):
     net = bs.UNet(**state["network"])
     net.load_state_dict(state["ema"])
     net = devices.place_network(net.eval(), device)
-    alpha_bar = bs.cosine_alpha_bar(state["shift"])
-    denoiser = bs.Denoiser(net, state["prior"], alpha_bar, device, batch, devices.to_device)
-    return denoiser, state
+    return bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device, batch,
+                       devices.to_device), state
 
 
 def load_segmenter(path, device):
@@ -167,29 +159,21 @@ def inflate(weight, channels):
     return weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
 
 
-def load_encoder(encoder, depth, source):
-    """Put published ResNet weights into a ResNet of this depth. source: path of a state dict in
-    torchvision's names, or "imagenet": torchvision's own file, downloaded once, its hash checked.
+def load_encoder(encoder, depth, path):
+    """Put published ResNet weights into a ResNet of this depth. path: of a state dict in
+    torchvision's names.
 
     Strict: every name and shape must fit (fc.* aside, conv1 is inflated). BadInput otherwise.
     """
     try:
-        if source == "imagenet":
-            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL + WEIGHTS[depth],
-                                                       map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         state["conv1.weight"] = inflate(state["conv1.weight"], encoder.conv1.in_channels)
         encoder.load_state_dict(state)
     except Exception as error:
-        url = WEIGHTS_URL + WEIGHTS[depth]
-        what = (f"{url} cannot be had" if source == "imagenet" else
-                f"no weights of a ResNet-{depth} in torchvision's names")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise bs.BadInput(f"--weights {source}: {what} ({reason}); download {url} and give its "
-                          "path, or leave --weights out") from error
+        url, reason = WEIGHTS_URL + WEIGHTS[depth], str(error)[:200]
+        raise bs.BadInput(f"--weights {path}: no weights of a ResNet-{depth} in torchvision's "
+                          f"names; download {url} ({reason})") from error
 
 
 # --------------------------------------------------------------------------------------- runs ---
@@ -201,7 +185,9 @@ FREE_TO_CHANGE = {*PATHS, "device", "precision", "steps", "minutes", "guidance",
                   "skip_bad"}
 # Flags of former versions, and the value that a run must have had to be resumed by this one.
 DROPPED = {"loss": "unit", "min_snr": 0.0, "lesion_weight": 0.0, "optimizer": "muon"}
-QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+# Columns of log.csv, and what curves.png calls them.
+QUARTERS = {"loss_q1": "cleanest quarter of t", "loss_q2": "second", "loss_q3": "third",
+            "loss_q4": "noisiest quarter"}
 LINE_EVERY, SAVE_EVERY = 5, 60                  # seconds
 
 
@@ -212,17 +198,14 @@ def kept_arguments(args):
 
 def require_same_run(state, args, trained_on):
     """BadInput unless a checkpoint comes from a run with these flags and training cases."""
-    asked = {**DROPPED, **kept_arguments(args)}
-    had = {**DROPPED, **state["args"]}
-    differ = [name for name in asked
+    asked, had = DROPPED | kept_arguments(args), DROPPED | state["args"]
+    differ = [f"{name} {had.get(name)} where you ask for {asked[name]}" for name in asked
               if name not in FREE_TO_CHANGE and asked[name] != had.get(name)]
-    advice = "choose another --out, or delete the folder"
-    if differ:
-        held = ", ".join(f"{name} {had.get(name)}" for name in differ)
-        wanted = ", ".join(f"{name} {asked[name]}" for name in differ)
-        raise bs.BadInput(f"{args.out} holds a run with {held}, you ask for {wanted}; {advice}")
     if state["trained_on"] != trained_on:
-        raise bs.BadInput(f"{args.out} holds a run on other training cases; {advice}")
+        differ.append("other training cases")
+    if differ:
+        raise bs.BadInput(f"{args.out} holds a run with {', '.join(differ)}; choose another --out, "
+                          "or delete the folder")
 
 
 class Run:
@@ -243,21 +226,19 @@ class Run:
     """
 
     def __init__(self, args, kind, net, ema, optimizer, facts, keep=True):
-        self.args, self.kind = args, kind
+        self.args, self.kind, self.facts, self.keep = args, kind, facts, keep
         self.net, self.ema, self.optimizer = net, ema, optimizer
-        self.facts, self.keep = facts, keep
         self.step, self.seconds = 0, 0.0
         self.saved_step = None                  # of the newest checkpoint
         self.bad_steps = 0                      # in a row
         self.losses, self.levels = [], []       # since the last line of the log
-        self.log_path = Path(args.out) / "log.csv"
         if keep and any(Path(args.out).glob("checkpoint*.pt")):
             self.resume()
+        self.log_path = Path(args.out) / "log.csv"
         self.rows = [row for row in read_log(self.log_path) if row["step"] <= self.step]
         self.signals = files.catch_signals() if keep else []
         self.start = time.time() - self.seconds
-        self.line_step, self.line_time = self.step, time.time()
-        self.save_time = time.time()
+        self.line_time = self.save_time = time.time()
 
     def resume(self):
         """Load the newest sound checkpoint. BadInput where it is of a run with other settings or
@@ -266,25 +247,17 @@ class Run:
         require_same_run(state, self.args, self.facts["trained_on"])
         try:
             self.net.load_state_dict(state["weights"])
-            # only the state: whether an optimiser is fused depends on the device
-            fresh, kept = self.optimizer.state_dict(), state["optimizer"]["state"]
-            self.optimizer.load_state_dict({**fresh, "state": kept})
-            whole = {i: tensors.keys() for i, tensors in fresh["state"].items()}
-            if ({i: tensors.keys() for i, tensors in kept.items()} != whole
-                    or state["ema"].keys() != self.ema.weights.keys()):
-                raise ValueError("averaged weights or moments are missing")
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise bs.BadInput(f"{state['file']}: does not fit the network "
-                              f"({str(error).splitlines()[0]}); delete the folder to begin "
-                              "anew") from error
-        for p, tensors in self.optimizer.state.items():
-            # laid out like p: fused kernels pair numbers by their place in memory
-            for name in tensors.keys() - {"step"}:
-                tensors[name] = torch.empty_like(p).copy_(tensors[name])
-        self.ema.weights = state["ema"]
+            self.ema.weights = {name: state["ema"][name] for name in self.ema.weights}
+            for i, tensors in self.optimizer.state_dict()["state"].items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(state["optimizer"]["state"][i][name])
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise bs.BadInput(f"{state['file']}: does not fit the network ({reason}); delete the "
+                              "folder to begin anew") from error
         self.facts = {name: state[name] for name in self.facts}
-        self.step = self.saved_step = state["step"]
-        self.seconds = state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.saved_step = self.step
         print(f"resumed: {self.args.out} at step {self.step}")
 
     def progress(self):
@@ -308,22 +281,21 @@ class Run:
         """
         self.step += 1
         self.seconds = devices.broadcast_from_first(time.time() - self.start)
-        if devices.to_host(finite):
+        if finite:
             self.bad_steps = 0
-            losses = devices.all_gather(losses.detach())
-            t = None if t is None else devices.all_gather(t)
+            self.losses.append(devices.all_gather(losses.detach()))
+            if t is not None:
+                self.levels.append(devices.all_gather(t))
             if devices.first_process():
                 self.ema.update(self.net, self.step)
-                self.losses.append(losses)
-                self.levels.append(t)
             return
         self.bad_steps += 1
         print(f"step {self.step:05d} | loss or gradient not finite, nothing learned | cases "
               f"{', '.join(case_names(self.step - 1))}", flush=True)
         if self.bad_steps == 3:
-            raise bs.BadInput(f"step {self.step}: loss or gradient not finite in three steps in a "
-                              "row; look at the cases named above, lower --lr or use --precision "
-                              "float32; the same command continues from the last checkpoint")
+            raise bs.BadInput(f"step {self.step}: not finite in three steps in a row; look at the "
+                              "cases above, lower --lr or use --precision float32; the same "
+                              "command continues from the last checkpoint")
 
     def record(self, val_dice=math.nan):
         """Write a line of the log every five seconds, after a validation and at the end; save every
@@ -332,8 +304,8 @@ class Run:
         validation."""
         if not self.keep or not devices.first_process():
             return
-        validated = not math.isnan(val_dice)
-        if validated or self.progress() >= 1 or time.time() - self.line_time >= LINE_EVERY:
+        due = self.progress() >= 1 or time.time() - self.line_time >= LINE_EVERY
+        if due or not math.isnan(val_dice):
             self.write_line(val_dice)
         if self.step == 1:
             self.save()
@@ -353,16 +325,14 @@ class Run:
             quarter = (joined(self.levels) - 1) * 4 // bs.T
             row |= {name: losses[quarter == q].mean().item() for q, name in enumerate(QUARTERS)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        images = (self.step - self.line_step) * self.args.batch
-        row["images_per_s"] = images / max(time.time() - self.line_time, 1e-6)
-        row["seconds"] = self.seconds
+        images, seconds = len(self.losses) * self.args.batch, time.time() - self.line_time
+        row |= {"images_per_s": images / max(seconds, 1e-6), "seconds": self.seconds}
         self.rows.append(row)
         files.attempt(self.log_path, lambda: files.write_csv(self.log_path, self.rows))
-        self.losses, self.levels = [], []
-        self.line_step, self.line_time = self.step, time.time()
+        self.losses, self.levels, self.line_time = [], [], time.time()
         of_steps = f"/{self.args.steps}" if self.args.steps else ""
-        seconds = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
-        left = f"{seconds / 60:.0f}m" if seconds > 90 else f"{seconds:.0f}s"
+        left = max(0.0, self.seconds / max(self.progress(), 1e-6) - self.seconds)
+        left = f"{left / 60:.0f}m" if left > 90 else f"{left:.0f}s"
         dice = "" if math.isnan(val_dice) else f" | validation Dice {val_dice:.3f}"
         print(f"step {self.step:05d}{of_steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
               f"{row['images_per_s']:.0f} img/s{dice} | {left} left", flush=True)
@@ -404,8 +374,14 @@ def read_log(path):
     if not Path(path).exists():
         return []
     with open(path, newline="") as handle:
-        return [{name: int(value) if name == "step" else float(value)
-                 for name, value in row.items()} for row in csv.DictReader(handle)]
+        rows = list(csv.DictReader(handle))
+    return [{name: float(row[name]) for name in row} | {"step": int(row["step"])} for row in rows]
+
+
+def curve(log, column):
+    """A column of a log over steps, where it has a value, for plot_lines -> (steps, values)."""
+    rows = [row for row in log if not math.isnan(row[column])]
+    return [row["step"] for row in rows], [row[column] for row in rows]
 
 
 def report(args, closing):
@@ -413,11 +389,9 @@ def report(args, closing):
     the paths."""
     out = Path(args.out)
     log = read_log(out / "log.csv")
-    steps = [row["step"] for row in log]
-    labels = ("cleanest quarter of t", "second", "third", "noisiest quarter")
-    lines = {label: (steps, [row[name] for row in log]) for name, label in zip(QUARTERS, labels)}
-    title = "squared error of v in units of the prior's"
-    pictures.plot_lines(out / "curves.png", [(title, "log", lines)])
+    lines = {label: curve(log, name) for name, label in QUARTERS.items()}
+    pictures.plot_lines(out / "curves.png",
+                        [("squared error of v in units of the prior's", "log", lines)])
     files.write_json(out / "closing.json", closing)
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")

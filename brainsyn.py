@@ -80,8 +80,6 @@ SOURCES (comments below refer to them by the key in brackets)
     [VNET]    Dice as a loss: Milletari et al. 2016, arXiv 1606.04797
               V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation
 """
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

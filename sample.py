@@ -12,15 +12,11 @@ Reads     a checkpoint of train_ddpm.py; label maps from one of four sources: Br
           or fresh phantoms, as they are or edited; a label generator (--request); scans without
           labels, which a segmenter of train_seg.py labels first (--scan, the closed loop)
 Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, if the
-          condition has more than tumour, not with --native), a JSON sidecar that says how the case
-          was made; beside them contact_sheet.png (and loop.png), dataset.json, DATASHEET.md;
-          --judge: judge.json; --audit: audit.json, audit.png, pairs.png, which shows
-          real scans
+          condition has more than tumour), a JSON sidecar that says how the case was made; beside
+          them contact_sheet.png (and loop.png), dataset.json, DATASHEET.md;
+          --judge: judge.json; --audit: audit.json and pairs.png, which shows real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """
-from __future__ import annotations
-
-import json
 import math
 import tempfile
 import time
@@ -34,85 +30,66 @@ from kit import (audit, devices, edits, files, judging, metrics, nifti, options,
                  requests, runs, slices, writing)
 
 VOLUMES = (*bs.LABELS, "TC", "WT")              # labels and regions whose mL a sidecar says
-
-
-def add_labels(parser):
-    """Flags that say where label maps come from and how they are changed."""
-    add = parser.add_argument_group("label maps").add_argument
-    add("--labels", metavar="DIR", help="BraTS cases whose label maps are used, in an order "
-        "shuffled by --seed; without it those of fresh phantoms")
-    add("--part", choices=["train", "val", "test"], help="of the split of --labels and --paste")
-    add("--scan", metavar="DIR", help="scans, segmented first and then synthesised; all of them")
-    add("--request", metavar="NAME=VALUE,...", help="generate label maps: mL of et, ed, ncr (and "
-        "ventricles, if both generators have them), place of the tumour x, y, z (mm from the "
-        "middle of the brain to the right, front and top), sphericity, lesions; et=12 or et=5..30 "
-        "(evenly spread over --count); the rest is left open")
-    add("--count", type=options.count, default=4, help="how many cases to make")
-    add("--native", action="store_true", help="write on the label map's own grid, not the model's")
-    add("--edit", nargs="+", default=[], metavar="WORD", help="scale=1.2 shift=10,0,0 (mm) "
-        "rotate=15 (degrees) elastic=3 (mm) mirror drop=NCR add=ED, or random alone")
-    add("--paste", metavar="DIR", help="cases whose tumours are put into the brains of --labels")
-    add("--balance", choices=VOLUMES, help="spread this volume evenly over the "
-        "--count cases, by choice and scale")
-    add("--range", type=options.positive, nargs=2, metavar=("LOW", "HIGH"),
-        help="mL that --balance spans (default: what the label maps span)")
-
-
-def add_model(parser):
-    """Flags that name trained networks and say how the generator is sampled."""
-    add, default = parser.add_argument_group("model").add_argument, bs.SAMPLING
-    add("--checkpoint", default="runs/ddpm", help="run of train_ddpm.py, or a file of weights")
-    add("--label-checkpoint", default="runs/labels", help="run of train_ddpm.py --generate labels")
-    add("--segmenter", nargs="+", default=["runs/seg"], help="run of train_seg.py, for --scan and "
-        "--judge; with five or more, --judge asks how well synthetic cases rank them")
-    add("--steps", type=options.count, default=default["steps"],
-        help="network calls a slice (twice where guided)")
-    add("--sampler", choices=["ddim", "ddpm", "dpmpp"], default=default["sampler"])
-    add("--eta", type=options.fraction, default=default["eta"],
-        help="noise added by ddim: 0 none .. 1 as ddpm")
-    add("--guidance", type=float, default=default["guidance"], help="guidance scale, 1 for none")
-    add("--rescale", type=float, default=default["rescale"], help="how far guidance keeps contrast")
-    add("--interval", type=float, nargs=2, default=default["interval"], metavar=("LOW", "HIGH"),
-        help="guidance acts while t/T lies between these")
-    add("--coherence", type=float, default=default["coherence"],
-        help="mm along z over which noise agrees; 0: every slice on its own")
-    add("--batch", type=options.count, default=32, help="slices a network call, for memory only")
+FIXED = ("eta", "rescale", "interval")          # settings of bs.SAMPLING that are no flags
+LABEL_MAPS = [
+    ("--labels", str, None, "BraTS cases whose label maps are used, shuffled by --seed; without it "
+     "those of fresh phantoms"),
+    ("--part", ("train", "val", "test"), None, "of the split of --labels"),
+    ("--scan", str, None, "scans: all are segmented first, then synthesised"),
+    ("--request", str, None, "generate label maps, like et=12,ed=20..60 (a range is spread evenly "
+     "over --count): mL of et, ed, ncr, ventricles; x, y, z of the tumour in mm from the middle of "
+     "the brain to the right, front, top; sphericity; lesions; the rest is left open"),
+    ("--count", options.count, 4, "how many cases to make"),
+    ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) mirror, or "
+     "random alone", {"nargs": "+"}),
+    ("--balance", VOLUMES, None, "spread this volume evenly over the cases, by choice and scale"),
+    ("--range", options.positive, None, "mL that --balance spans, low and high (default: what the "
+     "label maps span)", {"nargs": 2})]
+MODEL = [
+    ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
+    ("--label-checkpoint", str, "runs/labels", "run of train_ddpm.py --generate labels"),
+    ("--segmenter", str, ["runs/seg"], "run of train_seg.py, for --scan and --judge (default "
+     "runs/seg); with five or more, --judge asks how well synthetic cases rank them",
+     {"nargs": "+"}),
+    ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
+    ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
+    ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
+    ("--coherence", float, bs.SAMPLING["coherence"], "mm along z over which noise agrees; 0: every "
+     "slice alone"),
+    ("--batch", options.count, 32, "slices a network call, for memory only")]
+JUDGING = [
+    ("--judge", str, None, "folder of synthetic cases to judge, instead of making some"),
+    ("--audit", str, None, "folder of synthetic cases to search for copies of training cases of "
+     "--checkpoint; exit 1 if it leaks"),
+    ("--canaries", options.natural, 8, "training cases planted as copies, to see whether they are "
+     "found; 0 for none"),
+    ("--mark", bool, False, "write the audit into the sidecars and the datasheet")]
 
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. request becomes a dict or stays
     None, edit becomes a dict or stays ["random"]. BadInput where flags do not go together."""
     parser = options.Parser(__doc__)
-    add_labels(parser)
-    add_model(parser)
-    add = parser.add_argument_group("judging and auditing").add_argument
-    add("--judge", metavar="SYN", help="folder of synthetic cases to judge, instead of making some")
-    add("--audit", metavar="SYN", help="folder of synthetic cases to search for copies of training "
-        "cases of --checkpoint; exit 1 if it leaks")
-    add("--canaries", type=options.natural, default=8, help="training cases planted as copies, to "
-        "see whether the audit finds them; 0 for none")
-    add("--mark", action="store_true", help="write the audit into the sidecars and the datasheet")
-    options.add_data(parser).description = ("real cases to judge or audit by; --split and "
-                                            "--skip-bad are for --labels and --paste, too")
-    options.add_run(parser, "synthetic; of --audit audit", "noise follows from it and the number "
-                    "of the case", precision=False)
+    options.add_flags(parser, "label maps", LABEL_MAPS)
+    options.add_flags(parser, "model", MODEL)
+    options.add_flags(parser, "judging and auditing", JUDGING)
+    options.add_flags(parser, "real cases to judge or audit by; --split also for --labels",
+                      options.DATA)
+    options.add_flags(parser, "run", [
+        ("--out", str, None, "output folder (default synthetic, of --audit audit)"), *options.RUN])
     args = parser.parse_args(argv)
-    changed = args.labels or args.edit or args.paste or args.balance
     finished = args.judge or args.audit
+    sources = [args.request is not None, bool(args.scan),
+               bool(args.labels or args.edit or args.balance)]
     for wrong, message in (
             (finished and not Path(finished).is_dir(), f"{finished}: no such folder; make "
              "synthetic cases first"),
             (args.steps > bs.T, f"--steps {args.steps}: at most {bs.T}"),
-            (args.eta and args.sampler != "ddim", "--eta is the noise that ddim adds: leave it "
-             "out, or add --sampler ddim"),
             (args.part and not args.labels, "--part needs --labels"),
-            (args.paste and args.balance, "--paste and --balance do not go together"),
             (args.range and not args.balance, "--range needs --balance"),
             (args.range and args.range[0] >= args.range[1], "--range: the smaller volume first"),
-            (args.request is not None and (changed or args.scan), "--request makes label maps of "
-             "its own: leave out --labels, --scan, --edit, --paste and --balance"),
-            (args.scan and changed, "--scan makes label maps of its own: leave out --labels, "
-             "--edit, --paste and --balance")):
+            (sum(sources) > 1, "--request, --scan, and --labels (--edit, --balance) are three "
+             "sources of label maps; name one")):
         if wrong:
             raise bs.BadInput(message)
     args.out = args.out or ("audit" if args.audit else "synthetic")
@@ -123,7 +100,8 @@ def parse_arguments(argv=None):
 
 def sampling(args):
     """The settings of bs.sample_volume that these arguments ask for."""
-    return {name: getattr(args, name) for name in bs.SAMPLING}
+    asked = {name: getattr(args, name) for name in bs.SAMPLING if name not in FIXED}
+    return {**bs.SAMPLING, **asked}
 
 
 def generator_of(args, device):
@@ -133,7 +111,7 @@ def generator_of(args, device):
         "SyntheticData": "YES", "Generator": f"brainsyn {bs.__version__}",
         "CheckpointSHA256": files.file_hash(state["file"]), "Seed": args.seed,
         **{name.capitalize(): value for name, value in sampling(args).items()},
-        "Condition": state["condition"], "Grid": "native" if args.native else "model"}
+        "Condition": state["condition"]}
 
 
 def sample_images(args, recipe, prepared, denoiser):
@@ -151,39 +129,30 @@ def sample_images(args, recipe, prepared, denoiser):
 
 
 def write_sample(args, recipe, prepared, images, state, facts):
-    """Write one case, on the model's grid or with --native on that of the label map; facts: what
-    the sidecar says of recipe and model. Returns the whole sidecar."""
-    grid, classes, condition = prepared["grid"], prepared["classes"], state["condition"]
-    affine, labels = grid.affine, prepared["labels"]
-    names = bs.CONDITIONS[condition]
-    all_classes = None                          # they are known on the model's grid alone
-    if args.native:
-        images = np.moveaxis(grid.grow(np.moveaxis(images.numpy(), 1, 0)), 0, 1)   # (D, C, H, W)
-        counts = writing.image_counts(images, slices.to_slices(prepared["brain"]))
-    else:
-        affine = grid.model_affine()
-        labels = slices.from_slices(bs.tumour_labels(classes, condition)).astype(np.uint8)
-        counts = writing.image_counts(images, classes)
-        all_classes = slices.from_slices(classes) if condition != "tumour" else None
+    """Write one case on the model's grid; facts: what the sidecar says of recipe and model. Returns
+    the whole sidecar."""
+    classes, condition = prepared["classes"], state["condition"]
+    affine, names = prepared["grid"].model_affine(), bs.CONDITIONS[condition]
+    labels = slices.from_slices(bs.tumour_labels(classes, condition)).astype(np.uint8)
     volumes = {name: edits.volume_ml(labels, affine, name) for name in VOLUMES}
-    if condition == "ventricles":               # of the model's grid
-        voxel = (state["fov"] / state["resolution"]) ** 2 * nifti.spacing_of(grid.affine)[2] / 1000
+    if condition == "ventricles":
+        voxel = abs(np.linalg.det(affine[:3, :3])) / 1000
         volumes["ventricles"] = float((classes == names.index("ventricles")).sum() * voxel)
-    origin = prepared["hashes"]
-    if recipe.donor:
-        origin = *slices.hashes_of(recipe.donor), *origin
     trained_on = {*state["trained_on"], *(recipe.model.trained_on if recipe.model else ())}
     data = state["data"], recipe.model.data if recipe.model else "phantoms"
-    facts = {**facts, "LabelMapSHA256": origin[0], "BrainSHA256": prepared["hashes"][1],
-             "EditsApplied": recipe.applied, "UsedInTraining": bool(trained_on & {*origin}),
+    facts = {**facts, **dict(zip(("LabelMapSHA256", "BrainSHA256"), prepared["hashes"])),
+             "EditsApplied": recipe.applied,
+             "UsedInTraining": not trained_on.isdisjoint(prepared["hashes"]),
              "VolumesML": {name: round(ml, 3) for name, ml in volumes.items()},
              "GeneratorTrainedOn": [digest[:16] for digest in sorted(trained_on)],
              "GeneratorPatients": state["patients"], "GeneratorVersion": state["version"],
              "GeneratorData": "patients" if "patients" in data else "phantoms"}
-    if all_classes is not None:
-        facts["Classes"] = list(names)
-    writing.write_case(args.out, facts["Case"], slices.from_slices(np.moveaxis(counts, 1, 0)),
-                       labels, affine, facts, all_classes)
+    all_classes = None
+    if condition != "tumour":
+        facts["Classes"], all_classes = list(names), slices.from_slices(classes)
+    counts = np.moveaxis(writing.image_counts(images, classes), 1, 0)
+    writing.write_case(args.out, facts["Case"], slices.from_slices(counts), labels, affine, facts,
+                       all_classes)
     return facts
 
 

@@ -5,8 +5,6 @@ the nearest real case is a training case. C asks the generator whether it knows 
 D plants copies (canaries) and counts how many of them A finds. Decoys are real cases that the
 generator never saw.
 """
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -1,7 +1,5 @@
 """What `python brainsyn.py DIR` says of a folder of cases, and what training refuses.
 """
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import devices, files, nifti, phantoms, slices
+from kit import devices, nifti, phantoms, slices
 
 
 # What the sidecar of a synthetic case, or the description of a set of them, says of itself.
@@ -23,17 +21,15 @@ SYNTHETIC = re.compile(rb'"SyntheticData"\s*:\s*"YES"|"Name"\s*:\s*"brainsyn"')
 
 def is_synthetic(path):
     """True if a NIfTI file, or the folder of a case, was made by sample.py. Any mark is enough: its
-    name, its header, the sidecar beside it, dataset_description.json beside it or one folder up."""
+    name, its header, a sidecar or dataset_description.json beside it, or that one folder up."""
     path = Path(path)
-    folder, volumes, sidecars = path, sorted(path.glob("*.nii*")), list(path.glob("*.json"))
-    if not path.is_dir():
-        folder, volumes = path.parent, [path]
-        sidecars = [path.with_name(re.sub(r"-\w+\.nii(\.gz)?$", ".json", path.name))]
-    sidecars += [at / "dataset_description.json" for at in (folder, folder.parent)]
+    folder = path if path.is_dir() else path.parent
+    volumes = sorted(path.glob("*.nii*")) if path.is_dir() else [path]
     if "BraTS-SYN-" in path.name:
         return True
-    if any(file.is_file() and SYNTHETIC.search(file.read_bytes()) for file in sidecars):
-        return True
+    for file in (*folder.glob("*.json"), folder.parent / "dataset_description.json"):
+        if file.is_file() and SYNTHETIC.search(file.read_bytes()):
+            return True
     try:
         return b"SYNTHETIC" in nib.load(volumes[0]).header["descrip"].item()
     except Exception:                           # none, or unreadable: the reader will say so
@@ -46,8 +42,7 @@ def refuse_synthetic(cases):
     synthetic = [case for case in cases if is_synthetic(case.folder)]
     if synthetic:
         raise bs.BadInput(f"{synthetic[0].folder}: {len(synthetic)} of {len(cases)} cases are "
-                          "synthetic; use real cases or phantoms, and pass synthetic ones to "
-                          "train_seg.py with --synthetic")
+                          "synthetic; use real cases, and pass synthetic ones with --synthetic")
 
 
 def fit_of_labels(scans, tumour, brain, spacing):
@@ -129,11 +124,9 @@ def check_labels(path, scans, labels, brain, spacing):
     fit = fit_of_labels(scans, tumour, brain, spacing)
     if fit < 0.5:                               # 0.82 to 1 in all; below 0.6 in all when shifted
         raise bs.BadInput(f"{path}: the tumour does not lie on what is bright on T2 and FLAIR, but "
-                          "would elsewhere; it is shifted or mirrored against the scans, or "
-                          "another case's")
+                          "would elsewhere; it is shifted or mirrored, or another case's")
     if fit < 0.75:
-        odd.append("the tumour would lie better elsewhere; is it shifted or mirrored against the "
-                   "scans?")
+        odd.append("the tumour would lie better elsewhere; is it shifted or mirrored?")
     return [nifti.Finding("warned", str(path), text) for text in odd]
 
 
@@ -142,8 +135,8 @@ def look_at(case, notes):
     BadInput where it cannot be used."""
     scans, labels, affine = nifti.read_case(case, notes)
     if "seg" in case.files and not labels.any():
-        notes.append(nifti.Finding("warned", str(case.files["seg"]), "has no tumour; trained on as "
-                                   "healthy"))
+        notes.append(nifti.Finding("warned", str(case.files["seg"]),
+                                   "has no tumour; trained on as healthy"))
     step = np.maximum(1, np.rint(3 / nifti.spacing_of(affine))).astype(int)
     # voxels of 3 mm are enough from here
     coarse = (..., *[slice(None, None, int(k)) for k in step])
@@ -154,8 +147,8 @@ def look_at(case, notes):
     for name, scan in zip(bs.MODALITIES, scans):
         shown = 1 - (brain & (scan == slices.air_value(scan))).sum() / brain.sum()
         if shown < 0.95:                        # 0.98 to 1 in 59 real cases, 0.67 in a cut one
-            notes.append(nifti.Finding("warned", str(case.files[name]), f"shows {shown:.0%} of the "
-                                       "brain the other scans show; cut or badly stripped"))
+            text = f"shows {shown:.0%} of the brain the other scans show; cut or badly stripped"
+            notes.append(nifti.Finding("warned", str(case.files[name]), text))
     if labels.any():                            # a few voxels may lie between those looked at
         notes += check_labels(case.files["seg"], scans, labels, brain,
                               step * nifti.spacing_of(affine))
@@ -163,27 +156,16 @@ def look_at(case, notes):
 
 
 def check_case(case):
-    """Read a Case and look at what reading alone does not show -> ([Finding], signature or None
-    where it is rejected). All thresholds were set on 60 real cases and 30 phantoms: see the numbers
-    beside them."""
+    """Read a Case and look at what reading alone does not show -> a dict: findings, [[kind, where,
+    text]]; signature, float tensor, empty where the case is rejected. All thresholds were set on 60
+    real cases and 30 phantoms: see the numbers beside them."""
     notes = []
     try:
-        return notes, look_at(case, notes)
+        head = torch.from_numpy(look_at(case, notes))
     except bs.BadInput as error:
         where, _, text = str(error).partition(": ")
-        return [nifti.Finding("rejected", where, text)], None
-
-
-def recall_check(path, case, say):
-    """check_case of a Case, kept at a path, see slices.remember."""
-    def make():
-        notes, head = check_case(case)
-        return {"notes": [list(note) for note in notes],
-                "head": torch.tensor([]) if head is None else torch.from_numpy(head)}
-
-    kept = slices.remember(path, make, say)
-    notes = [nifti.Finding(*note) for note in kept["notes"]]
-    return notes, kept["head"].numpy() if len(kept["head"]) else None
+        notes, head = [("rejected", where, text)], torch.zeros(0)
+    return {"findings": [list(note) for note in notes], "signature": head}
 
 
 # Correlation of signatures: up to 0.47 between 60 real heads, 0.60 and 0.67 between two pairs of
@@ -203,16 +185,16 @@ def check_cases(cases, memory=None, say=print):
         if memory is None:
             return check_case(case)
         path = Path(memory) / f"{case.case}-check-{slices.fingerprint([case])}"
-        return recall_check(path, case, say)
+        return slices.remember(path, lambda: check_case(case), say)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         results = list(pool.map(check, cases))
-    findings = [note for notes, _ in results for note in notes]
+    findings = [nifti.Finding(*note) for result in results for note in result["findings"]]
     first = {}                                  # signature: the first case that has it
-    for case, (_, head) in zip(cases, results):
-        if head is None:
+    for case, result in zip(cases, results):
+        if not len(result["signature"]):
             continue
-        twin = first.setdefault(head.tobytes(), case)
+        twin = first.setdefault(result["signature"].numpy().tobytes(), case)
         if twin is not case:
             findings.append(nifti.Finding("rejected", str(case.folder), "holds the same scans as "
                                           f"case {twin.case}; keep one of them"))
@@ -285,11 +267,12 @@ def find_data(args):
         if devices.first_process():
             print(text, flush=True)
 
+    once = devices.first_process_first
     if args.data:
-        cases = devices.first_process_first(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
+        cases = once(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
         return cases, slices.split_patients(cases, args.split)
     folder = home / "phantoms" / args.scanner
-    new = devices.first_process_first(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
+    new = once(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
     if new:
         print(f"phantoms: {new} cases made -> {folder}")
     # a folder may hold more than this run asks for

@@ -1,8 +1,4 @@
-"""New label maps from old ones: tumours moved, turned, bent, mirrored, scaled, put into another
-brain.
-"""
-from __future__ import annotations
-
+"""New label maps from old ones: tumours moved, turned, bent, mirrored, scaled."""
 import math
 
 import numpy as np
@@ -10,10 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import metrics, nifti, phantoms
-
-
-DROPPED = {"NCR": 3, "ED": 0, "ET": 1}          # what a label's voxels become when it is dropped
+from kit import nifti, phantoms
 
 
 def volume_ml(labels, affine, name):
@@ -42,14 +35,11 @@ def edit_value(name, text):
     """The value of one entry of an edit, see edit_labels. ValueError for anything else."""
     if name == "mirror" and not text:
         return True
-    if name in ("drop", "add") and text in bs.LABELS:
-        return text
     numbers = [float(number) for number in text.split(",")]
     lengths = {"scale": 1, "rotate": 1, "elastic": 1, "shift": 3}
-    if lengths.get(name) != len(numbers) or not np.isfinite(numbers).all():
+    if lengths.get(name) != len(numbers) or not np.isfinite(numbers).all() \
+            or name == "scale" and numbers[0] <= 0:
         raise ValueError(f"no edit is {name}={text}")
-    if name == "scale" and numbers[0] <= 0:
-        raise ValueError("scale must be above 0")
     return numbers if name == "shift" else numbers[0]
 
 
@@ -58,14 +48,13 @@ def parse_edit(words):
     "mirror"] -> {"scale": 1.2, "shift": [10.0, 0.0, 0.0], "mirror": True}. BadInput for any other
     word."""
     return parse_words("--edit", words, edit_value, "expected scale=1.2, shift=10,0,0 (mm), "
-                       "rotate=15 (degrees), elastic=3 (mm), mirror, drop=NCR, add=ED, each once, "
-                       "or random alone")
+                       "rotate=15 (degrees), elastic=3 (mm), mirror, each once, or random alone")
 
 
 def random_edit(rng):
     """A mild edit, for variety: rng a numpy Generator -> see edit_labels."""
-    return {"scale": round(float(np.exp(rng.normal(0, 0.15))), 3),
-            "rotate": round(float(rng.uniform(-25, 25)), 1),
+    scale, rotate = np.exp(rng.normal(0, 0.15)), rng.uniform(-25, 25)
+    return {"scale": round(float(scale), 3), "rotate": round(float(rotate), 1),
             "shift": rng.normal(0, 6, 3).round(1).tolist(), "mirror": bool(rng.uniform() < 0.5),
             "elastic": 1.5}
 
@@ -75,90 +64,42 @@ def to_mm(voxels, affine):
     return np.asarray(voxels, float) @ affine[:3, :3].T + affine[:3, 3]
 
 
-def centre_of(labels, affine):
-    """Centre of mass of a tumour, labels (X, Y, Z) -> mm (3,)."""
-    return to_mm(np.argwhere(labels > 0), affine).mean(0)
+def edit_labels(labels, affine, brain, edit, rng):
+    """A label map with its tumour changed: uint8 (X, Y, Z), canonical with affine -> the same.
 
+    brain  bool (X, Y, Z); what of the tumour lies outside in the end is cut off
+    edit   any of: scale (factor on lengths), rotate (degrees counter-clockwise, seen from the
+           head), mirror (left for right, about the middle of the box around the brain), shift (mm
+           to the right, front, head), elastic (mm, spread of a smooth random displacement). The
+           tumour turns and grows about its centre of mass.
+    rng    numpy Generator, for elastic
 
-def box_of(mask, affine):
-    """Middle and half the size, mm (3,) each, of the box around a bool mask (X, Y, Z)."""
-    points = to_mm(np.argwhere(mask), affine)
-    return (points.min(0) + points.max(0)) / 2, (points.max(0) - points.min(0)) / 2
-
-
-def move_tumour(labels, affine, brain, home, edit, rng):
-    """The part of edit_labels that moves: every voxel of the result looks up, linearly, where it
-    comes from. Arguments as there -> labels uint8 shaped like `brain`, not yet cut off by it."""
-    centre = centre_of(labels, affine)
-    middle, _ = box_of(brain, home)
+    Every voxel of the result looks up where it comes from: fractions of labels, linear between
+    voxels; a tumour voxel where they sum to more than one half, with the largest label.
+    """
+    if not labels.any():
+        return labels
+    centre = to_mm(np.argwhere(labels > 0), affine).mean(0)
+    outline = to_mm(np.argwhere(brain), affine)
+    middle = (outline.min(0) + outline.max(0)) / 2
     flip = np.array([-1.0 if edit.get("mirror") else 1.0, 1, 1])
-    target = middle + (np.array(edit.get("place", centre)) - middle) * flip
-    target = target + np.array(edit.get("shift", (0, 0, 0)))
-    point = to_mm(np.stack(np.indices(brain.shape), -1), home) - target            # (X, Y, Z, 3)
+    target = middle + (centre - middle) * flip + np.array(edit.get("shift", (0, 0, 0)))
+    point = to_mm(np.stack(np.indices(brain.shape), -1), affine) - target          # (X, Y, Z, 3)
     if edit.get("elastic"):
-        noise = [phantoms.smooth_noise(rng, 40, brain.shape, nifti.spacing_of(home))
-                 for _ in range(3)]
+        spacing = nifti.spacing_of(affine)
+        noise = [phantoms.smooth_noise(rng, 40, brain.shape, spacing) for _ in range(3)]
         point += edit["elastic"] * np.stack(noise, -1)
     angle = math.radians(edit.get("rotate", 0))
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     source = (point @ turn.T) * flip / edit.get("scale", 1.0) + centre
     voxel = (source - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
-    # grid_sample wants z, y, x in -1..1
-    where = (2 * voxel[..., ::-1] + 1) / np.array(labels.shape[::-1]) - 1
+    where = (2 * voxel[..., ::-1] + 1) / np.array(labels.shape[::-1]) - 1   # z, y, x in -1..1
     onehot = F.one_hot(torch.from_numpy(labels.astype(np.int64)), 4).movedim(-1, 0)[1:].float()
     fraction = F.grid_sample(onehot[None], torch.from_numpy(where.astype(np.float32))[None],
-                             align_corners=False)[0]                                # (3, X, Y, Z)
-    moved = torch.where(fraction.sum(0) > 0.5, fraction.argmax(0) + 1, 0)
-    return moved.numpy().astype(np.uint8)
-
-
-def grow(mask, mm, affine):
-    """A bool mask (X, Y, Z) dilated by about so many mm, at least one voxel."""
-    voxels = max(1, round(mm / nifti.spacing_of(affine).mean()))
-    return metrics.dilate(torch.from_numpy(mask), voxels).numpy()
-
-
-def edit_labels(labels, affine, brain, edit, rng, home=None):
-    """A label map with its tumour changed: uint8 (X, Y, Z) -> uint8 shaped like `brain`.
-
-    labels, affine   the tumour and where its voxels lie, canonical
-    brain            bool: the outline the tumour shall lie in; `home`: its affine where it is that
-                     of another brain (pasting)
-    edit             any of: scale (factor on lengths), rotate (degrees counter-clockwise, seen from
-                     the head), shift (mm to the right, front, head), mirror (left for right, about
-                     the middle of the brain), elastic (mm, spread of a smooth random displacement),
-                     place (mm, where the tumour's centre goes before mirror and shift; without it
-                     the centre stays), drop and add (a label)
-    rng              numpy Generator, for elastic
-
-    Dropped NCR turns into ET, dropped ET into NCR, dropped ED into brain. Added: ED as a rim of
-    about 6 mm around the tumour, ET as about the outer 3 mm of the tumour core, NCR as what lies
-    deeper (counted in voxels of mean size). In the end what lies outside the brain is cut off.
-    """
-    home = affine if home is None else home
-    if not labels.any():
-        return np.zeros(brain.shape, np.uint8)
-    out = move_tumour(labels, affine, brain, home, edit, rng)
-    if "drop" in edit:
-        out[out == bs.LABELS.index(edit["drop"]) + 1] = DROPPED[edit["drop"]]
-    core = np.isin(out, (1, 3))
-    if edit.get("add") == "NCR":
-        out[~grow(~core, 3, home)] = 1
-    elif edit.get("add") == "ED":
-        out[grow(out > 0, 6, home) & (out == 0)] = 2
-    elif edit.get("add") == "ET":
-        out[core & grow(~core, 3, home)] = 3
-    return np.where(brain, out, 0).astype(np.uint8)
-
-
-def relative_place(labels, affine, brain, other, other_affine):
-    """Where the centre of a tumour (labels, affine, in the outline `brain`) lies in another
-    outline, mm (3,): the same fraction of the way from the middle of the outline to its edge, along
-    each axis."""
-    middle, half = box_of(brain, affine)
-    other_middle, other_half = box_of(other, other_affine)
-    return other_middle + (centre_of(labels, affine) - middle) / half * other_half
+                             align_corners=False)[0]                        # (3, X, Y, Z)
+    moved = torch.where(fraction.sum(0) > 0.5, fraction.argmax(0) + 1, 0).numpy()
+    return np.where(brain, moved, 0).astype(np.uint8)
 
 
 def balanced_target(number, count, low, high):

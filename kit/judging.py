@@ -6,8 +6,6 @@ SOURCES
     [SWD]     sliced Wasserstein distance of patches: Karras et al. 2017, arXiv 1710.10196
               Progressive Growing of GANs for Improved Quality, Stability, and Variation
 """
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

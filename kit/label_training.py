@@ -8,8 +8,6 @@ case_names(step)         the cases that the batch of this step came from
 picture(denoiser, step)  sample_STEP.png: what has been learned so far
 report(denoiser, run)    samples.png and the figures at the end; run has .step and .seconds
 """
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

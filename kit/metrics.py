@@ -7,8 +7,6 @@ SOURCES
     [LESION]  lesion-wise Dice: Saluja et al. 2023, github.com/rachitsaluja/BraTS-2023-Metrics
               BraTS 2023 Metrics
 """
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

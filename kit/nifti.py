@@ -1,8 +1,6 @@
 """Folders of BraTS cases: NIfTI files read and written, label conventions. Whatever is wrong with
 a file is a BadInput.
 """
-from __future__ import annotations
-
 import gzip
 import io
 import math
@@ -28,6 +26,7 @@ FILE_NAME = re.compile(r"^(?P<case>.+?)[-_]"
 # How a person's name gets into a header: DICOM writes DOE^JOHN.
 PERSON = re.compile(rb"[A-Za-z]{2,}\^[A-Za-z]|patient|birth", re.IGNORECASE)
 KINDS = ("rejected", "warned", "normalised")
+DICOM = 2                               # code of a header extension
 LINK = "is a link that leads out of the folder; copy the files, or name the folder they lie in"
 
 
@@ -63,15 +62,14 @@ def expected_bytes(raw):
     dtype = header.get_data_dtype()
     offset = float(header["vox_offset"])
     size = int(offset) + math.prod(shape) * dtype.itemsize
-    codes = [int(header["sform_code"]), int(header["qform_code"])]
+    codes = {int(header["sform_code"]), int(header["qform_code"])}
     sound = (header["magic"].item()[:3] in (b"n+1", b"n+2")         # one file, not a pair
-             and set(codes) <= set(range(6))
+             and codes <= set(range(6))
              and int(header["bitpix"]) == 8 * dtype.itemsize
              and 1 <= len(shape) <= 7 and min(shape) >= 1
              and 348 <= int(offset) == offset <= size <= MAX_BYTES)
     if not sound:
-        raise ValueError(f"its header claims {size} bytes: shape {shape} of {dtype} from byte "
-                         f"{offset:g} on, sform and qform codes {codes}")
+        raise ValueError(f"its header claims {size} bytes for {dtype} voxels in shape {shape}")
     return size
 
 
@@ -96,8 +94,7 @@ def unpack(path):
     size = expected_bytes(content)
     content += stream.read(max(0, size + 1 - len(content)))
     if len(content) != size:
-        held = "more" if len(content) > size else len(content)
-        raise ValueError(f"it holds {held} bytes where its header says {size}")
+        raise ValueError(f"it does not hold the {size} bytes that its header claims")
     return content, packed
 
 
@@ -110,8 +107,8 @@ def fault_of_volume(volume, affine, header):
     if not np.isfinite(affine).all() or not 0.05 < spacing.min() <= spacing.max() < 50:
         return f"voxels of {spacing.round(3).tolist()} mm; its header is damaged, export it again"
     if volume.ndim != 3 or volume.dtype.kind not in "biuf":
-        return (f"holds {volume.dtype} voxels in shape {volume.shape}, not one 3-D volume of plain "
-                "numbers; split it into one file per modality")
+        return (f"holds {volume.dtype} voxels in shape {volume.shape}; give plain numbers, in one "
+                "file per modality")
     if min(volume.shape) < 2:
         return f"is one slice (shape {volume.shape}); give the whole volume"
     if volume.dtype.kind == "f" and not np.isfinite(volume).all():
@@ -127,21 +124,20 @@ def oddities(path, image, header, packed):
                 if name in header.keys()]
     extensions = image.header.extensions
     comments += [bytes(str(extension.get_content()), "utf8") for extension in extensions]
+    codes = [extension.get_code() for extension in extensions]
     facts = [
-        (image.ndim > 3, "one volume in more than three axes: the last one is dropped"),
-        (not packed and str(path).endswith(".gz"), "named .gz, but not packed: read as it is"),
-        (header.endianness != nib.volumeutils.native_code,
-         "bytes stored the other way round: turned"),
-        (header.get_slope_inter() not in ((None, None), (1.0, 0.0)),
+        ("normalised", image.ndim > 3, "one volume in more than three axes: the last is dropped"),
+        ("normalised", not packed and str(path).endswith(".gz"), "named .gz, but not packed: read "
+         "as it is"),
+        ("normalised", header.endianness != nib.volumeutils.native_code, "bytes stored the other "
+         "way round: turned"),
+        ("normalised", header.get_slope_inter() not in ((None, None), (1.0, 0.0)),
          "its header scales the voxels (scl_slope, scl_inter): applied"),
-        (axes != "RAS", f"axes stored as {axes}: turned to RAS")]
-    found = [Finding("normalised", str(path), text) for holds, text in facts if holds]
-    dicom = any(extension.get_code() == 2 for extension in extensions)
-    if dicom or PERSON.search(b" ".join(comments)):
-        found.append(Finding("warned", str(path), "its header seems to name a person, or holds "
-                             "DICOM fields; it never travels into synthetic files, but clean it "
-                             "before you pass this one on"))
-    return found
+        ("normalised", axes != "RAS", f"axes stored as {axes}: turned to RAS"),
+        ("warned", PERSON.search(b" ".join(comments)) or DICOM in codes, "its header seems to name "
+         "a person, or holds DICOM fields; clean it before you pass it on (it never travels into "
+         "synthetic files)")]
+    return [Finding(kind, str(path), text) for kind, holds, text in facts if holds]
 
 
 def read_nifti(path, notes=None):
@@ -226,15 +222,13 @@ def fault_of_case(case, found, folder, labelled):
     if links:
         return links[0], LINK
     if not CASE_NAME.fullmatch(case):
-        return first, (f"case {case!r} is no name to use; letters, digits, dot, _ and - only, 64 "
-                       "at most")
+        return first, f"case {case!r}: use letters, digits, dot, _ and - only, 64 at most"
     if first != last:
         return last, f"case {case} is also in {first}; keep one of them"
     if twice:
         return twice[0], f"this file of case {case} is there twice; keep one of them"
     if missing:
-        return first, (f"case {case} has no {' and no '.join(missing)}; add the files or move the "
-                       "case away")
+        return first, f"case {case} has no {' and no '.join(missing)}; add files or move it away"
     return None
 
 
@@ -283,8 +277,8 @@ def standard_labels(labels, modern, path="labels"):
     if not values <= set(range(5)):
         raise bs.BadInput(f"{path}: label values from {min(values)} to {max(values)}; {expected}")
     if 4 in values and (modern or 3 in values):
-        raise bs.BadInput(f"{path}: label 4 is a resection cavity in this convention, which the "
-                          "model does not know; move the case away or relabel it")
+        raise bs.BadInput(f"{path}: label 4 is a resection cavity here, which no model knows; "
+                          "relabel it, or move the case away")
     return np.where(rounded == 4, 3, rounded).astype(np.uint8)
 
 
@@ -314,8 +308,7 @@ def fault_of_scan(scan, affine, shape, case_affine):
         return f"voxels from {low:.3g} to {high:.3g}; the scale in its header is damaged"
     signed = scan.dtype.kind == "i" and scan.dtype.itemsize > 1
     if signed and min(-low, high) > 0.9 * np.iinfo(scan.dtype).max:
-        return (f"voxels from {low:.0f} to {high:.0f} have run over the end of {scan.dtype}; "
-                "export it as float or unsigned")
+        return f"voxels from {low:.0f} to {high:.0f} run over {scan.dtype}; export it as float"
     return None
 
 
@@ -342,8 +335,7 @@ def read_case(case, notes=None):
         for other in range(c):                  # any() stops at the first slice that differs
             if not any((a != b).any() for a, b in zip(scans[c].T, scans[other].T)):
                 same = case.files[bs.MODALITIES[other]].name
-                raise bs.BadInput(f"{path}: is the same scan as {same}; put the right one in its "
-                                  "place")
+                raise bs.BadInput(f"{path}: is the same scan as {same}; put the right one there")
     return scans, labels, affine
 
 

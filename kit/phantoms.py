@@ -3,8 +3,6 @@ as real scans.
 
 They model anatomy and no person: free to make, safe to publish, truth known.
 """
-from __future__ import annotations
-
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +51,7 @@ def smooth_noise(rng, wavelength, shape, spacing=None):
 
     White noise filtered by k^2 exp(1 - k^2), k = wavelength * frequency: a band around k = 1.
     """
-    spacing = spacing or voxel_mm(shape)
+    spacing = voxel_mm(shape) if spacing is None else spacing
     freq = np.meshgrid(*[np.fft.fftfreq(n, s) for n, s in zip(shape[:2], spacing)],
                        np.fft.rfftfreq(shape[2], spacing[2]), indexing="ij", sparse=True)
     k2 = (wavelength ** 2 * sum(f * f for f in freq)).astype(np.float32)

@@ -2,8 +2,6 @@
 edited; a label generator; scans without labels, which a segmenter labels. Each source gives
 Recipes.
 """
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +23,7 @@ class Recipe:
 
     key      (seed, number of the case), from which all random numbers follow
     facts    what its sidecar says of the label map
-    case     the Case that gives scans, for brain and tissue, and unless there is a donor the tumour
-    donor    the Case that gives the tumour, which is put into the brain of `case`
+    case     the Case that gives scans, brain and tumour
     edit     how the tumour is changed, see edits.edit_labels
     target   (label or region, mL): the tumour is scaled until this volume is right
     model    the LabelGenerator that makes the label map, in place of a case
@@ -36,7 +33,6 @@ class Recipe:
     key: tuple
     facts: dict
     case: nifti.Case | None = None
-    donor: nifti.Case | None = None
     edit: dict = field(default_factory=dict)
     target: tuple = ()
     model: requests.LabelGenerator | None = None
@@ -48,9 +44,8 @@ class Recipe:
         without scans (images None) where the label map is generated."""
         self.applied = self.edit
         if self.case:
-            changed = self.edit or self.target or self.donor
-            return slices.prepare_case(self.case, resolution, fov, condition,
-                                       self.relabel if changed else None)
+            relabel = self.relabel if self.edit or self.target else None
+            return slices.prepare_case(self.case, resolution, fov, condition, relabel)
         classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
                                          {**bs.SAMPLING, "guidance": LABEL_GUIDANCE})
         return requests.prepare_labels(classes, self.model.condition, self.model.step, resolution,
@@ -59,25 +54,17 @@ class Recipe:
     def relabel(self, labels, brain, affine):
         """Labels, outline and affine of `case` -> labels of the synthetic case, on that grid."""
         seed = [*self.key, 3]
-        if self.target:
-            labels, self.applied = edits.edit_to_volume(labels, affine, brain, *self.target,
-                                                        self.edit, seed)
-            return labels
-        home = affine
-        if self.donor:
-            scans, labels, affine = nifti.read_case(self.donor)
-            outline = slices.brain_mask(scans, self.donor.folder)
-            place = edits.relative_place(labels, affine, outline, brain, home)
-            self.applied = {**self.edit, "place": place.round(2).tolist()}
-        return edits.edit_labels(labels, affine, brain, self.applied, np.random.default_rng(seed),
-                                 home)
+        if not self.target:
+            return edits.edit_labels(labels, affine, brain, self.edit, np.random.default_rng(seed))
+        labels, self.applied = edits.edit_to_volume(labels, affine, brain, *self.target, self.edit,
+                                                    seed)
+        return labels
 
     def hashes(self):
-        """What a sidecar says of the files that tumour and outline come from; {} without files."""
+        """What a sidecar says of the files of `case`; empty where the label map is generated."""
         if not self.case:
             return {}
-        return {"LabelMapSHA256": slices.hashes_of(self.donor or self.case)[0],
-                "BrainSHA256": slices.hashes_of(self.case)[1]}
+        return dict(zip(("LabelMapSHA256", "BrainSHA256"), slices.hashes_of(self.case)))
 
 
 def cases_of_part(args, folder):
@@ -92,51 +79,36 @@ def cases_of_part(args, folder):
     return cases
 
 
-def fresh_phantom(folder, number, scanner):
-    """The Case of a phantom that no training run has seen, written below `folder`."""
-    return nifti.find_cases(phantoms.write_phantom(folder, FRESH + number, scanner))[0]
-
-
-def measured(cases, name):
-    """[(Case, mL of the label or region `name`)] of those cases that show it. BadInput if none."""
-    volumes = [(case, edits.volume_ml(*nifti.read_labels(case), name)) for case in cases]
-    volumes = [(case, ml) for case, ml in volumes if ml > 0]
-    if not volumes:
-        raise bs.BadInput(f"no label map shows {name}, which --paste or --balance asks for; use "
-                          "other cases")
-    return volumes
-
-
 def edited_cases(args, scanner, scratch):
     """Recipes from the cases of --labels, or from fresh phantoms of this scanner, which are written
-    into the folder `scratch`; edited, pasted or balanced as asked."""
+    into the folder `scratch`; edited and balanced as asked. BadInput if no case shows what
+    --balance asks for."""
+    def fresh(number):
+        return nifti.find_cases(phantoms.write_phantom(scratch, FRESH + number, scanner))[0]
+
     cases = cases_of_part(args, args.labels) if args.labels else []
-    order = np.random.default_rng(args.seed).permutation(len(cases))
-    donors = measured(cases_of_part(args, args.paste), "WT") if args.paste else []
     if args.balance:
-        volumes = measured(cases or [fresh_phantom(scratch, number, scanner)
-                                     for number in range(args.count)], args.balance)
-        cases, volumes = zip(*volumes)
+        cases = cases or [fresh(number) for number in range(args.count)]
+        volumes = [edits.volume_ml(*nifti.read_labels(case), args.balance) for case in cases]
+        cases = [case for case, ml in zip(cases, volumes) if ml > 0]
+        volumes = [ml for ml in volumes if ml > 0]
+        if not cases:
+            raise bs.BadInput(f"no label map shows {args.balance} (--balance); use other cases")
         low, high = args.range or (min(volumes), max(volumes))
+    order = np.random.default_rng(args.seed).permutation(len(cases))
     for number in range(args.count):
+        case = cases[order[number % len(cases)]] if args.labels else fresh(number)
         recipe = Recipe((args.seed, number), {"LabelMaps": "cases" if args.labels else "phantoms"},
-                        edit=args.edit)
+                        case, args.edit)
         if args.edit == ["random"]:
             recipe.edit = edits.random_edit(np.random.default_rng([*recipe.key, 1]))
         if args.balance:
             ml = round(edits.balanced_target(number, args.count, low, high), 2)
-            recipe.target = args.balance, ml
             rng = np.random.default_rng([*recipe.key, 2])
             recipe.case = cases[edits.pick_for_volume(volumes, ml, rng)]
-        elif args.labels:
-            recipe.case = cases[order[number % len(cases)]]
-        else:
-            recipe.case = fresh_phantom(scratch, number, scanner)
-        if args.paste:
-            others = [case for case, _ in donors if case.case != recipe.case.case]
-            recipe.donor = others[number % len(others)] if others else donors[0][0]
-        recipe.facts |= {"Edits": recipe.edit, "Pasted": bool(args.paste),
-                         "RequestedML": {args.balance: recipe.target[1]} if args.balance else {}}
+            recipe.target = args.balance, ml
+        asked = {args.balance: recipe.target[1]} if args.balance else {}
+        recipe.facts |= {"Edits": recipe.edit, "RequestedML": asked}
         yield recipe
 
 
@@ -153,7 +125,7 @@ def requested_labels(args, device, state):
         request = requests.requested(args.request, number, args.count, args.seed)
         asked = {name: round(value, 2) for name, value in zip(requests.ASKED, request.tolist())
                  if not math.isnan(value)}
-        facts = {"LabelMaps": "generated", "Edits": {}, "Pasted": False, "Requested": asked,
+        facts = {"LabelMaps": "generated", "Edits": {}, "Requested": asked,
                  "RequestedML": {name: asked[name] for name in names if name in asked},
                  "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.patients,
                  "LabelCheckpointSHA256": model.digest}

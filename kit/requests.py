@@ -12,8 +12,6 @@ blocks. The blocks decide where the tumour lies and how large it is; the voxels 
 
 A request is a float tensor (len(ASKED),), NaN where an entry is left open.
 """
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
@@ -313,7 +311,8 @@ def parse_request(text):
             low, high = float(low), float(high if dots else low)
         except ValueError:
             name = None
-        if name is None or not low <= high < math.inf or low < 0 and name not in ("x", "y", "z"):
+        least = -1e6 if name in ("x", "y", "z") else 0
+        if name is None or not least <= low <= high <= 1e6:
             raise bs.BadInput(f"--request {word}: cannot be asked for; write {', '.join(known)} "
                               "with a number or a range, like et=12,ed=20..60")
         request[name] = (low, high)

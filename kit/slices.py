@@ -1,8 +1,6 @@
 """From a case on disk to slices on the model's grid: brain mask, tissue, resampling, the split, the
 cache.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -314,30 +312,20 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
         mean = np.where(classes > 0, grid.shrink(scan * inside) / area, 0)
         images[:, c] = np.rint(mean).clip(0, 255)
     cut = 1 - area.sum() * np.prod(grid.step) / inside.sum()
-    position = brain_position(classes, f"{case.folder}: no brain is found in the field of view; "
-                              "check the scans")
+    position = brain_position(classes, f"{case.folder}: no brain in the field of view; check scans")
     return {"images": images, "classes": classes, "position": position, "labels": labels,
             "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
 
 
-def read_split(path, cases):
-    """A split file as {case or patient name: part}; see split_patients. BadInput where it is none,
-    has a name in two parts, or a name that is not among the cases."""
-    parts = {}
+def read_split(path):
+    """A split file, JSON {"train": [case or patient names], "val": [...], "test": [...]}:
+    {part: set of names}. BadInput where it is something else."""
     try:
-        wanted = json.loads(Path(path).read_text())
-        for part in PARTS:
-            for name in wanted.get(part, []):
-                if parts.setdefault(name, part) != part:
-                    raise bs.BadInput(f"{path}: names {name} in two parts; keep it in one")
+        names = json.loads(Path(path).read_text())
+        return {part: set(names.get(part, [])) for part in PARTS}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise bs.BadInput(f"{path}: cannot be used as a split ({error}); expected JSON like "
                           '{"train": ["CASE"], "val": [], "test": []}') from error
-    unknown = set(parts) - {case.case for case in cases} - {case.patient for case in cases}
-    if unknown:
-        raise bs.BadInput(f"{path}: names {min(unknown)}, which is not in the data; correct the "
-                          "name")
-    return parts
 
 
 def split_patients(cases, split_file=None):
@@ -345,29 +333,27 @@ def split_patients(cases, split_file=None):
 
     By patient, never by slice. Of the sorted patients every fifth (0, 5, 10, ...) is for test and
     number 2 of every ten for validation, whatever the seed, so that a generator and a segmenter
-    trained apart still hold out the same people. split_file: JSON {"train": [...], "val": [...],
-    "test": [...]} of case or patient names overrides; cases it does not name are left out.
-    BadInput where the file is wrong, a patient is in two parts, or nothing is left for training.
+    trained apart still hold out the same people. split_file overrides, see read_split; cases it
+    does not name are left out. BadInput where it has a name that is not in the data, a patient is
+    in two parts, or nothing is left for training.
     """
-    if split_file is None:
-        patients = sorted({case.patient for case in cases})
-        part_of = {patient: "test" if i % 5 == 0 else "val" if i % 10 == 2 else "train"
-                   for i, patient in enumerate(patients)}
-    else:
-        part_of = read_split(split_file, cases)
-    split = {part: [] for part in PARTS}
-    seen = {}
-    for case in cases:
-        part = part_of.get(case.case, part_of.get(case.patient))
-        if part is None:
-            continue
-        split[part].append(case)
-        if seen.setdefault(case.patient, part) != part:
-            raise bs.BadInput(f"patient {case.patient} is in {seen[case.patient]} and in {part}; "
-                              "keep all time points of a patient on one side of the split")
+    patients = sorted({case.patient for case in cases})
+    names = {"val": set(patients[2::10]), "test": set(patients[::5])}
+    names["train"] = set(patients) - names["val"] - names["test"]
+    if split_file is not None:
+        names = read_split(split_file)
+    unknown = set().union(*names.values()) - set(patients) - {case.case for case in cases}
+    if unknown:
+        raise bs.BadInput(f"{split_file}: {min(unknown)} is not in the data; correct the name")
+    split, part_of = {}, {}
+    for part in PARTS:
+        split[part] = [case for case in cases if names[part] & {case.case, case.patient}]
+        for case in split[part]:
+            if part_of.setdefault(case.patient, part) != part:
+                raise bs.BadInput(f"patient {case.patient} is in {part_of[case.patient]} and in "
+                                  f"{part}; keep all time points of a patient in one part")
     if not split["train"]:
-        raise bs.BadInput(f"{len(cases)} cases leave none for training; add cases or give a split "
-                          "file")
+        raise bs.BadInput(f"of {len(cases)} cases none is for training; add cases, or use --split")
     return split
 
 
@@ -488,15 +474,16 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     part_of = {case.case: part for part in split for case in split[part]}
     cases = [case for case in cases if case.case in part_of]
     settings = resolution, fov, condition
-    paths = [Path(folder) / f"{case.case}-{condition}-{fingerprint([case], *settings)}"
-             for case in cases]
-    new = sum(not path.exists() for path in paths)
+    new = []
 
-    def load(case, path):
+    def load(case):
+        path = Path(folder) / f"{case.case}-{condition}-{fingerprint([case], *settings)}"
+        if not path.exists():
+            new.append(case)
         return remember(path, lambda: cached_case(case, *settings), say)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        blocks = list(pool.map(load, cases, paths))
+        blocks = list(pool.map(load, cases))
     entries, first = [], 0
     for case, block in zip(cases, blocks):
         count = len(block["rows"])
@@ -504,14 +491,12 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
                         "first": first, "count": count, **block["facts"]})
         first += count
     if not first:
-        raise bs.BadInput(f"no slice shows enough brain in a field of view of {fov} mm; use a "
-                          "smaller --fov")
+        raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
     wide = [entry["case"] for entry in entries if entry["cut"] > 0.002]
-    if new and wide:
-        say(f"note: {len(wide)} cases, such as {wide[0]}, are wider than the field of view of "
-            f"{fov} mm and lose their edge; a larger --fov keeps it")
     if new:
-        say(f"cache: {len(cases)} cases, {new} of them new, {first} slices -> {folder}")
+        say(f"cache: {len(cases)} cases, {len(new)} of them new, {first} slices -> {folder}")
+    if new and wide:
+        say(f"note: {len(wide)} cases, such as {wide[0]}, are wider than --fov {fov}: cut off")
     return Cache(blocks, entries, {"condition": condition, "classes": bs.CONDITIONS[condition],
                                    "modalities": bs.MODALITIES, "resolution": resolution,
                                    "fov": fov})

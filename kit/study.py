@@ -1,8 +1,6 @@
 """Is synthetic data worth anything? The same segmenter is trained on different sets and tested on
 the same patients.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import math

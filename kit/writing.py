@@ -1,7 +1,5 @@
 """Synthetic cases as BraTS-2023 folders that say what they are: sidecars, dataset.json, datasheet.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -339,7 +339,7 @@ def test_xla_samples_with_two_graphs_at_most(plain):
     folder, counts = plain[0], {}
     for steps, guidance in ((3, 1), (6, 1), (6, 2)):
         words = ["sample", "--checkpoint", "runs/plain", "--labels", "runs/phantoms/A", "--count",
-                 "2", "--steps", steps, "--guidance", guidance, "--interval", "0", "1"]
+                 "2", "--steps", steps, "--guidance", guidance]
         text = run(folder, *words, "--out", f"xla_{steps}_{guidance}", xla_cores=2)
         counts[steps, guidance] = int(re.search(r"XLA compiled (\d+) graphs .* instead: nothing",
                                                 text)[1])

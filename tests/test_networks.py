@@ -162,8 +162,8 @@ def test_a_residual_block_by_hand(c_out):
         return h * h.sigmoid()
 
     h = conv(silu(plain_norm(x, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
-    both = emb @ block.to_scale_shift.weight.T + block.to_scale_shift.bias
-    scale, shift = both.view(2, 2, c_out, 1, 1).unbind(1)
+    scale_and_shift = emb @ block.to_scale_shift.weight.T + block.to_scale_shift.bias
+    scale, shift = scale_and_shift.view(2, 2, c_out, 1, 1).unbind(1)
     h = plain_norm(h, block.norm2) * (1 + scale) + shift
     h = conv(silu(h), block.conv2.weight, block.conv2.bias, padding=1)
     assert torch.allclose(block(x, emb), h + block.skip(x), atol=1e-3), (

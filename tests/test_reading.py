@@ -161,7 +161,7 @@ def test_a_landmark_keeps_its_place_in_mm(resolution):
 
 
 def test_growing_back_undoes_shrinking_where_images_are_smooth():
-    """--native: a smooth volume survives the way to the model's grid and back."""
+    """A smooth volume survives the way to the model's grid and back."""
     x, y, z = np.meshgrid(*map(np.arange, (96, 96, 5)), indexing="ij")
     brain = (x - 48) ** 2 + (y - 48) ** 2 < 40 ** 2
     grid = slices.Grid.over(brain, np.diag([2.0, 2.0, 2.4, 1.0]), 64, 192.0)

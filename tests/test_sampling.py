@@ -106,7 +106,7 @@ def finite_levels(n):
     return torch.sigmoid(torch.linspace(-3, 3, n + 1, dtype=torch.float64))
 
 
-@pytest.mark.a3("dpmpp_step")
+@pytest.mark.a3("dpmpp_step", "sample")
 def test_dpmpp_is_second_order_where_log_snr_is_finite():
     """Its error falls by four when steps double, on even steps of log-snr from -3 to 3."""
     x = torch.linspace(-2, 2, 101, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_dpmpp_is_second_order_where_log_snr_is_finite():
     orders = [math.log2(ratio) for ratio in ratios(errors)]
     assert all(1.7 < order < 2.3 for order in orders), (
         f"the error falls with the power {orders} of the number of steps; it should be 2: look at "
-        "r, and at the signs of 1/(2r)")
+        "r, the signs of 1/(2r), and whether x0_earlier is the x0_hat of the step before")
 
 
 @pytest.mark.a3("dpmpp_step")
@@ -359,8 +359,8 @@ def test_volume_noise_is_standard_and_correlated_as_promised(coherence):
         seen = torch.stack(products).mean().item()
         expected = math.exp(-((2.0 * apart) ** 2) / (2 * coherence ** 2)) if coherence else 0.0
         assert abs(seen - expected) < 0.03, (
-            f"slices {2 * apart} mm apart correlate {seen:.3f}, and should {expected:.3f}: is dz in "
-            "mm, and coherence 0 no coherence?")
+            f"slices {2 * apart} mm apart correlate {seen:.3f}, and should {expected:.3f}: is dz "
+            "in mm, and coherence 0 no coherence?")
 
 
 def test_generators_depend_on_their_key_alone():

@@ -288,7 +288,6 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
     desk.main(["--publish", "out/ddpm", "out/weights.npz"])
     common = ["--checkpoint", "out/ddpm", "--steps", "1", "--count", "1"]
     sample.main([*common, "--labels", "in", "--edit", "random", "--out", "out/model"])
-    sample.main([*common, "--labels", "in", "--paste", "in", "--native", "--out", "out/native"])
     sample.main([*common, "--scan", "in/DOE_JOHN_1", "--segmenter", str(work[0] / "runs/seg"),
                  "--out", "out/loop"])
     found = {"in": [], "out": []}
@@ -421,8 +420,7 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
     agree."""
     folder, _ = made
     text = run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--balance",
-               "ET", "--range", "4", "20", "--count", "4", "--steps", "2", "--native", "--out",
-               "balanced")
+               "ET", "--range", "4", "20", "--count", "4", "--steps", "2", "--out", "balanced")
     sidecars = facts_of(folder / "balanced")
     asked, measured = [[facts[name]["ET"] for facts in sidecars]
                        for name in ("RequestedML", "VolumesML")]
@@ -430,25 +428,6 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
     assert np.abs(np.subtract(asked, measured)).max() < 1.5, measured
     assert all(set(facts["EditsApplied"]) == {"scale"} for facts in sidecars)
     assert re.search(r"ET: asked 6.0 to 18.0 mL, mean error 0\.\d\d mL", text)
-
-
-def test_a_tumour_is_pasted_into_another_brain(made):
-    """Outline from one case, tumour from another; both are named by hash."""
-    folder, _ = made
-    run(folder, "sample.py", "--labels", "runs/phantoms/A", "--part", "train", "--paste",
-        "runs/phantoms/A", "--edit", "scale=0.9", "drop=NCR", "--count", "2", "--steps", "2",
-        "--native", "--out", "pasted")
-    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    # outline -> label map; --part holds for tumours and brains
-    maps = {}
-    for case in split["train"]:
-        of_labels, of_brain = slices.hashes_of(case)
-        maps[of_brain] = of_labels
-    for case, facts in zip(nifti.find_cases(folder / "pasted"), facts_of(folder / "pasted")):
-        scans, labels, _ = nifti.read_case(case)
-        assert facts["Pasted"] and facts["LabelMapSHA256"] in maps.values()
-        assert facts["LabelMapSHA256"] != maps[facts["BrainSHA256"]]
-        assert labels.any() and not (labels == 1).any() and (scans[0][labels > 0] > 0).all()
 
 
 @pytest.mark.slow
@@ -538,8 +517,6 @@ def test_generators_saw_all_is_said(made):
                                                        "--edit scale=big"),
                                                       ("sample.py", ["--part", "train"],
                                                        "--part needs --labels"),
-                                                      ("sample.py", ["--eta", "0.5"],
-                                                       "add --sampler ddim"),
                                                       ("sample.py", ["--judge", "nowhere"],
                                                        "nowhere: no such folder"),
                                                       ("sample.py", ["--audit", "nowhere"],

@@ -228,9 +228,9 @@ def test_norms_and_dice_of_a_shared_batch(tmp_path):
 
 
 @pytest.mark.parametrize("script, arguments, words", [
-    ("train_ddpm", ["--batch", "3"], "--batch 3: does not divide evenly over 2"),
-    ("train_seg", ["--study"], "runs in one process"),
-    ("sample", [], "runs in one process"),
+    ("train_ddpm", ["--batch", "3"], "--batch 3 must be a multiple of 2"),
+    ("train_seg", ["--study"], "with python, not torchrun"),
+    ("sample", [], "with python, not torchrun"),
 ])
 def test_what_cannot_be_shared_is_said(tmp_path, script, arguments, words):
     """One sentence under torchrun, nothing written."""

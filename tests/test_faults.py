@@ -166,7 +166,7 @@ runs.save_checkpoint(sys.argv[1], {**state, "step": 999})
 def test_a_run_resumes_at_every_boundary(straight, here, monkeypatch):
     """Stopped after each of the first six steps in turn, always gone on: the bits of the
     undisturbed run."""
-    monkeypatch.setattr(train_ddpm, "finish_report", lambda *_: None)
+    monkeypatch.setattr(train_ddpm.Images, "report", lambda *_: None)
     real = devices.step_if_finite
 
     def stop_after(*inputs):
@@ -290,8 +290,8 @@ def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, cap
     monkeypatch.setattr(runs, "SAVE_EVERY", 0)
     with pytest.raises(OSError, match="No space"):
         train_ddpm.main(SHORT)
-    assert ("note: the checkpoint could not be written (No space left on device); training goes "
-            "on") in capsys.readouterr().out
+    assert ("note: the checkpoint could not be written ([Errno 28] No space left on device); "
+            "training goes on") in capsys.readouterr().out
     assert runs.load_checkpoint("runs/ddpm")["step"] == 1 and not list(Path("runs/ddpm").glob(".*"))
     full.clear()
     train_ddpm.main(SHORT)
@@ -415,7 +415,7 @@ def test_a_step_that_is_not_finite_changes_nothing(what):
 def test_a_batch_that_is_not_finite_is_named(here, monkeypatch, capsys):
     """NaN in the pictures of one batch: the step and its cases are named, the network is not
     touched, and the log has no NaN."""
-    monkeypatch.setattr(train_ddpm, "finish_report", lambda *_: None)
+    monkeypatch.setattr(train_ddpm.Images, "report", lambda *_: None)
     real, calls = slices.Cache.batch, []
 
     def batch(cache, rows, mirror=None):
@@ -454,7 +454,7 @@ def test_a_run_that_stays_bad_ends_with_advice(here, monkeypatch, script):
 def test_the_same_command_continues_after_bad_steps(straight, here, monkeypatch, capsys):
     """Steps 10 to 12 fail once (a hardware hiccup): the run ends; begun again it goes on from the
     last checkpoint, and ends with the bits of the undisturbed run."""
-    monkeypatch.setattr(train_ddpm, "finish_report", lambda *_: None)
+    monkeypatch.setattr(train_ddpm.Images, "report", lambda *_: None)
     monkeypatch.setattr(runs, "SAVE_EVERY", 0)
     monkeypatch.setattr(devices, "step_if_finite", Spoiled({10, 11, 12}))
     with pytest.raises(bs.BadInput, match="three steps in a row"):

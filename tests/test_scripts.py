@@ -110,7 +110,7 @@ def test_another_run_is_never_mixed_in(trained):
     before = (folder / "runs/ddpm/checkpoint.pt").read_bytes()
     text = run(folder, "train_ddpm.py", *SHORT, "--steps", "12", "--width", "32", status=2)
     last = text.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "width 16" in last and "width 32" in last
+    assert last.startswith("error: ") and "width 16 where you ask for 32" in last
     assert (folder / "runs/ddpm/checkpoint.pt").read_bytes() == before and "Traceback" not in text
 
 

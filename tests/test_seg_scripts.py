@@ -151,7 +151,7 @@ def test_synthetic_cases_join_the_training(made):
     text = run(folder, "train_seg.py", *SEG, "--steps", "2", "--synthetic", "synthetic", "--out",
                "runs/seg_mix")
     assert "synthetic: 4 cases, 50% of every batch" in text
-    assert len(re.search(r"training slices (.*)", text)[1].split(", ")) == 2
+    assert len(re.search(r"training slices (.*)", text)[1].split(" + ")) == 2
 
 
 def test_batches_hold_the_stated_share(cache):

@@ -100,24 +100,8 @@ def test_other_weights_are_refused(tmp_path, spoil):
     else:
         state["layer9.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(bs.BadInput, match="no weights of a ResNet-18"):
+    with pytest.raises(bs.BadInput, match="no weights of a ResNet-18 .*resnet18-f37072fd.pth"):
         runs.load_encoder(bs.ResUNet(18).encoder, 18, tmp_path / "w.pth")
-
-
-def test_offline_is_one_clear_sentence(tmp_path, monkeypatch):
-    """Without a network --weights imagenet says which file to fetch, and checks the hash when there
-    is one."""
-    asked = {}
-
-    def unreachable(url, **how):
-        asked.update(how, url=url)
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    with pytest.raises(bs.BadInput, match="resnet34-b627a593.pth cannot be had .*give its path"):
-        runs.load_encoder(bs.ResNet(34, 4), 34, "imagenet")
-    assert asked["check_hash"] and asked["weights_only"] and asked["url"].startswith(
-        "https://download.pytorch.org/")
 
 
 @pytest.mark.parametrize("depth, size", [(18, (64, 64)), (34, (37, 50)), (50, (240, 240))])

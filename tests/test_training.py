@@ -209,7 +209,7 @@ def test_a_run_with_a_dropped_flag_is_not_continued_in_silence(begin, flag, valu
     assert begin().saved_step == 0
     setattr(former.args, flag, value)
     former.save()
-    with pytest.raises(bs.BadInput, match=f"holds a run with {flag} {value}, .*another --out"):
+    with pytest.raises(bs.BadInput, match=f"a run with {flag} {value} where .*another --out"):
         begin()
 
 

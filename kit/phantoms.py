@@ -5,7 +5,6 @@ They model anatomy and no person: free to make, safe to publish, truth known.
 """
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
@@ -109,12 +108,10 @@ def phantom_anatomy(rng, point):
     which voxels are ventricle or midline fissure, where no tumour grows; and the fraction of
     ventricles.
     """
-    def noise(wavelength):
-        return smooth_noise(rng, wavelength, point[0].shape)
-
+    shape = point[0].shape
     size = rng.uniform(0.93, 1.02, 3)                       # heads differ in size ...
     wide = 0.8 + 0.7 * rng.uniform()                        # ... and, with age, in CSF spaces
-    x, y, z = [(q + 2.5 * noise(70) + 0.5 * noise(30)) / s
+    x, y, z = [(q + 2.5 * smooth_noise(rng, 70, shape) + 0.5 * smooth_noise(rng, 30, shape)) / s
                for q, s in zip(point, size)]
     x = x * (1 + 0.0012 * (y + 10))                         # narrower in front
     half = (np.abs(x), y, z)                                # both hemispheres at once
@@ -128,7 +125,7 @@ def phantom_anatomy(rng, point):
     # --- the pial surface: outside, sulci, the fissure between the hemispheres, cerebellar folia
     fissure = np.hypot(x, np.maximum(cerebrum - 36 - 0.1 * np.abs(y), 0))
     pial = np.minimum(np.minimum(cerebrum, phantom_folds(rng, (x, y, z), cerebrum)), fissure)
-    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * noise(30)) % 7 - 3.5)
+    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * smooth_noise(rng, 30, shape)) % 7 - 3.5)
     folia = np.minimum(cerebellum, folia + 0.3 * np.maximum(cerebellum - 8, 0))
     pial = np.where(cerebellum > np.maximum(cerebrum, 0), folia, pial)
     pial = np.where(stem > np.maximum(cerebrum, cerebellum), stem + 3, pial)
@@ -330,6 +327,5 @@ def make_phantoms(folder, count, scanner="A", scale=1):
     """
     there = {phantom_seed(path.name) for path in Path(folder).glob("BraTS*")}
     seeds = [seed for seed in range(count) if seed not in there]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda seed: write_phantom(folder, seed, scanner, scale), seeds))
+    nifti.in_threads(lambda seed: write_phantom(folder, seed, scanner, scale), seeds)
     return len(seeds)

@@ -102,8 +102,7 @@ def fault_of_volume(volume, affine, header):
     if not (known and np.isfinite(affine).all() and 0.05 < spacing.min() <= spacing.max() < 50):
         return f"its header does not say where it lies (voxels of {spacing} mm); export it again"
     if volume.ndim != 3 or min(volume.shape) < 2 or volume.dtype.kind not in "biuf":
-        return (f"holds {volume.dtype} in shape {volume.shape}; give a volume of plain numbers, "
-                "one file per modality")
+        return f"{volume.dtype} in shape {volume.shape}; give plain numbers, one file per modality"
     finite = np.isfinite(volume).all()
     return None if finite else "contains NaN or infinite voxels; export it again or repair it"
 
@@ -118,8 +117,7 @@ def oddities(path, image):
     comments = [header[name].item() for name in COMMENTS if name in header.keys()]
     comments += [bytes(str(extension.get_content()), "utf8") for extension in extensions]
     if PERSON.search(b" ".join(comments)) or DICOM in extensions.get_codes():
-        findings.append(Finding("warned", str(path), "its header seems to name a person, or holds "
-                                "DICOM fields; clean it before you pass it on"))
+        findings.append(Finding("warned", str(path), "its header seems to name a person; clean it"))
     return findings
 
 
@@ -247,8 +245,7 @@ def standard_labels(labels, modern, path="labels"):
         raise bs.BadInput(f"{path}: label values from {low:.0f} to {high:.0f}; expected 0, 1 NCR, "
                           "2 ED and 3 or 4 ET")
     if high == 4 and (modern or (rounded == 3).any()):
-        raise bs.BadInput(f"{path}: label 4 is a resection cavity here, which no model knows; "
-                          "relabel it, or move the case away")
+        raise bs.BadInput(f"{path}: label 4 is a cavity here; relabel it, or move the case away")
     return np.where(rounded == 4, 3, rounded).astype(np.uint8)
 
 
@@ -257,8 +254,7 @@ def read_labels(case, notes=None):
     read_nifti."""
     labels, affine = read_nifti(case.files["seg"], notes)
     if notes is not None and 3.5 < labels.max() < 4.5:
-        notes.append(Finding("normalised", str(case.files["seg"]), "ET is 4, as up to BraTS 2021: "
-                             "read as 3"))
+        notes.append(Finding("normalised", str(case.files["seg"]), "ET is 4: read as 3"))
     return standard_labels(labels, case.modern, case.files["seg"]), affine
 
 
@@ -270,8 +266,7 @@ def fault_of_scan(scan, affine, shape, case_affine):
     low, high = float(scan.min()), float(scan.max())
     wrapped = scan.dtype.type is np.int16 and min(-low, high) > 29490   # 0.9 of what it can hold
     if wrapped or low == high or not 1e-6 < max(-low, high) < 1e9:
-        return (f"has {scan.dtype} voxels from {low:.3g} to {high:.3g}: constant, run over or "
-                "badly scaled; export it again")
+        return f"{scan.dtype} voxels from {low:.3g} to {high:.3g}, which no scan has; export again"
     return None
 
 

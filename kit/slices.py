@@ -28,9 +28,9 @@ def case_hashes(labels, brain):
     there the outline's hash stands for both. Only the same files give the same hashes: a patient
     resampled to another grid, or scanned a second time, is not recognised.
     """
-    of_labels, of_brain = [hashlib.sha256(repr(volume.shape).encode()
-                                          + volume.astype(np.uint8).tobytes()).hexdigest()
-                           for volume in (labels, brain)]
+    contents = [repr(volume.shape).encode() + volume.astype(np.uint8).tobytes()
+                for volume in (labels, brain)]
+    of_labels, of_brain = [hashlib.sha256(content).hexdigest() for content in contents]
     return (of_labels if np.any(labels) else of_brain), of_brain
 
 
@@ -51,8 +51,7 @@ def brain_mask(scans, where="scans"):
     for scan in scans:
         air = air_value(scan)
         if math.isnan(air):
-            raise bs.BadInput(f"{where}: the background is not one value, so the skull seems to be "
-                              "still there; run a skull-stripping tool first")
+            raise bs.BadInput(f"{where}: air is not one value; strip the skull with a tool first")
         brain |= scan != air
     return brain
 
@@ -240,9 +239,8 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     """
     names = bs.CONDITIONS[condition]
     first_label = names.index(bs.LABELS[0])
-    if condition == "tumour":
-        tissue = brain
-    else:
+    tissue = brain
+    if condition != "tumour":
         tissue = tissue_clusters(scans, brain & (labels == 0) & ~replaced)
         if condition == "ventricles":
             tissue = np.where(brain, 1 + deep_fluid(tissue, brain, spacing), 0)
@@ -278,10 +276,9 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     fractions = np.stack([grid.shrink(full == k) for k in range(len(bs.CONDITIONS[condition]))])
     fractions[0] += 1 - fractions.sum(0)                # beyond the source is air
     classes = fractions.argmax(0).astype(np.uint8)
-    with_brain = np.where((classes > 0).any((1, 2)))[0]
-    if not len(with_brain):
+    if not classes.any():
         raise bs.BadInput(f"{case.folder}: no brain in the field of view; check scans")
-    low, high = with_brain[0], with_brain[-1]
+    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
     position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
     inside = to_slices(brain)
     area = np.maximum(grid.shrink(inside), 1e-6)
@@ -313,8 +310,7 @@ def split_patients(cases, split_file=None):
             content = json.loads(Path(split_file).read_text())
             names = {part: set(content.get(part, [])) for part in PARTS}
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise bs.BadInput(f"{split_file}: is no split ({error}); expected JSON like "
-                              '{"train": ["CASE"], "val": [], "test": []}') from error
+            raise bs.BadInput(f"{split_file}: is no split of cases ({error})") from error
     unknown = set().union(*names.values()) - set(patients) - {case.case for case in cases}
     if unknown:
         raise bs.BadInput(f"{split_file}: {min(unknown)} is not in the data; correct the name")
@@ -323,8 +319,7 @@ def split_patients(cases, split_file=None):
         split[part] = [case for case in cases if names[part] & {case.case, case.patient}]
         for case in split[part]:
             if part_of.setdefault(case.patient, part) != part:
-                raise bs.BadInput(f"patient {case.patient} is in {part_of[case.patient]} and in "
-                                  f"{part}; keep all time points of a patient in one part")
+                raise bs.BadInput(f"patient {case.patient} is in two parts; keep them in one")
     if not split["train"]:
         raise bs.BadInput(f"of {len(cases)} cases none is for training; add cases, or use --split")
     return split
@@ -410,8 +405,8 @@ class Cache:
         block = torch.from_numpy(self.rows[rows])
         if mirror is not None:
             block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
-        return (bs.to_images(block[:, :-1]), block[:, -1].long(),
-                torch.from_numpy(self.position[rows]))
+        position = torch.from_numpy(self.position[rows])
+        return bs.to_images(block[:, :-1]), block[:, -1].long(), position
 
     def batches(self, rows, size=128):
         """These rows in turn, as batches of `size` or fewer."""

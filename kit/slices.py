@@ -370,7 +370,8 @@ class Cache:
               brain left out
     position  float32 (N,)
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
-              case_hashes), first, count (its rows), thickness (mm between slices)
+              case_hashes), first, count (its rows), thickness (mm between slices),
+              cut (fraction of the brain outside the field of view)
     meta      classes (their names), modalities, resolution, fov
     """
 
@@ -416,14 +417,14 @@ class Cache:
 
 def cached_case(case, resolution, fov, condition):
     """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,
-    position float32 (n,), facts: its hashes and thickness (mm), see Cache."""
+    position float32 (n,), facts: its hashes, thickness and cut, see Cache."""
     got = prepare_case(case, resolution, fov, condition)
     keep = (got["classes"] > 0).mean((1, 2)) > 0.01
     rows = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
     thickness = float(nifti.spacing_of(got["grid"].affine)[2])
     return {"rows": torch.from_numpy(rows),
             "position": torch.from_numpy(got["position"][keep].round(5)),
-            "facts": {"hashes": got["hashes"], "thickness": thickness}}
+            "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"]}}
 
 
 def build_cache(cases, folder, resolution, fov, condition, split=None, say=print):
@@ -449,7 +450,8 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
         first += len(block["rows"])
     if not first:
         raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
-    say(f"cache: {len(cases)} cases, {first} slices -> {folder}")
+    wide = sum(entry["cut"] > 0.002 for entry in entries)
+    say(f"cache: {len(cases)} cases ({wide} wider than --fov), {first} slices -> {folder}")
     return Cache(blocks, entries, {"classes": bs.CONDITIONS[condition], "fov": fov,
                                    "modalities": bs.MODALITIES, "resolution": resolution})
 

@@ -1,10 +1,7 @@
 """What `python brainsyn.py DIR` says of a folder of cases, and what training refuses.
 """
-import os
 import re
 import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -24,14 +21,12 @@ def is_synthetic(path):
     name, its header, a sidecar or dataset_description.json beside it, or that one folder up."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    volumes = sorted(path.glob("*.nii*")) if path.is_dir() else [path]
-    if "BraTS-SYN-" in path.name:
+    texts = [*folder.glob("*.json"), *folder.parent.glob("dataset_description.json")]
+    if "BraTS-SYN-" in path.name or any(SYNTHETIC.search(text.read_bytes()) for text in texts):
         return True
-    for file in (*folder.glob("*.json"), folder.parent / "dataset_description.json"):
-        if file.is_file() and SYNTHETIC.search(file.read_bytes()):
-            return True
     try:
-        return b"SYNTHETIC" in nib.load(volumes[0]).header["descrip"].item()
+        volume = next(folder.glob("*.nii*")) if path.is_dir() else path
+        return b"SYNTHETIC" in nib.load(volume).header["descrip"].item()
     except Exception:                           # none, or unreadable: the reader will say so
         return False
 
@@ -61,13 +56,13 @@ def fit_of_labels(scans, tumour, brain, spacing):
     bright = np.zeros(inside.shape, np.float32)
     for name in ("t2", "flair"):
         scan = scans[bs.MODALITIES.index(name)][coarse]
-        bright += np.where(inside, (scan - np.median(scan[inside])) / (scan[inside].std() + 1e-6),
-                           0)
+        scaled = (scan - np.median(scan[inside])) / (scan[inside].std() + 1e-6)
+        bright += np.where(inside, scaled, 0)
     transform = np.fft.rfftn(tumour).conj()
 
     def mean_under(volume):                     # under the tumour, at every shift
-        return np.fft.irfftn(np.fft.rfftn(volume) * transform, s=inside.shape,
-                             axes=(0, 1, 2)) / tumour.sum()
+        spectrum = np.fft.rfftn(volume) * transform
+        return np.fft.irfftn(spectrum, inside.shape, axes=(0, 1, 2)) / tumour.sum()
 
     brightness = mean_under(bright)
     best = np.where(mean_under(inside.astype(np.float32)) > 0.95, brightness, 0).max()
@@ -98,8 +93,7 @@ def signature(scans, brain):
     """What a head looks like, coarsely, whatever grid it lies on: mean signal of every modality in
     16^3 equal parts of the box around the brain, each modality to mean 0 and spread 1; float32 (C,
     16, 16, 16), 0 where a part is mostly air. scans float (C, X, Y, Z); brain bool (X, Y, Z)."""
-    at = np.nonzero(brain)
-    box = (..., *[slice(along.min(), along.max() + 1) for along in at])
+    box = (..., *[slice(along.min(), along.max() + 1) for along in np.nonzero(brain)])
     brain, scans = brain[box], scans[box]
     filled = part_means(brain.astype(np.float32))
     mean = part_means(scans * brain) / np.maximum(filled, 0.05)
@@ -112,22 +106,18 @@ def signature(scans, brain):
 def check_labels(path, scans, labels, brain, spacing):
     """What is odd about the tumour of a case: [Finding]. path: of its labels; scans float
     (C, X, Y, Z); labels, brain (X, Y, Z); spacing mm (3,). BadInput where it lies elsewhere."""
-    odd = []
     tumour = labels > 0
-    outside = (tumour & ~brain).sum() / tumour.sum()
-    if outside > 0.05:                          # 0.000 in all
-        odd.append(f"{outside:.0%} of the tumour lies outside the brain")
-    # NCR lies inside ED in all: 0 to 0.38 of it touches healthy brain, 0.18 to 0.6 of ED does
-    inner, outer = [touching(labels, value, brain | tumour) for value in (1, 2)]
-    if inner > outer and (labels == 1).mean() > 1e-4 and (labels == 2).any():
-        odd.append("NCR touches healthy brain more than ED does; are labels 1 and 2 swapped?")
     fit = fit_of_labels(scans, tumour, brain, spacing)
     if fit < 0.5:                               # 0.82 to 1 in all; below 0.6 in all when shifted
-        raise bs.BadInput(f"{path}: the tumour does not lie on what is bright on T2 and FLAIR, but "
-                          "would elsewhere; it is shifted or mirrored, or another case's")
-    if fit < 0.75:
-        odd.append("the tumour would lie better elsewhere; is it shifted or mirrored?")
-    return [nifti.Finding("warned", str(path), text) for text in odd]
+        raise bs.BadInput(f"{path}: the tumour is shifted or mirrored, or another case's")
+    outside = (tumour & ~brain).sum() / tumour.sum()                        # 0.000 in all
+    # NCR lies inside ED in all: 0 to 0.38 of it touches healthy brain, 0.18 to 0.6 of ED does
+    inner, outer = [touching(labels, value, brain | tumour) for value in (1, 2)]
+    swapped = inner > outer and (labels == 1).mean() > 1e-4 and (labels == 2).any()
+    facts = {f"{outside:.0%} of the tumour lies outside the brain": outside > 0.05,
+             "NCR touches healthy brain more than ED; are labels 1 and 2 swapped?": swapped,
+             "the tumour would lie better elsewhere; is it shifted or mirrored?": fit < 0.75}
+    return [nifti.Finding("warned", str(path), text) for text, holds in facts.items() if holds]
 
 
 def look_at(case, notes):
@@ -135,11 +125,10 @@ def look_at(case, notes):
     BadInput where it cannot be used."""
     scans, labels, affine = nifti.read_case(case, notes)
     if "seg" in case.files and not labels.any():
-        notes.append(nifti.Finding("warned", str(case.files["seg"]),
-                                   "has no tumour; trained on as healthy"))
+        where = str(case.files["seg"])
+        notes.append(nifti.Finding("warned", where, "has no tumour; trained on as healthy"))
     step = np.maximum(1, np.rint(3 / nifti.spacing_of(affine))).astype(int)
-    # voxels of 3 mm are enough from here
-    coarse = (..., *[slice(None, None, int(k)) for k in step])
+    coarse = (..., *[slice(None, None, int(k)) for k in step])              # voxels of 3 mm
     scans, labels = scans[coarse].copy(order="K"), labels[coarse]
     brain = slices.brain_mask(scans, case.folder)
     if brain.sum() < 500:                       # 14 mL; a head has a hundred times as much
@@ -150,8 +139,8 @@ def look_at(case, notes):
             text = f"shows {shown:.0%} of the brain the other scans show; cut or badly stripped"
             notes.append(nifti.Finding("warned", str(case.files[name]), text))
     if labels.any():                            # a few voxels may lie between those looked at
-        notes += check_labels(case.files["seg"], scans, labels, brain,
-                              step * nifti.spacing_of(affine))
+        spacing = step * nifti.spacing_of(affine)
+        notes += check_labels(case.files["seg"], scans, labels, brain, spacing)
     return signature(scans, brain)
 
 
@@ -184,50 +173,41 @@ def check_cases(cases, memory=None, say=print):
     def check(case):
         if memory is None:
             return check_case(case)
-        path = Path(memory) / f"{case.case}-check-{slices.fingerprint([case])}"
+        path = Path(memory) / f"{case.case}-check-{slices.fingerprint(case)}"
         return slices.remember(path, lambda: check_case(case), say)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(check, cases))
-    findings = [nifti.Finding(*note) for result in results for note in result["findings"]]
-    first = {}                                  # signature: the first case that has it
-    for case, result in zip(cases, results):
-        if not len(result["signature"]):
-            continue
-        twin = first.setdefault(result["signature"].numpy().tobytes(), case)
-        if twin is not case:
-            findings.append(nifti.Finding("rejected", str(case.folder), "holds the same scans as "
-                                          f"case {twin.case}; keep one of them"))
+    findings, first = [], {}                    # first: {signature: the first case that has it}
+    for case, result in zip(cases, nifti.in_threads(check, cases)):
+        findings += [nifti.Finding(*note) for note in result["findings"]]
+        head = result["signature"].numpy().tobytes()
+        if head and first.setdefault(head, case) is not case:
+            text = f"holds the same scans as case {first[head].case}; keep one of them"
+            findings.append(nifti.Finding("rejected", str(case.folder), text))
     good = list(first.values())
     if len(good) >= 10:
-        findings += same_patients(good, np.stack([np.frombuffer(head, np.float32)
-                                                  for head in first]))
+        heads = np.stack([np.frombuffer(head, np.float32) for head in first])
+        findings += same_patients(good, heads)
     return findings, good
 
 
 def same_patients(cases, heads):
     """Cases of different patients whose signatures (N, n) are alike: [Finding]."""
-    findings = []
     mean = heads.sum(0) / np.maximum((heads != 0).sum(0), 1)
     close = np.triu(np.corrcoef(np.where(heads != 0, heads - mean, 0)), 1)
-    for i, j in np.argwhere(close > ALIKE):
-        if cases[i].patient != cases[j].patient:
-            findings.append(nifti.Finding(
-                "warned", str(cases[j].folder), f"looks like the same patient as {cases[i].case} "
-                f"(correlation {close[i, j]:.2f}); keep both on one side of the split"))
-    return findings
+    pairs = [(cases[i], cases[j]) for i, j in np.argwhere(close > ALIKE)]
+    text = "looks like the same patient as {}; keep both on one side of the split"
+    return [nifti.Finding("warned", str(second.folder), text.format(first.case))
+            for first, second in pairs if first.patient != second.patient]
 
 
-def findings_text(findings, few=3):
-    """Findings as lines of text: one each; what is not rejected and comes more than `few` times is
-    one line."""
-    groups = {}
+def findings_text(findings):
+    """Findings as lines of text: one each; what is not rejected and comes more than three times
+    is one line."""
+    groups, lines = {}, []
     for finding in sorted(findings, key=lambda finding: nifti.KINDS.index(finding.kind)):
-        where = finding.where if finding.kind == "rejected" else ""
-        groups.setdefault((finding.kind, where, finding.text), []).append(finding.where)
-    lines = []
-    for (kind, _, text), places in groups.items():
-        if len(places) > few:
+        groups.setdefault((finding.kind, finding.text), []).append(finding.where)
+    for (kind, text), places in groups.items():
+        if len(places) > 3 and kind != "rejected":
             places = [f"{len(places)} files ({places[0]} for one)"]
         lines += [f"{kind}: {place}: {text}" for place in places]
     return lines
@@ -246,8 +226,7 @@ def usable_cases(folder, skip_bad=False, memory=None, say=print):
         say(line)
     bad = sum(finding.kind == "rejected" for finding in findings)
     if bad and not skip_bad:
-        raise bs.BadInput(f"{folder}: {bad} rejected, see above; mend them, move them away, or "
-                          "leave them out with --skip-bad")
+        raise bs.BadInput(f"{folder}: {bad} rejected, see above; mend them or add --skip-bad")
     if bad:
         say(f"left out: {bad} rejected, {len(good)} cases are used")
     return good
@@ -275,10 +254,8 @@ def find_data(args):
     new = once(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
     if new:
         print(f"phantoms: {new} cases made -> {folder}")
-    # a folder may hold more than this run asks for
-    cases = [case for case in nifti.find_cases(folder)
+    cases = [case for case in nifti.find_cases(folder)      # there may be more than asked for
              if phantoms.phantom_seed(case.case) in range(args.phantoms)]
-    refuse_synthetic(cases)
     return cases, slices.split_patients(cases, args.split)
 
 
@@ -288,9 +265,9 @@ def check_folder(folder, labelled=True):
     findings = []
     found, good = check_cases(nifti.find_cases(folder, labelled, findings))
     findings += found
-    counts = Counter(finding.kind for finding in findings)
     print(*findings_text(findings), sep="\n")
-    print(f"{len(good)} cases can be used; findings: "
-          + ", ".join(f"{counts[kind]} {kind}" for kind in nifti.KINDS))
-    if counts["rejected"]:
+    kinds = [finding.kind for finding in findings]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in nifti.KINDS)
+    print(f"{len(good)} cases can be used; findings: {counts}")
+    if "rejected" in kinds:
         sys.exit(1)

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +22,19 @@ NAMES_2023 = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}      # na
 MODERN = {modern: name for name, modern in NAMES_2023.items()}
 MAX_BYTES = 2 ** 31                     # no volume of this field needs more; stops a gzip bomb
 CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-FILE_NAME = re.compile(r"^(?P<case>.+?)[-_]"
-                       r"(?P<what>t1|t1ce|t2|flair|t1n|t1c|t2w|t2f|seg)\.nii(\.gz)?$")
+FILE_NAME = re.compile(r"(?P<case>.+?)[-_](?P<what>t1(ce|n|c)?|t2[wf]?|flair|seg)\.nii(\.gz)?$")
 # How a person's name gets into a header: DICOM writes DOE^JOHN.
 PERSON = re.compile(rb"[A-Za-z]{2,}\^[A-Za-z]|patient|birth", re.IGNORECASE)
 KINDS = ("rejected", "warned", "normalised")
+COMMENTS = ("descrip", "intent_name", "aux_file", "db_name")    # header fields of free text
 DICOM = 2                               # code of a header extension
 LINK = "is a link that leads out of the folder; copy the files, or name the folder they lie in"
+
+
+def in_threads(function, items):
+    """[function(item) for item in items], in up to four threads."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
 
 
 class Finding(NamedTuple):
@@ -43,125 +50,98 @@ def spacing_of(affine):
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
-def nifti_header(raw):
-    """The nibabel image class and header that these first bytes of a NIfTI-1 or -2 file hold, of
-    either byte order. ValueError where they are neither."""
-    for image_class in (nib.Nifti1Image, nib.Nifti2Image):
-        size = image_class.header_class.template_dtype.itemsize
-        claimed = [int.from_bytes(raw[:4], order) for order in ("little", "big")]
-        if size in claimed and len(raw) >= size:
-            return image_class, image_class.header_class(raw[:size], check=False)
-    raise ValueError("it does not begin like a NIfTI file")
-
-
-def expected_bytes(raw):
-    """How long the file must be of which `raw` is the beginning. ValueError where its header makes
-    no sense."""
-    header = nifti_header(raw)[1]
+def parse_header(raw):
+    """The first bytes of a NIfTI-1 or -2 file, of either byte order -> (nibabel's image class, how
+    many bytes the whole file must have). ValueError or nibabel's errors where they make no sense.
+    """
+    kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}                # by size of the header
+    claimed = [int.from_bytes(raw[:4], order) for order in ("little", "big")]
+    found = [size for size in claimed if size in kinds]
+    if not found:                               # a web page, a pointer of Git LFS, nothing
+        raise ValueError(f"it begins with {raw[:24]}, not like a NIfTI file")
+    image_class = kinds[found[0]]
+    header = image_class.header_class(raw[:found[0]], check=False)
     shape = [int(n) for n in header["dim"][1:1 + int(header["dim"][0])]]
     dtype = header.get_data_dtype()
     offset = float(header["vox_offset"])
     size = int(offset) + math.prod(shape) * dtype.itemsize
-    codes = {int(header["sform_code"]), int(header["qform_code"])}
-    sound = (header["magic"].item()[:3] in (b"n+1", b"n+2")         # one file, not a pair
-             and codes <= set(range(6))
-             and int(header["bitpix"]) == 8 * dtype.itemsize
-             and 1 <= len(shape) <= 7 and min(shape) >= 1
-             and 348 <= int(offset) == offset <= size <= MAX_BYTES)
-    if not sound:
+    if not (header["magic"].item()[:3] in (b"n+1", b"n+2")          # one file, not a pair
+            and {int(header["sform_code"]), int(header["qform_code"])} <= set(range(6))
+            and int(header["bitpix"]) == 8 * dtype.itemsize
+            and 1 <= len(shape) <= 7 and min(shape) >= 1
+            and 348 <= int(offset) == offset <= size <= MAX_BYTES):
         raise ValueError(f"its header claims {size} bytes for {dtype} voxels in shape {shape}")
-    return size
+    return image_class, size
 
 
 def unpack(path):
-    """The bytes of a NIfTI file, unpacked and verified -> (bytes, True if it was packed).
-    ValueError, EOFError, OSError or zlib.error says what is wrong.
+    """The bytes of a NIfTI file, packed or not, whatever its name, unpacked and verified ->
+    (bytes, nibabel's image class). ValueError, EOFError, OSError or zlib.error says what is wrong.
 
     The header is unpacked first: it says how long the file is, so that a small file cannot unfold
     without end. Then the whole stream is, to its end, where gzip compares checksums: readers that
     stop at the last voxel return wrong values in silence when a bit has flipped.
     """
     raw = Path(path).read_bytes()
-    if not raw:
-        raise ValueError("it is empty")
-    if raw.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a pointer of Git LFS, not the file; git lfs pull fetches it")
-    if raw[:100].lstrip()[:1] == b"<":
-        raise ValueError("it is a web page, not a scan")
-    packed = raw[:2] == b"\x1f\x8b"
-    stream = gzip.GzipFile(fileobj=io.BytesIO(raw)) if packed else io.BytesIO(raw)
+    stream = io.BytesIO(raw)
+    if raw[:2] == b"\x1f\x8b":
+        stream = gzip.GzipFile(fileobj=stream)
     content = stream.read(540)                  # a NIfTI-2 header
-    size = expected_bytes(content)
+    image_class, size = parse_header(content)
     content += stream.read(max(0, size + 1 - len(content)))
     if len(content) != size:
         raise ValueError(f"it does not hold the {size} bytes that its header claims")
-    return content, packed
+    return content, image_class
 
 
 def fault_of_volume(volume, affine, header):
     """Why this is not one volume of finite numbers in a known place: text, or None. volume, affine:
     as read; header: as stored."""
     spacing = spacing_of(affine)
-    if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-        return "its header does not say where it lies (no sform, no qform); export it again"
-    if not np.isfinite(affine).all() or not 0.05 < spacing.min() <= spacing.max() < 50:
-        return f"voxels of {spacing.round(3).tolist()} mm; its header is damaged, export it again"
-    if volume.ndim != 3 or volume.dtype.kind not in "biuf":
-        return (f"holds {volume.dtype} voxels in shape {volume.shape}; give plain numbers, in one "
-                "file per modality")
-    if min(volume.shape) < 2:
-        return f"is one slice (shape {volume.shape}); give the whole volume"
-    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
-        return "contains NaN or infinite voxels; export it again or repair it"
-    return None
+    known = header["sform_code"] > 0 or header["qform_code"] > 0
+    if not (known and np.isfinite(affine).all() and 0.05 < spacing.min() <= spacing.max() < 50):
+        return f"its header does not say where it lies (voxels of {spacing} mm); export it again"
+    if volume.ndim != 3 or min(volume.shape) < 2 or volume.dtype.kind not in "biuf":
+        return f"{volume.dtype} in shape {volume.shape}; give plain numbers, one file per modality"
+    finite = np.isfinite(volume).all()
+    return None if finite else "contains NaN or infinite voxels; export it again or repair it"
 
 
-def oddities(path, image, header, packed):
-    """What is unusual about a NIfTI file that is read rightly all the same: [Finding]. image,
-    header: as stored; packed: see unpack."""
+def oddities(path, image):
+    """What is to be said of a NIfTI file that is read rightly all the same: [Finding]. image: as
+    stored."""
+    findings, header, extensions = [], image.header, image.header.extensions
     axes = "".join(nib.aff2axcodes(image.affine))
-    comments = [header[name].item() for name in ("descrip", "intent_name", "aux_file", "db_name")
-                if name in header.keys()]
-    extensions = image.header.extensions
+    if axes != "RAS":
+        findings.append(Finding("normalised", str(path), f"axes stored as {axes}: turned to RAS"))
+    comments = [header[name].item() for name in COMMENTS if name in header.keys()]
     comments += [bytes(str(extension.get_content()), "utf8") for extension in extensions]
-    codes = [extension.get_code() for extension in extensions]
-    facts = [
-        ("normalised", image.ndim > 3, "one volume in more than three axes: the last is dropped"),
-        ("normalised", not packed and str(path).endswith(".gz"), "named .gz, but not packed: read "
-         "as it is"),
-        ("normalised", header.endianness != nib.volumeutils.native_code, "bytes stored the other "
-         "way round: turned"),
-        ("normalised", header.get_slope_inter() not in ((None, None), (1.0, 0.0)),
-         "its header scales the voxels (scl_slope, scl_inter): applied"),
-        ("normalised", axes != "RAS", f"axes stored as {axes}: turned to RAS"),
-        ("warned", PERSON.search(b" ".join(comments)) or DICOM in codes, "its header seems to name "
-         "a person, or holds DICOM fields; clean it before you pass it on (it never travels into "
-         "synthetic files)")]
-    return [Finding(kind, str(path), text) for kind, holds, text in facts if holds]
+    if PERSON.search(b" ".join(comments)) or DICOM in extensions.get_codes():
+        findings.append(Finding("warned", str(path), "its header seems to name a person; clean it"))
+    return findings
 
 
 def read_nifti(path, notes=None):
     """One NIfTI volume in canonical axes (RAS+): array (X, Y, Z) and affine (4, 4), voxel -> mm.
 
-    notes: list that takes a Finding for whatever was unusual. BadInput where the file is damaged,
-    is not one volume of finite numbers, or does not say where it lies.
+    Byte order, scl_slope and scl_inter, and axes of length 1 behind the third are seen to. notes:
+    list that takes a Finding on axes that were turned and on a header that names a person. BadInput
+    where the file is damaged, is not one volume of finite numbers, or does not say where it lies.
     """
     try:
-        raw, packed = unpack(path)
-        image_class, header = nifti_header(raw)
+        raw, image_class = unpack(path)
         image = image_class.from_bytes(raw)
         canonical = nib.as_closest_canonical(image)
         volume = np.asanyarray(canonical.dataobj)
     except Exception as error:                  # nibabel raises what it likes on damaged headers
-        raise bs.BadInput(f"{path}: cannot be read as NIfTI ({error}); copy or download it "
-                          "again") from error
+        raise bs.BadInput(f"{path}: cannot be read ({error}); copy or download it again") from error
     while volume.ndim > 3 and volume.shape[-1] == 1:
         volume = volume[..., 0]
-    fault = fault_of_volume(volume, canonical.affine, header)
+    fault = fault_of_volume(volume, canonical.affine, image.header)
     if fault:
         raise bs.BadInput(f"{path}: {fault}")
     if notes is not None:
-        notes += oddities(path, image, header, packed)
+        notes += oddities(path, image)
     return volume, canonical.affine
 
 
@@ -181,9 +161,7 @@ class Case:
     @property
     def patient(self):
         """Time points of one patient share it: BraTS-GLI-00012-000 and -001; Brats18_X_1, _2."""
-        if self.case.startswith("BraTS-"):
-            return re.sub(r"-\d{3}$", "", self.case)
-        return re.sub(r"_\d$", "", self.case) if re.match(r"(?i)brats1\d", self.case) else self.case
+        return re.sub(r"^(BraTS-.*)-\d{3}$|^((?i:brats1\d).*)_\d$", r"\1\2", self.case)
 
 
 def leads_out(path, folder):
@@ -207,8 +185,7 @@ def list_files(folder, labelled):
         elif path.is_dir() and leads_out(path, folder):
             findings.append(Finding("rejected", str(path), LINK))
         elif re.search(r"(?<!-classes)\.nii(\.gz)?$", path.name):
-            findings.append(Finding("warned", str(path), "has no name of BraTS (CASE_t1ce.nii.gz, "
-                                    "CASE-t1c.nii.gz): not used"))
+            findings.append(Finding("warned", str(path), "has no name of BraTS: not used"))
     return found, findings
 
 
@@ -216,20 +193,16 @@ def fault_of_case(case, found, folder, labelled):
     """What is wrong with the files of a case, see list_files: (path, text), or None."""
     kinds = [kind for kind, _ in found]
     links = [path for _, path in found if leads_out(path, folder)]
-    twice = [path for i, (kind, path) in enumerate(found) if kind in kinds[:i]]
     missing = [kind for kind in (*bs.MODALITIES, *["seg"] * labelled) if kind not in kinds]
     first, last = found[0][1].parent, found[-1][1].parent
     if links:
         return links[0], LINK
     if not CASE_NAME.fullmatch(case):
         return first, f"case {case!r}: use letters, digits, dot, _ and - only, 64 at most"
-    if first != last:
-        return last, f"case {case} is also in {first}; keep one of them"
-    if twice:
-        return twice[0], f"this file of case {case} is there twice; keep one of them"
-    if missing:
-        return first, f"case {case} has no {' and no '.join(missing)}; add files or move it away"
-    return None
+    if first != last or len(set(kinds)) < len(kinds):
+        return last, f"files of case {case} are there twice, here or in {first}; keep one of each"
+    text = f"case {case} has no {' and no '.join(missing)}; add files or move it away"
+    return (first, text) if missing else None
 
 
 def find_cases(folder, labelled=True, findings=None):
@@ -241,13 +214,11 @@ def find_cases(folder, labelled=True, findings=None):
     findings: list that takes these as Findings instead; cases they concern are left out.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise bs.BadInput(f"{folder}: no such folder; expected a folder of BraTS cases")
     cases = []
     listed, noted = list_files(folder, labelled)
     if not listed:
-        noted.append(Finding("rejected", str(folder), "holds no BraTS case; expected files like "
-                             "CASE/CASE_t1ce.nii.gz or CASE/CASE-t1c.nii.gz"))
+        raise bs.BadInput(f"{folder}: no such folder, or no BraTS case in it; expected files like "
+                          "CASE/CASE_t1ce.nii.gz or CASE/CASE-t1c.nii.gz")
     for case, found in sorted(listed.items()):
         fault = fault_of_case(case, found, folder, labelled)
         if fault:
@@ -269,16 +240,12 @@ def standard_labels(labels, modern, path="labels"):
     rounded = np.rint(labels) if labels.dtype.kind == "f" else labels
     if np.abs(labels - rounded).max() > 0.05:   # files written from floats read as 1.992
         raise bs.BadInput(f"{path}: labels are fractional; resample labels by nearest neighbour")
-    expected = "expected 0, 1 NCR, 2 ED and 3 or 4 ET"
-    values = {value for value in range(5) if (rounded == value).any()}
-    values |= {int(rounded.min()), int(rounded.max())}
-    if values == {0, 255}:
-        raise bs.BadInput(f"{path}: is a mask of 0 and 255, not labels; {expected}")
-    if not values <= set(range(5)):
-        raise bs.BadInput(f"{path}: label values from {min(values)} to {max(values)}; {expected}")
-    if 4 in values and (modern or 3 in values):
-        raise bs.BadInput(f"{path}: label 4 is a resection cavity here, which no model knows; "
-                          "relabel it, or move the case away")
+    low, high = rounded.min(), rounded.max()
+    if low < 0 or high > 4:
+        raise bs.BadInput(f"{path}: label values from {low:.0f} to {high:.0f}; expected 0, 1 NCR, "
+                          "2 ED and 3 or 4 ET")
+    if high == 4 and (modern or (rounded == 3).any()):
+        raise bs.BadInput(f"{path}: label 4 is a cavity here; relabel it, or move the case away")
     return np.where(rounded == 4, 3, rounded).astype(np.uint8)
 
 
@@ -287,28 +254,19 @@ def read_labels(case, notes=None):
     read_nifti."""
     labels, affine = read_nifti(case.files["seg"], notes)
     if notes is not None and 3.5 < labels.max() < 4.5:
-        notes.append(Finding("normalised", str(case.files["seg"]), "ET is 4, as up to BraTS 2021: "
-                             "read as 3"))
+        notes.append(Finding("normalised", str(case.files["seg"]), "ET is 4: read as 3"))
     return standard_labels(labels, case.modern, case.files["seg"]), affine
 
 
 def fault_of_scan(scan, affine, shape, case_affine):
     """Why this is no scan of a case whose other files have `shape` and `case_affine`: text, or
     None."""
-    if scan.shape != shape:
-        return f"shape {scan.shape} differs from {shape} of the case; register it to one grid"
-    if not np.allclose(affine, case_affine, atol=0.02):
-        sizes = [spacing_of(a).round(2).tolist() for a in (affine, case_affine)]
-        return ("lies elsewhere in space than the case's other files (affines differ; voxels of "
-                f"{sizes[0]} and {sizes[1]} mm); register the case to one grid")
+    if scan.shape != shape or not np.allclose(affine, case_affine, atol=0.02):
+        return "shapes or affines differ from the case's other files; register it to one grid"
     low, high = float(scan.min()), float(scan.max())
-    if low == high:
-        return "every voxel has the same value; export it again"
-    if not 1e-6 < max(-low, high) < 1e9:
-        return f"voxels from {low:.3g} to {high:.3g}; the scale in its header is damaged"
-    signed = scan.dtype.kind == "i" and scan.dtype.itemsize > 1
-    if signed and min(-low, high) > 0.9 * np.iinfo(scan.dtype).max:
-        return f"voxels from {low:.0f} to {high:.0f} run over {scan.dtype}; export it as float"
+    wrapped = scan.dtype.type is np.int16 and min(-low, high) > 29490   # 0.9 of what it can hold
+    if wrapped or low == high or not 1e-6 < max(-low, high) < 1e9:
+        return f"{scan.dtype} voxels from {low:.3g} to {high:.3g}, which no scan has; export again"
     return None
 
 
@@ -318,24 +276,22 @@ def read_case(case, notes=None):
     affines of the files differ, or a scan cannot be one.
     """
     labels, affine = read_labels(case, notes) if "seg" in case.files else (None, None)
-    scans = None
     for c, name in enumerate(bs.MODALITIES):
         path = case.files[name]
-        scan, scan_affine = read_nifti(path, notes)
-        if scans is None:
-            labels = np.zeros(scan.shape, np.uint8) if labels is None else labels
-            affine = scan_affine if affine is None else affine
+        scan, place = read_nifti(path, notes)
+        if labels is None:
+            labels, affine = np.zeros(scan.shape, np.uint8), place
+        if c == 0:
             # x runs fastest in memory, as in the files: a third faster than the other way round
             scans = np.empty((len(bs.MODALITIES), *labels.shape[::-1]), np.float32)
             scans = scans.transpose(0, 3, 2, 1)
-        fault = fault_of_scan(scan, scan_affine, labels.shape, affine)
+        fault = fault_of_scan(scan, place, labels.shape, affine)
         if fault:
             raise bs.BadInput(f"{path}: {fault}")
         scans[c] = scan
-        for other in range(c):                  # any() stops at the first slice that differs
-            if not any((a != b).any() for a, b in zip(scans[c].T, scans[other].T)):
-                same = case.files[bs.MODALITIES[other]].name
-                raise bs.BadInput(f"{path}: is the same scan as {same}; put the right one there")
+        for earlier in range(c):
+            if np.array_equal(scans[c], scans[earlier]):
+                raise bs.BadInput(f"{path}: the same scan as {bs.MODALITIES[earlier]}; replace it")
     return scans, labels, affine
 
 
@@ -355,10 +311,10 @@ def write_nifti(path, volume, affine, words, code):
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
     try:
-        whole = unpack(path)[0] == image.to_bytes()
+        content, _ = unpack(path)
     except Exception as error:
         raise OSError(f"{path} cannot be read back ({error})") from error
-    if not whole:
+    if content != image.to_bytes():
         raise OSError(f"{path} does not read back as it was written")
 
 
@@ -369,10 +325,11 @@ def write_labels(path, labels, case, affine):
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(there))
     stored = nib.apply_orientation(labels, turn).astype(np.uint8)
 
+    words = f"brainsyn {bs.__version__} prediction 1 NCR 2 ED 3 ET"
+
     def write(temporary):                       # nibabel goes by the ending of a name
         whole = temporary.with_suffix(".nii.gz")
-        write_nifti(whole, stored, there, f"brainsyn {bs.__version__} prediction 1 NCR 2 ED 3 ET",
-                    1)
+        write_nifti(whole, stored, there, words, 1)
         os.replace(whole, temporary)
 
     files.replace_file(path, write)

@@ -5,7 +5,6 @@ They model anatomy and no person: free to make, safe to publish, truth known.
 """
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
@@ -19,21 +18,17 @@ from kit import nifti
 
 
 # tissue: (T1 ms, T2 ms, proton density relative to water), all at 1.5 T. Round textbook values.
-TISSUES = {
-    "CSF": (4000, 1500, 1.00), "grey": (1150, 97, 0.81), "white": (660, 78, 0.71),
-    "deep": (900, 85, 0.77), "vessel": (1400, 120, 0.80),
-    "NCR": (2100, 210, 0.90), "ED": (1300, 150, 0.86), "ET": (1250, 125, 0.84),
-}
+TISSUES = {"CSF": (4000, 1500, 1.00), "grey": (1150, 97, 0.81), "white": (660, 78, 0.71),
+           "deep": (900, 85, 0.77), "vessel": (1400, 120, 0.80),
+           "NCR": (2100, 210, 0.90), "ED": (1300, 150, 0.86), "ET": (1250, 125, 0.84)}
 # What gadolinium adds to the relaxation rate 1/T1, in 1/s: where the blood-brain barrier leaks.
 GADOLINIUM = {"vessel": 4.5, "ET": 2.6, "NCR": 0.15, "grey": 0.06, "deep": 0.05, "white": 0.03}
 # Two centres. field in T; sequence times in ms: spin echo (TR, TE) for t1 and t2, inversion
 # recovery (TR, TE, TI) for flair; noise and shading (bias field) relative to the mean signal 1.
-SCANNERS = {
-    "A": {"field": 1.5, "t1": (550, 12), "t2": (4500, 95), "flair": (9000, 105, 2350),
-          "noise": 0.012, "shading": 0.05},
-    "B": {"field": 3.0, "t1": (750, 9), "t2": (5500, 80), "flair": (10000, 125, 2600),
-          "noise": 0.024, "shading": 0.14},
-}
+SCANNERS = {"A": {"field": 1.5, "t1": (550, 12), "t2": (4500, 95), "flair": (9000, 105, 2350),
+                  "noise": 0.012, "shading": 0.05},
+            "B": {"field": 3.0, "t1": (750, 9), "t2": (5500, 80), "flair": (10000, 125, 2600),
+                  "noise": 0.024, "shading": 0.14}}
 PHANTOM_SHAPE = (96, 96, 64)                    # voxels (X, Y, Z)
 PHANTOM_SPACING = (2.0, 2.0, 2.4)               # mm
 # tissue or label: strength of its texture relative to its signal, size of its grain in mm
@@ -109,12 +104,10 @@ def phantom_anatomy(rng, point):
     which voxels are ventricle or midline fissure, where no tumour grows; and the fraction of
     ventricles.
     """
-    def noise(wavelength):
-        return smooth_noise(rng, wavelength, point[0].shape)
-
+    shape = point[0].shape
     size = rng.uniform(0.93, 1.02, 3)                       # heads differ in size ...
     wide = 0.8 + 0.7 * rng.uniform()                        # ... and, with age, in CSF spaces
-    x, y, z = [(q + 2.5 * noise(70) + 0.5 * noise(30)) / s
+    x, y, z = [(q + 2.5 * smooth_noise(rng, 70, shape) + 0.5 * smooth_noise(rng, 30, shape)) / s
                for q, s in zip(point, size)]
     x = x * (1 + 0.0012 * (y + 10))                         # narrower in front
     half = (np.abs(x), y, z)                                # both hemispheres at once
@@ -128,7 +121,7 @@ def phantom_anatomy(rng, point):
     # --- the pial surface: outside, sulci, the fissure between the hemispheres, cerebellar folia
     fissure = np.hypot(x, np.maximum(cerebrum - 36 - 0.1 * np.abs(y), 0))
     pial = np.minimum(np.minimum(cerebrum, phantom_folds(rng, (x, y, z), cerebrum)), fissure)
-    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * noise(30)) % 7 - 3.5)
+    folia = np.abs(((z + 40) * 0.9 + 0.35 * (y + 45) + 2 * smooth_noise(rng, 30, shape)) % 7 - 3.5)
     folia = np.minimum(cerebellum, folia + 0.3 * np.maximum(cerebellum - 8, 0))
     pial = np.where(cerebellum > np.maximum(cerebrum, 0), folia, pial)
     pial = np.where(stem > np.maximum(cerebrum, cerebellum), stem + 3, pial)
@@ -146,11 +139,11 @@ def phantom_anatomy(rng, point):
                    ((15, 18, 10), (5, 11, 8)))
     wall = pial - 0.2 - 0.45 * wide                         # CSF is wider in older heads
     sinus = soft_inside(2.2 - np.hypot(x, 0.8 * np.minimum(hull - 2.5, 12)), 0.6)
-    fractions = {"vessel": sinus * (z > -25) * ((y < 20) | (z > 30))}       # the sagittal sinus
-    left = 1 - fractions["vessel"]
-    for tissue, part in (("CSF", np.maximum(soft_inside(-wall), soft_inside(ventricle))),
-                         ("grey", soft_inside(3.6 - wall)), ("deep", soft_inside(nuclei)),
-                         ("white", 1.0)):                   # each takes its part of what is left
+    parts = {"vessel": sinus * (z > -25) * ((y < 20) | (z > 30)),           # the sagittal sinus
+             "CSF": np.maximum(soft_inside(-wall), soft_inside(ventricle)),
+             "grey": soft_inside(3.6 - wall), "deep": soft_inside(nuclei), "white": 1.0}
+    fractions, left = {}, 1
+    for tissue, part in parts.items():                      # each takes its part of what is left
         fractions[tissue] = part * left
         left = left - fractions[tissue]
     return fractions, hull, x, (ventricle > -1) | (fissure < 1.5), soft_inside(ventricle)
@@ -165,15 +158,13 @@ def phantom_plan(rng, seed):
     grade), one in ten no NCR, one in fifteen no tumour at all.
     """
     u = (seed * 0.6180339887 + 0.3) % 1
-    et = float(np.clip(20 * np.exp(1.45 * NormalDist().inv_cdf(min(max(u, 1e-3), 1 - 1e-3))), 0.8,
-                       58))
+    et = float(np.clip(20 * np.exp(1.45 * NormalDist().inv_cdf(u)), 0.8, 58))
     ncr = float(np.clip(rng.lognormal(np.log(10), 0.9), 0.5, 90))
     ed = float(np.clip(rng.lognormal(np.log(50), 0.6), 6, 150))
     grade = rng.choice(["full", "no ET", "no NCR", "none"], p=[0.73, 0.1, 0.1, 0.07])
     ncr, ed, et = {"full": (ncr, ed, et), "no ET": (ncr + et, ed, 0), "no NCR": (0, ed, et),
                    "none": (0, 0, 0)}[str(grade)]
-    centre = np.array([rng.choice([-1, 1]) * rng.uniform(24, 44), rng.uniform(-52, 46),
-                       rng.uniform(-8, 42)])
+    centre = [rng.choice([-1, 1]), 1, 1] * rng.uniform((24, -52, -8), (44, 46, 42))
     more = [centre + rng.normal(0, (9, 14, 11)) for _ in range(rng.choice(3, p=[0.72, 0.2, 0.08]))]
     return (ncr, ed, et), [centre, *more]
 
@@ -184,22 +175,20 @@ def phantom_tumour(rng, point, volumes, foci, white, allowed):
     The core fills the nearest voxels to the foci, in a noise-warped distance; its most central
     part is NCR, the rim ET; oedema fills what is nearest around it, white matter first.
     """
-    def noise(wavelength):
-        return smooth_noise(rng, wavelength, allowed.shape)
-
-    voxel_ml = float(np.prod(voxel_mm(allowed.shape))) / 1000
+    shape = allowed.shape
+    voxel_ml = float(np.prod(voxel_mm(shape))) / 1000
     n_ncr, n_ed, n_et = [int(round(v / voxel_ml)) for v in volumes]
     distance = np.min([np.sqrt(sum((q - c) ** 2 for q, c in zip(point, focus))) + 7 * (k > 0)
                        for k, focus in enumerate(foci)], axis=0)
-    lobed = np.exp(0.24 * noise(42) + 0.05 * noise(15))
+    lobed = np.exp(0.24 * smooth_noise(rng, 42, shape) + 0.05 * smooth_noise(rng, 15, shape))
     reach = np.where(allowed, (distance + 3) * lobed, np.inf).ravel()
     core = np.argpartition(reach, n_ncr + n_et)[:n_ncr + n_et]
-    depth = reach[core] * np.exp(0.14 * noise(22).ravel()[core])
+    depth = reach[core] * np.exp(0.14 * smooth_noise(rng, 22, shape).ravel()[core])
     core = core[np.argsort(depth)]
-    labels = np.zeros(allowed.shape, np.uint8)
+    labels = np.zeros(shape, np.uint8)
     labels.reshape(-1)[core[:n_ncr]] = 1
     labels.reshape(-1)[core[n_ncr:]] = 3
-    swelling = distance * np.exp(0.2 * noise(45)) + 22 * (1 - white)
+    swelling = distance * np.exp(0.2 * smooth_noise(rng, 45, shape)) + 22 * (1 - white)
     swelling = np.where(allowed & (labels == 0), swelling, np.inf).ravel()
     labels.reshape(-1)[np.argpartition(swelling, n_ed)[:n_ed]] = 2
     return labels
@@ -235,9 +224,9 @@ def phantom_scans(rng, fractions, brain, scanner):
             t1, t2, density = TISSUES[name]
             signal = mr_signal(modality, times, t1 * longer, t2, density, GADOLINIUM.get(name, 0))
             image = image + fraction * texture.get(name, 1) * signal
-        image = image / image[brain].mean()
         shading = scanner["shading"] * rng.uniform(0.5, 1.5)
-        image = image * (1 + shading * smooth_noise(rng, 160, brain.shape))
+        shading = 1 + shading * smooth_noise(rng, 160, brain.shape)
+        image = image / image[brain].mean() * shading
         noise = scanner["noise"] * rng.uniform(0.7, 1.3) * rng.standard_normal((2, *brain.shape))
         images.append(np.hypot(image + noise[0], noise[1]) * brain)     # Rician: a magnitude
     return np.stack(images).astype(np.float32)
@@ -302,8 +291,7 @@ def write_phantom(folder, seed, scanner="A", scale=1):
         counts = np.where(image > 0, np.clip(np.rint(image * gain), 1, 32767), 0)
         volumes[nifti.NAMES_2023[modality] if modern else modality] = counts.astype(np.int16)
     spacing = voxel_mm(labels.shape)
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -(np.array(labels.shape) - 1) / 2 * spacing
+    affine = nib.affines.from_matvec(np.diag(spacing), -(np.array(labels.shape) - 1) / 2 * spacing)
     building = Path(folder) / f".{case}.{os.getpid()}.tmp"
     building.mkdir(parents=True, exist_ok=True)
     for name, volume in volumes.items():
@@ -330,6 +318,5 @@ def make_phantoms(folder, count, scanner="A", scale=1):
     """
     there = {phantom_seed(path.name) for path in Path(folder).glob("BraTS*")}
     seeds = [seed for seed in range(count) if seed not in there]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda seed: write_phantom(folder, seed, scanner, scale), seeds))
+    nifti.in_threads(lambda seed: write_phantom(folder, seed, scanner, scale), seeds)
     return len(seeds)

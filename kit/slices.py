@@ -4,9 +4,7 @@ cache.
 import hashlib
 import json
 import math
-import os
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,23 +19,19 @@ from kit import files, nifti
 PARTS = ("train", "val", "test")
 
 
-def volume_hash(volume):
-    """sha256 (hex) of the shape of a volume and its voxels as uint8."""
-    volume = np.ascontiguousarray(volume, dtype=np.uint8)
-    return hashlib.sha256(repr(volume.shape).encode() + volume.tobytes()).hexdigest()
-
-
 def case_hashes(labels, brain):
     """sha256 (hex) of a label map, uint8 (X, Y, Z) in canonical axes, values 0..3, and of a brain's
-    outline, bool (X, Y, Z); shapes included.
+    outline, bool (X, Y, Z): of the text of the shape, then the voxels as uint8.
 
     A synthetic case says by them where its labels and outline come from without naming a patient,
     and a checkpoint says which cases it was trained on. Maps without any tumour all look alike:
     there the outline's hash stands for both. Only the same files give the same hashes: a patient
     resampled to another grid, or scanned a second time, is not recognised.
     """
-    of_brain = volume_hash(brain)
-    return (volume_hash(labels) if np.any(labels) else of_brain), of_brain
+    contents = [repr(volume.shape).encode() + volume.astype(np.uint8).tobytes()
+                for volume in (labels, brain)]
+    of_labels, of_brain = [hashlib.sha256(content).hexdigest() for content in contents]
+    return (of_labels if np.any(labels) else of_brain), of_brain
 
 
 def air_value(scan):
@@ -57,20 +51,16 @@ def brain_mask(scans, where="scans"):
     for scan in scans:
         air = air_value(scan)
         if math.isnan(air):
-            raise bs.BadInput(f"{where}: the background is not one value, so the skull seems to be "
-                              "still there; run a skull-stripping tool first")
+            raise bs.BadInput(f"{where}: air is not one value; strip the skull with a tool first")
         brain |= scan != air
     return brain
 
 
-def fingerprint(cases, *settings):
-    """12 hexadecimal digits that change when any file of these cases (by name, size and time) or a
+def fingerprint(case, *settings):
+    """12 hexadecimal digits that change when a file of this Case (by name, size and time) or a
     setting does."""
-    stamp = []
-    for case in cases:
-        for path in case.files.values():
-            stat = path.stat() if path.exists() else None
-            stamp.append([str(path), stat and stat.st_size, stat and stat.st_mtime_ns])
+    stats = [(str(path), path.stat()) for path in case.files.values() if path.exists()]
+    stamp = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return hashlib.sha256(json.dumps([13, *settings, stamp]).encode()).hexdigest()[:12]
 
 
@@ -86,9 +76,9 @@ def hashes_of(case):
 MEDIAN_LANDMARK = {"t1": 175, "t1ce": 140, "t2": 90, "flair": 135}
 
 
-def scale_to_bytes(scan, brain, middle, top=99.8):
-    """One scan -> float32 in 0..255: air's signal to 0, the median of the brain to `middle`, a high
-    percentile of it to 255, straight lines between, clipped beyond.
+def scale_to_bytes(scan, brain, middle):
+    """One scan -> float32 in 0..255: air's signal to 0, the median of the brain to `middle`, its
+    99.8th percentile to 255, straight lines between, clipped beyond.
 
     The second landmark takes away what one bright vessel or tumour does to the percentile: without
     it the same tissue differs in brightness from case to case, and a network spends itself on that.
@@ -96,11 +86,12 @@ def scale_to_bytes(scan, brain, middle, top=99.8):
     percentile takes its place.
     """
     inside = scan[brain]
-    low, median, high = np.percentile(inside[:: max(1, inside.size // 200_000)], (0.5, 50, top))
+    some = inside[:: max(1, inside.size // 200_000)]
+    low, median, high = np.percentile(some, (0.5, 50, 99.8))
     low = 0.0 if inside.min() >= 0 else low
     median = max(median, low + 1e-6)
-    return np.interp(scan, (low, median, max(high, median + 1e-6)), (0, middle, 255)).astype(
-        np.float32)
+    landmarks = low, median, max(high, median + 1e-6)
+    return np.interp(scan, landmarks, (0, middle, 255)).astype(np.float32)
 
 
 def area_weights(n_in, n_out, start, step):
@@ -173,10 +164,9 @@ class Grid:
         both arrays are reversed between canonical axes and slices.
         """
         change = np.eye(4)
-        for axis, size, start, step in zip((1, 0), (self.shape[1], self.shape[0]), self.start,
-                                           self.step):
+        for axis, start, step in zip((1, 0), self.start, self.step):
             change[axis, axis] = step
-            change[axis, 3] = size - start - step * self.resolution + step / 2 - 0.5
+            change[axis, 3] = self.shape[axis] - start - step * self.resolution + step / 2 - 0.5
         return self.affine @ change
 
 
@@ -224,16 +214,15 @@ def tissue_clusters(scans, healthy):
     return out
 
 
-def deep_fluid(tissue, brain, spacing, depth=15.0):
-    """The ventricles, about: CSF of tissue_clusters further than `depth` mm from the outside of the
+def deep_fluid(tissue, brain, spacing):
+    """The ventricles, about: CSF of tissue_clusters further than 15 mm from the outside of the
     brain along every axis, without what is at most two voxels thin (fissures, sulci). tissue uint8,
     brain bool, both (X, Y, Z); spacing mm (3,) -> bool (X, Y, Z). On phantoms Dice with the exact
     ventricles is about 0.8, volumes are 15% too large."""
     outside = F.pad(torch.from_numpy(~brain)[None, None].float(), (1,) * 6, value=1.0)
-    for axis, mm in enumerate(spacing):
-        size = [1, 1, 1]
-        size[axis] = 2 * max(1, round(depth / mm)) + 1
-        outside = F.max_pool3d(outside, size, 1, [n // 2 for n in size])
+    reach = [max(1, round(15.0 / mm)) for mm in spacing]                    # in voxels
+    for pad in np.diag(reach).tolist():                                     # one axis at a time
+        outside = F.max_pool3d(outside, [2 * n + 1 for n in pad], 1, pad)
     fluid = torch.from_numpy(tissue == 1)
     deep = (fluid & (outside[0, 0, 1:-1, 1:-1, 1:-1] == 0))[None, None]
     core = F.max_pool3d((~deep).float(), 3, 1, 1) == 0
@@ -250,9 +239,8 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     """
     names = bs.CONDITIONS[condition]
     first_label = names.index(bs.LABELS[0])
-    if condition == "tumour":
-        tissue = brain
-    else:
+    tissue = brain
+    if condition != "tumour":
         tissue = tissue_clusters(scans, brain & (labels == 0) & ~replaced)
         if condition == "ventricles":
             tissue = np.where(brain, 1 + deep_fluid(tissue, brain, spacing), 0)
@@ -264,31 +252,14 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     return np.where(labels > 0, labels + (first_label - 1), tissue).astype(np.uint8)
 
 
-def majority(fractions):
-    """Class fractions float (K, D, H, W) -> class map uint8 (D, H, W): the class with the largest
-    one. Class 0 is air; what is missing from a sum of 1 is added to it, in place."""
-    fractions[0] += 1 - fractions.sum(0)
-    return fractions.argmax(0).astype(np.uint8)
-
-
-def brain_position(classes, fault):
-    """Class map (D, H, W) -> position float32 (D,): -1 at the lowest slice with brain, 1 at the
-    highest, straight on beyond them. BadInput with the text `fault` where there is no brain."""
-    with_brain = np.where((classes > 0).any((1, 2)))[0]
-    if not len(with_brain):
-        raise bs.BadInput(fault)
-    low, high = with_brain[0], with_brain[-1]
-    position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
-    return position.astype(np.float32)
-
-
 def prepare_case(case, resolution, fov, condition, relabel=None):
     """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
 
     relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..3 that take the place
     of those read; see classes_of. Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8
-    (D, R, R), values index CONDITIONS[condition]; position float32 (D,), see brain_position; labels
-    uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
+    (D, R, R), values index CONDITIONS[condition]; position float32 (D,), -1 at the lowest
+    slice with brain, 1 at the highest, straight on beyond them; labels uint8 and brain bool
+    (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
     read; grid; cut: fraction of brain voxels outside the field of view.
     """
     scans, labels, affine = nifti.read_case(case)
@@ -302,8 +273,13 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     grid = Grid.over(brain, affine, resolution, fov)
     # labels by majority of area; images as the mean over the brain part of each pixel, so that
     # the edge of the brain is not darkened by air
-    classes = majority(np.stack([grid.shrink(full == k)
-                                 for k in range(len(bs.CONDITIONS[condition]))]))
+    fractions = np.stack([grid.shrink(full == k) for k in range(len(bs.CONDITIONS[condition]))])
+    fractions[0] += 1 - fractions.sum(0)                # beyond the source is air
+    classes = fractions.argmax(0).astype(np.uint8)
+    if not classes.any():
+        raise bs.BadInput(f"{case.folder}: no brain in the field of view; check scans")
+    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
+    position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
     inside = to_slices(brain)
     area = np.maximum(grid.shrink(inside), 1e-6)
     images = np.zeros((len(classes), len(scans), resolution, resolution), np.uint8)
@@ -312,20 +288,8 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
         mean = np.where(classes > 0, grid.shrink(scan * inside) / area, 0)
         images[:, c] = np.rint(mean).clip(0, 255)
     cut = 1 - area.sum() * np.prod(grid.step) / inside.sum()
-    position = brain_position(classes, f"{case.folder}: no brain in the field of view; check scans")
-    return {"images": images, "classes": classes, "position": position, "labels": labels,
-            "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
-
-
-def read_split(path):
-    """A split file, JSON {"train": [case or patient names], "val": [...], "test": [...]}:
-    {part: set of names}. BadInput where it is something else."""
-    try:
-        names = json.loads(Path(path).read_text())
-        return {part: set(names.get(part, [])) for part in PARTS}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise bs.BadInput(f"{path}: cannot be used as a split ({error}); expected JSON like "
-                          '{"train": ["CASE"], "val": [], "test": []}') from error
+    return {"images": images, "classes": classes, "position": position.astype(np.float32),
+            "labels": labels, "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
 
 
 def split_patients(cases, split_file=None):
@@ -333,15 +297,20 @@ def split_patients(cases, split_file=None):
 
     By patient, never by slice. Of the sorted patients every fifth (0, 5, 10, ...) is for test and
     number 2 of every ten for validation, whatever the seed, so that a generator and a segmenter
-    trained apart still hold out the same people. split_file overrides, see read_split; cases it
-    does not name are left out. BadInput where it has a name that is not in the data, a patient is
-    in two parts, or nothing is left for training.
+    trained apart still hold out the same people. split_file overrides, a JSON file
+    {"train": [case or patient names], "val": [...], "test": [...]}; cases it does not name are left
+    out. BadInput where it is something else or has a name that is not in the data, a patient is in
+    two parts, or nothing is left for training.
     """
     patients = sorted({case.patient for case in cases})
     names = {"val": set(patients[2::10]), "test": set(patients[::5])}
     names["train"] = set(patients) - names["val"] - names["test"]
     if split_file is not None:
-        names = read_split(split_file)
+        try:
+            content = json.loads(Path(split_file).read_text())
+            names = {part: set(content.get(part, [])) for part in PARTS}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise bs.BadInput(f"{split_file}: is no split of cases ({error})") from error
     unknown = set().union(*names.values()) - set(patients) - {case.case for case in cases}
     if unknown:
         raise bs.BadInput(f"{split_file}: {min(unknown)} is not in the data; correct the name")
@@ -350,34 +319,27 @@ def split_patients(cases, split_file=None):
         split[part] = [case for case in cases if names[part] & {case.case, case.patient}]
         for case in split[part]:
             if part_of.setdefault(case.patient, part) != part:
-                raise bs.BadInput(f"patient {case.patient} is in {part_of[case.patient]} and in "
-                                  f"{part}; keep all time points of a patient in one part")
+                raise bs.BadInput(f"patient {case.patient} is in two parts; keep them in one")
     if not split["train"]:
         raise bs.BadInput(f"of {len(cases)} cases none is for training; add cases, or use --split")
     return split
 
 
-def recall(path):
-    """The dict that `remember` wrote; its tensors are memory-mapped. ValueError where a bit has
-    flipped: every byte is read once and compared with the checksums of the file, a zip archive."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():
-            raise ValueError("a bit has flipped")
-    return torch.load(path, mmap=True, weights_only=True)
-
-
 def remember(path, make, say=print):
     """The dict make(), of numbers, texts, lists and tensors, kept in a file: made where there is no
-    file or a damaged one, else read. Returned is what `recall` reads."""
-    try:
-        return recall(path)
-    except FileNotFoundError:
-        pass
-    except Exception as error:                  # a damaged archive raises all kinds of errors
-        say(f"note: {path} cannot be used ({error}); made anew")
+    file or a damaged one. What is returned is read from the file, its tensors memory-mapped; first
+    every byte of an old file is compared with the checksums in it, a zip archive."""
+    if path.exists():
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a bit has flipped")
+            return torch.load(path, mmap=True, weights_only=True)
+        except Exception as error:              # a damaged archive raises all kinds of errors
+            say(f"note: {path} cannot be used ({error}); made anew")
     contents = make()
     files.replace_file(path, lambda temporary: torch.save(contents, temporary))
-    return recall(path)
+    return torch.load(path, mmap=True, weights_only=True)
 
 
 class Rows:
@@ -408,8 +370,9 @@ class Cache:
               brain left out
     position  float32 (N,)
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
-              case_hashes), first, count (its rows), thickness (mm between slices), cut
-    meta      condition, classes (their names), modalities, resolution, fov
+              case_hashes), first, count (its rows), thickness (mm between slices),
+              cut (fraction of the brain outside the field of view)
+    meta      classes (their names), modalities, resolution, fov
     """
 
     def __init__(self, blocks, cases, meta):
@@ -443,8 +406,8 @@ class Cache:
         block = torch.from_numpy(self.rows[rows])
         if mirror is not None:
             block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
-        return (bs.to_images(block[:, :-1]), block[:, -1].long(),
-                torch.from_numpy(self.position[rows]))
+        position = torch.from_numpy(self.position[rows])
+        return bs.to_images(block[:, :-1]), block[:, -1].long(), position
 
     def batches(self, rows, size=128):
         """These rows in turn, as batches of `size` or fewer."""
@@ -454,14 +417,14 @@ class Cache:
 
 def cached_case(case, resolution, fov, condition):
     """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,
-    position float32 (n,), facts: its hashes, cut and thickness (mm), see Cache."""
+    position float32 (n,), facts: its hashes, thickness and cut, see Cache."""
     got = prepare_case(case, resolution, fov, condition)
     keep = (got["classes"] > 0).mean((1, 2)) > 0.01
     rows = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
     thickness = float(nifti.spacing_of(got["grid"].affine)[2])
     return {"rows": torch.from_numpy(rows),
             "position": torch.from_numpy(got["position"][keep].round(5)),
-            "facts": {"hashes": got["hashes"], "cut": got["cut"], "thickness": thickness}}
+            "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"]}}
 
 
 def build_cache(cases, folder, resolution, fov, condition, split=None, say=print):
@@ -474,32 +437,23 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     part_of = {case.case: part for part in split for case in split[part]}
     cases = [case for case in cases if case.case in part_of]
     settings = resolution, fov, condition
-    new = []
 
     def load(case):
-        path = Path(folder) / f"{case.case}-{condition}-{fingerprint([case], *settings)}"
-        if not path.exists():
-            new.append(case)
+        path = Path(folder) / f"{case.case}-{condition}-{fingerprint(case, *settings)}"
         return remember(path, lambda: cached_case(case, *settings), say)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        blocks = list(pool.map(load, cases))
+    blocks = nifti.in_threads(load, cases)
     entries, first = [], 0
     for case, block in zip(cases, blocks):
-        count = len(block["rows"])
         entries.append({"case": case.case, "patient": case.patient, "part": part_of[case.case],
-                        "first": first, "count": count, **block["facts"]})
-        first += count
+                        "first": first, "count": len(block["rows"]), **block["facts"]})
+        first += len(block["rows"])
     if not first:
         raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
-    wide = [entry["case"] for entry in entries if entry["cut"] > 0.002]
-    if new:
-        say(f"cache: {len(cases)} cases, {len(new)} of them new, {first} slices -> {folder}")
-    if new and wide:
-        say(f"note: {len(wide)} cases, such as {wide[0]}, are wider than --fov {fov}: cut off")
-    return Cache(blocks, entries, {"condition": condition, "classes": bs.CONDITIONS[condition],
-                                   "modalities": bs.MODALITIES, "resolution": resolution,
-                                   "fov": fov})
+    wide = sum(entry["cut"] > 0.002 for entry in entries)
+    say(f"cache: {len(cases)} cases ({wide} wider than --fov), {first} slices -> {folder}")
+    return Cache(blocks, entries, {"classes": bs.CONDITIONS[condition], "fov": fov,
+                                   "modalities": bs.MODALITIES, "resolution": resolution})
 
 
 def has_label(cache, rows, first_label):

@@ -174,8 +174,8 @@ class Segmenter:
     def slice_dice(self, images, labels):
         """Dice of WT, TC, ET over all slices of one case on the model's grid: images float (D, C,
         R, R) in [-1, 1], labels int (D, R, R) -> list of three."""
-        regions = zip(bs.regions_of(self.slice_labels(images)), bs.regions_of(labels))
-        return [bs.dice(predicted, truth) for predicted, truth in regions]
+        truth = bs.regions_of(torch.as_tensor(labels))
+        return [bs.dice(a, b) for a, b in zip(bs.regions_of(self.slice_labels(images)), truth)]
 
     def segment(self, got):
         """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the

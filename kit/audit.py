@@ -6,6 +6,7 @@ D plants copies (canaries) and counts how many of them A finds. Decoys are real 
 generator never saw.
 """
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -25,6 +26,14 @@ AUDIT_LEVELS = (100, 300, 500, 700)     # t at which the denoising loss is measu
 CANARIES = ("copy", "noise", "shift", "flip", "gamma", "blend")
 LIMIT = 6.0                             # robust standard deviations beyond which a pair is named
 CHANCE = 0.005                          # p below which a fraction or an AUC is more than chance
+# The audit for the screen, sidecars and datasheet: no names.
+WORDS = """{synthetic_cases} synthetic cases against {training_cases} training cases and {decoys} \
+real cases never trained on: {copies} too near to a training case{bound}. Nearer to training cases \
+than to the others: {share:.1%} of slices (50% if nothing leaked, p {share_p:.3f}). Training cases \
+told from others by the denoising loss: AUC {loss_auc:.2f} (p {loss_p:.3f}); by how well they are \
+reproduced from their own label maps: AUC {reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is \
+chance. Planted copies found: {planted}. Missed are copies under heavy noise or blur, of a tumour \
+alone, or of parts of a slice."""
 
 
 def audit_slices(prepared):
@@ -77,23 +86,21 @@ def similarity(synthetic, real, head):
     healthy in both; the best over left-right flip, shifts of one pixel, and the real case's slices
     at this position and the two beside it.
     """
-    def flat(x):
-        return x.transpose(0, 1).flatten(2)                                     # (P, N, pixels)
+    def flat(x, mask):
+        return [z.transpose(0, 1).flatten(2) for z in (x, (x ** 2).sum(2), mask)]   # (P, N, pixels)
 
-    (x, x_mask), (y, y_mask) = [((view - head) * mask, mask) for view, mask in (synthetic, real)]
-    y, y_power, y_mask = flat(y), flat((y ** 2).sum(2)), flat(y_mask)
-    best = torch.full((x.shape[1], len(x), y.shape[1]), -1.0)
-    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    for axes in ((), (-1,)):                                                    # as it is, flipped
-        for shift in shifts:
-            a, a_mask = [torch.roll(z.flip(axes), shift, (-2, -1)) for z in (x, x_mask)]
-            a, a_power, a_mask = flat(a), flat((a ** 2).sum(2)), flat(a_mask)
-            for along in (-1, 0, 1):
-                here = slice(max(0, -along), len(a) - max(0, along))
-                there = slice(max(0, along), len(a) + min(0, along))
-                product = a[here] @ y[there].mT
-                power = (a_power[here] @ y_mask[there].mT) * (a_mask[here] @ y_power[there].mT)
-                best[here] = torch.maximum(best[here], product / power.clamp(min=1e-9).sqrt())
+    pair, (y, y_mask) = [((view - head) * mask, mask) for view, mask in (synthetic, real)]
+    y, y_power, y_mask = flat(y, y_mask)
+    best = torch.full((len(y), len(pair[0]), y.shape[1]), -1.0)
+    # as it is and flipped, shifted by up to a pixel each way
+    for axes, *shift in itertools.product(((), (-1,)), (-1, 0, 1), (-1, 0, 1)):
+        x, x_power, x_mask = flat(*[torch.roll(z.flip(axes), shift, (-2, -1)) for z in pair])
+        for along in (-1, 0, 1):
+            here = slice(max(0, -along), len(x) - max(0, along))
+            there = slice(max(0, along), len(x) + min(0, along))
+            power = (x_power[here] @ y_mask[there].mT) * (x_mask[here] @ y_power[there].mT)
+            product = x[here] @ y[there].mT / power.clamp(min=1e-9).sqrt()
+            best[here] = torch.maximum(best[here], product)
     return best.transpose(0, 1)
 
 
@@ -105,58 +112,51 @@ def robust(values):
     return middle, 1.4826 * (values - middle).abs().median() + 1e-6
 
 
-class CopyFinder:
-    """Part A: names pairs of a synthetic and a training case that are too alike.
+def nearness(alike, training):
+    """How near cases are to training cases, larger is nearer: alike (N, P, M), from similarity,
+    training bool (M,) -> three tensors. Of single slices (N, P) and of whole cases (N,), which are
+    means over slices: similarity to the nearest training case less that to the nearest decoy. Of
+    whole cases (N,): similarity to the nearest training case."""
+    def nearest(among):
+        return alike[..., among].amax(-1), alike.mean(1)[:, among].amax(-1)
 
-    alike (N, P, M): from similarity, of the synthetic cases; among (M, P, M): of the real cases to
-    each other; training bool (M,): which of the M real cases were trained on, the others are
-    decoys; own (N, M) bool: which real cases lent a synthetic case its label map or outline. Such a
-    pair must be alike, so it is left out here (part C looks at it).
+    (by_slice, by_case), (slice_decoy, case_decoy) = nearest(training), nearest(~training)
+    return by_slice - slice_decoy, by_case - case_decoy, by_case
 
-    The score of a synthetic case is the largest of three numbers, in robust standard deviations,
-    LIMIT at most: how much nearer the nearest training case is than the nearest decoy, for single
-    slices and for whole cases (mean over slices), where the spread is that of all cases, each real
-    one compared with all others; and how near the nearest training case is, where the spread is
-    that of real cases, which shows when most of the set are copies. With few cases a spread is
+
+def usual_nearness(alike, among, training):
+    """Median and robust standard deviation of the three numbers of nearness: [(median, spread)].
+
+    alike (N, P, M): of synthetic cases; among (M, P, M): of the real cases to each other. The
+    differences are those of all cases, each real one compared with all others; the nearness is that
+    of real cases, which shows when most of the synthetic set are copies. With few cases a spread is
     uncertain: that of whole cases is taken to be no less than independent slices had.
-
-    found: what scores says of the synthetic cases.
     """
+    # no case is its own neighbour
+    among = among.masked_fill(torch.eye(len(among), dtype=torch.bool)[:, None], -1)
+    by_slice, by_case, _ = nearness(torch.cat([alike, among]), training)
+    usual = [robust(values) for values in (by_slice, by_case, nearness(among, training)[2])]
+    least = usual[0][1] / alike.shape[1] ** 0.5
+    return usual[:1] + [(middle, torch.maximum(spread, least)) for middle, spread in usual[1:]]
 
-    def __init__(self, alike, among, training, own):
-        self.training = training
-        alike = alike.masked_fill(own[:, None], -1)
-        # no case is its own neighbour
-        among = among.masked_fill(torch.eye(len(among), dtype=torch.bool)[:, None], -1)
-        everyone = torch.cat([alike, among])
-        self.by_slice = robust(self.nearer(everyone))
-        least = self.by_slice[1] / alike.shape[1] ** 0.5
-        whole, nearest = self.nearer(everyone.mean(1)), among.mean(1)[:, training].amax(-1)
-        self.by_case, self.near = [(middle, torch.maximum(spread, least))
-                                   for middle, spread in (robust(whole), robust(nearest))]
-        self.found = self.scores(alike)
 
-    def nearer(self, alike):
-        """Similarity to the nearest training case less that to the nearest decoy: (..., M) ->
-        (...,)."""
-        return alike[..., self.training].amax(-1) - alike[..., ~self.training].amax(-1)
+def find_copies(alike, training, usual):
+    """Part A: how near synthetic cases are to training cases -> for each of N cases its score, the
+    most telling slice, and which of the M real cases it is nearest to, tensors (N,).
 
-    def scores(self, alike):
-        """For each of N cases: score (the largest of the three numbers), slice (the most telling
-        one), pair (which of the M real cases it is nearest to)."""
-        def deviations(values, middle, spread):
-            return (values - middle) / spread
-
-        members, whole = torch.where(self.training)[0], alike.mean(1)
-        by_slice = deviations(self.nearer(alike), *self.by_slice)               # (N, P)
-        by_case = deviations(self.nearer(whole), *self.by_case)
-        near = deviations(whole[:, members].amax(-1), *self.near)
-        best = by_slice.argmax(1)
-        of_slice = alike[torch.arange(len(alike)), best][:, members].argmax(-1)
-        of_case = whole[:, members].argmax(-1)
-        by_slice, whole_score = by_slice.amax(1), torch.maximum(by_case, near)
-        pair = members[torch.where(whole_score > by_slice, of_case, of_slice)]
-        return {"score": torch.maximum(by_slice, whole_score), "slice": best, "pair": pair}
+    alike (N, P, M): from similarity, -1 where a real case lent a synthetic one its label map or
+    outline: such a pair must be alike (part C looks at it); training bool (M,): which real cases
+    were trained on, the others are decoys; usual: from usual_nearness. The score is the largest of
+    the three numbers of nearness, in robust standard deviations from the median; LIMIT at most.
+    """
+    deviations = [(values - middle) / spread
+                  for values, (middle, spread) in zip(nearness(alike, training), usual)]
+    by_slice, whole = deviations[0], torch.maximum(*deviations[1:])
+    members, best = torch.where(training)[0], by_slice.argmax(1)
+    of_slice = alike[torch.arange(len(alike)), best][:, training].argmax(-1)
+    of_case = alike.mean(1)[:, training].argmax(-1)
+    pair = members[torch.where(whole > by_slice.amax(1), of_case, of_slice)]
+    return torch.maximum(by_slice.amax(1), whole), best, pair
 
 
 def nearer_share(alike, training, draws=10, permutations=400, seed=0):
@@ -222,7 +222,7 @@ def canary(kind, images, classes, other, seed):
 def denoising_loss(denoiser, images, classes, position):
     """Mean squared error of v at AUDIT_LEVELS, case by case: images (N, P, C, R, R), classes (N, P,
     R, R), position (N, P) -> (N,). The same noise for all cases: only the pictures differ."""
-    losses, x0 = [], images.flatten(0, 1)
+    losses, x0 = [], images.flatten(0, 1)                                   # (N P, C, R, R)
     onehot = bs.one_hot(classes.flatten(0, 1), denoiser.net.classes)
     for level in AUDIT_LEVELS:
         eps = torch.randn(images.shape[1:], generator=bs.generator(level, "audit"))
@@ -241,28 +241,27 @@ def reproduction(denoiser, images, classes, position, condition, head, settings)
     similarity over slices. High for any good generator; higher for training cases only if it
     remembers them."""
     alike = []
-    for number in range(len(images)):
-        sampled = bs.sample_volume(denoiser, classes[number], position[number], 1.0,
-                                   (0, "audit", number), settings)
-        pair = [audit_views(x[None], classes[number][None], condition)
-                for x in (sampled, images[number])]
+    for number, (scan, labels, at) in enumerate(zip(images, classes, position)):
+        sampled = bs.sample_volume(denoiser, labels, at, 1.0, (0, "audit", number), settings)
+        pair = [audit_views(x[None], labels[None], condition) for x in (sampled, scan)]
         alike.append(similarity(*pair, head)[0, :, 0].mean())
     return torch.stack(alike)
 
 
-def plant_canaries(finder, made, real, views, head, condition, count):
+def plant_canaries(synthetic, real, training, usual, views, head, condition, count):
     """Part D: `count` training cases planted among the synthetic ones in each of the ways of
-    CANARIES -> {kind: fraction that the CopyFinder names with the right training case}; {} without
-    any. made, real: from audit_slices; views: from audit_views, of the real cases."""
-    members = torch.where(finder.training)[0]
-    victims, fractions = members[judging.evenly(len(members), count)], {}
+    CANARIES -> {kind: fraction that find_copies names with the right training case}; {} without
+    any. synthetic, real: from audit_slices; training, usual: of find_copies; views: from
+    audit_views, of the real cases."""
+    members, fractions = torch.where(training)[0], {}
+    victims = members[judging.evenly(len(members), count)]
     for kind in CANARIES if count else ():
-        copies = [canary(kind, real[0][i], real[1][i], made[0][n % len(made[0])], n)
+        copies = [canary(kind, real[0][i], real[1][i], synthetic[0][n % len(synthetic[0])], n)
                   for n, i in enumerate(victims)]
         images, classes = [torch.stack(part) for part in zip(*copies)]
-        found = finder.scores(similarity(audit_views(images, classes, condition), views, head))
-        named = (found["score"] > LIMIT) & (found["pair"] == victims)
-        fractions[kind] = float(named.float().mean())
+        alike = similarity(audit_views(images, classes, condition), views, head)
+        score, _, pair = find_copies(alike, training, usual)
+        fractions[kind] = float(((score > LIMIT) & (pair == victims)).float().mean())
     return fractions
 
 
@@ -282,181 +281,136 @@ def audit_generator(denoiser, real, groups, condition, head, settings, few):
             "reproduction": [values.mean().item() for values in alike]}, alike[1]
 
 
-def audit(made, own, real, training, condition, canaries, denoiser, settings, few=12):
+def audit(synthetic, related, real, training, condition, canaries, denoiser, settings, few=12):
     """The whole audit -> (report, pairs: [(synthetic, slice, real)] to look at, nearest first, as
     indices; the first report["copies"] of them are named).
 
     report: a dict of numbers: cases of each kind; copies (scores above LIMIT) and scores of all N;
     share (from nearer_share) and its p; AUC and p of loss and of reproduction; canaries_found, a
-    fraction for each kind; nearest, similarities; and "verdict":
+    fraction for each kind; and "verdict":
     leak        a copy is named, or share or an AUC is above chance with p < CHANCE
     underpowered  else, where under 90% of the canaries are found, or there are fewer than 8
                   training cases or decoys
     none found  else
 
-    made, real: from audit_slices (images, classes, positions), N synthetic and M real cases, one a
-    patient; own bool (N, M), training bool (M,): see CopyFinder; canaries: how many training cases
+    synthetic, real: from audit_slices (images, classes, positions), N synthetic and M real cases,
+    one a patient; related bool (N, M): which real cases lent a synthetic case its label map or
+    outline; training bool (M,): which real cases were trained on; canaries: how many training cases
     are planted in each of the ways of CANARIES; denoiser: the generator; settings: of
     sample_volume; few: part C samples so many cases of each kind, and takes the loss of twice as
     many.
     """
     views = audit_views(*real[:2], condition)
     head = mean_head(*views)
-    alike = similarity(audit_views(*made[:2], condition), views, head)
-    finder = CopyFinder(alike, similarity(views, views, head), training, own)
+    alike = similarity(audit_views(*synthetic[:2], condition), views, head)
+    unrelated = alike.masked_fill(related[:, None], -1)
+    usual = usual_nearness(unrelated, similarity(views, views, head), training)
+    score, best, pair = find_copies(unrelated, training, usual)
     groups = torch.where(training)[0], torch.where(~training)[0]
-    share, share_p = nearer_share(alike.masked_fill(own[:, None], -1), training)
-    planted = plant_canaries(finder, made, real, views, head, condition, canaries)
+    share, share_p = nearer_share(unrelated, training)
+    planted = plant_canaries(synthetic, real, training, usual, views, head, condition, canaries)
     figures, decoys = audit_generator(denoiser, real, groups, condition, head, settings, few)
     # a synthetic case and the training case that lent its label map: as alike as decoys are to
     # samples from their own label maps, or more?
-    whole, (middle, spread) = alike.mean(1), robust(decoys)
-    score, pair = torch.where(own & training, (whole - middle) / spread, -math.inf).max(1)
-    pair = torch.where(score > finder.found["score"], pair, finder.found["pair"])
-    score = torch.maximum(score, finder.found["score"])
-    report = {"synthetic_cases": len(alike), "training_cases": len(groups[0]),
+    middle, spread = robust(decoys)
+    own = torch.where(related & training, (alike.mean(1) - middle) / spread, -math.inf).max(1)
+    pair = torch.where(own.values > score, own.indices, pair)
+    score = torch.maximum(own.values, score)
+    copies = int((score > LIMIT).sum())
+    leak = copies or min(share_p, figures["loss_p"], figures["reproduction_p"]) < CHANCE
+    weak = not planted or np.mean(list(planted.values())) < 0.9 or min(map(len, groups)) < 8
+    report = {"verdict": "leak" if leak else "underpowered" if weak else "none found",
+              "synthetic_cases": len(alike), "training_cases": len(groups[0]),
               "decoys": len(groups[1]), "share": share, "share_p": share_p, "limit": LIMIT,
-              "canaries_found": planted, **figures, "copies": int((score > LIMIT).sum()),
-              "scores": score.tolist()}
-    leak = report["copies"] or min(share_p, report["loss_p"], report["reproduction_p"]) < CHANCE
-    found = np.mean(list(planted.values())) if planted else 0.0
-    weak = found < 0.9 or min(map(len, groups)) < 8
-    report["verdict"] = "leak" if leak else "underpowered" if weak else "none found"
-    report["nearest"] = {"training": whole[:, training].amax(-1).tolist(),
-                         "decoy": whole[:, ~training].amax(-1).tolist()}
+              "canaries_found": planted, **figures, "copies": copies, "scores": score.tolist()}
     order = score.argsort(descending=True)
-    return report, [(int(n), int(finder.found["slice"][n]), int(pair[n])) for n in order]
+    return report, torch.stack([order, best[order], pair[order]], 1).tolist()
 
 
 def audit_words(report):
-    """The audit in words, for the screen, sidecars and datasheet: no names."""
-    bound = "" if report["copies"] else (" (the fraction of such copies is below "
-                                         f"{min(1, 3 / report['synthetic_cases']):.1%} with 95% "
-                                         "confidence)")
+    """WORDS with the numbers of a report."""
+    bound, n = "", report["synthetic_cases"]
+    if not report["copies"]:
+        bound = f" (the fraction of such copies is below {min(1, 3 / n):.1%} with 95% confidence)"
     found = [f"{kind} {fraction:.0%}" for kind, fraction in report["canaries_found"].items()]
-    return (f"{report['synthetic_cases']} synthetic cases against {report['training_cases']} "
-            f"training cases and {report['decoys']} real cases never trained on: "
-            f"{report['copies']} too near to a training case{bound}. Nearer to training cases than "
-            f"to the others: {report['share']:.1%} of slices (50% if nothing leaked, p "
-            f"{report['share_p']:.3f}). Training cases told from others by the denoising loss: AUC "
-            f"{report['loss_auc']:.2f} (p {report['loss_p']:.3f}); by how well they are reproduced "
-            f"from their own label maps: AUC {report['reproduction_auc']:.2f} (p "
-            f"{report['reproduction_p']:.3f}); 0.50 is chance. Planted copies found: "
-            f"{', '.join(found) or 'none were planted'}. Missed are copies under heavy noise or "
-            "blur, of a tumour alone, or of parts of a slice.")
+    planted = ", ".join(found) or "none were planted"
+    return WORDS.format(**report, bound=bound, planted=planted)
 
 
-def audit_cases(args, state, seen):
+def audit_cases(args, state, facts):
     """The real cases of an audit, one a patient (of several time points the first): [(Case, whether
-    it was trained on, its case_hashes as a set)]. seen: first 16 digits of the hashes that the
-    generators of the synthetic cases were trained on. Left out is a case that was trained on in
-    part, or only by a generator of labels. BadInput where there are no training cases of the
-    checkpoint or no others."""
+    it was trained on, its case_hashes as a set)]. facts: sidecars of the synthetic cases. Left out
+    is a case that was trained on in part, or only by a generator of labels. BadInput where there
+    are no training cases of the checkpoint or no others."""
     wanted = {"out": args.checkpoint, "split": None, "scanner": state["args"]["scanner"]}
     cases, _ = checks.find_data(argparse.Namespace(**{**vars(args), **wanted}))
     first = {case.patient: case for case in reversed(cases)}
+    seen = {digest for row in facts for digest in row["GeneratorTrainedOn"]}    # 16 digits of each
     known, real = set(state["trained_on"]), []
     for patient in sorted(first):
         hashes = set(slices.hashes_of(first[patient]))
         touched = hashes & known or seen & {digest[:16] for digest in hashes}
         if hashes <= known or not touched:
             real.append((first[patient], hashes <= known, hashes))
-    trained = sum(known_case for _, known_case, _ in real)
+    trained = sum(is_known for _, is_known, _ in real)
     if not 0 < trained < len(real):
         raise bs.BadInput(f"{args.data or 'the phantoms'}: {trained} cases that {args.checkpoint} "
-                          f"was trained on and {len(real) - trained} others; an audit needs both, "
-                          "so give the --data it was trained with")
+                          f"was trained on and {len(real) - trained} others; an audit needs both: "
+                          "give the --data it was trained with")
     return real
 
 
 def audit_folder(args, denoiser, state, settings):
-    """Search a folder of synthetic cases for copies of training cases: table, audit.json,
-    audit.png, pairs.png; with --mark the figures go into the sidecars and DATASHEET.md. Exit 1
-    where the verdict is a leak."""
+    """Search a folder of synthetic cases for copies of training cases: the named pairs, words and
+    verdict on the screen, audit.json, pairs.png; with --mark the figures go into the sidecars and
+    DATASHEET.md. Exit 1 where the verdict is a leak."""
     def prepare(cases):
         return audit_slices([slices.prepare_case(case, state["resolution"], state["fov"],
                                                  state["condition"]) for case in cases])
 
-    synthetic = nifti.find_cases(args.audit)
-    facts = [writing.synthetic_facts(case) for case in synthetic]
-    checkpoint = files.file_hash(state["file"])
-    if all(row["CheckpointSHA256"] != checkpoint for row in facts):
-        print(f"note: none of the cases was made with {args.checkpoint}; part C speaks of that, "
-              "not of their generator")
-    seen = {digest for row in facts for digest in row["GeneratorTrainedOn"]}
-    real, training, hashes = zip(*audit_cases(args, state, seen))
-    own = torch.zeros(len(synthetic), len(real), dtype=torch.bool)
+    cases, out = nifti.find_cases(args.audit), Path(args.out)
+    facts = [writing.synthetic_facts(case) for case in cases]
+    if files.file_hash(state["file"]) not in {row["CheckpointSHA256"] for row in facts}:
+        print(f"note: part C is about {args.checkpoint}, with which no case was made")
+    real, training, hashes = zip(*audit_cases(args, state, facts))
+    related = torch.zeros(len(cases), len(real), dtype=torch.bool)
     for i, row in enumerate(facts):
-        for j, digests in enumerate(hashes):
-            own[i, j] = row["LabelMapSHA256"] in digests or row["BrainSHA256"] in digests
+        origin = {row["LabelMapSHA256"], row["BrainSHA256"]}
+        related[i] = torch.tensor([not origin.isdisjoint(digests) for digests in hashes])
     # coarse anatomy is there after ten calls
     settings = {**settings, "coherence": 0.0, "steps": min(settings["steps"], 10)}
-    made, pool = prepare(synthetic), prepare(real)
-    report, pairs = audit(made, own, pool, torch.tensor(training), state["condition"],
+    synthetic, pool = prepare(cases), prepare(real)
+    report, pairs = audit(synthetic, related, pool, torch.tensor(training), state["condition"],
                           args.canaries, denoiser, settings)
-    rows = [{"synthetic": synthetic[i].case, "slice": AUDIT_POSITIONS[p], "training": real[j].case,
-             "score": report["scores"][i], "named": number < report["copies"]}
+    copies, words = report["copies"], audit_words(report)
+    rows = [{"synthetic": cases[i].case, "slice": AUDIT_POSITIONS[p], "training": real[j].case,
+             "score": report["scores"][i], "named": number < copies}
             for number, (i, p, j) in enumerate(pairs)]
-    report = {"verdict": report["verdict"], "words": audit_words(report),
-              "condition": state["condition"], **report, "pairs": rows}
-    out = Path(args.out)
+    report = {**report, "words": words, "condition": state["condition"], "pairs": rows}
     files.write_json(out / "audit.json", report)
-    draw_audit(out / "audit.png", report)
-    shown = pairs[:max(3, min(12, report["copies"]))]
-    draw_pairs(out / "pairs.png", [(made[0][i, p], pool[0][j, p]) for i, p, j in shown], state)
-    print_audit(report)
+    shown = [[*synthetic[0][i, p], None, *pool[0][j, p]]
+             for i, p, j in pairs[:max(3, min(12, copies))]]
+    titles = [*(f"SYNTHETIC\n{name}" for name in bs.MODALITIES), "",
+              *(f"training case\n{name}" for name in bs.MODALITIES)]
+    pictures.plot_rows(out / "pairs.png", shown, titles, state["condition"],
+                       f"nearest pairs; right half: training cases, {state['data']}")
+    for row in rows[:copies]:
+        print("copy: {synthetic} at {slice:+.1f} of the brain's height is too near to {training} "
+              "({score:.1f} robust standard deviations)".format(**row))
+    print(f"{words}\nverdict: {report['verdict']}".replace(". ", ".\n"))
     if args.mark:
-        mark_set(args.audit, report)
-        print(f"wrote: the audit into {len(synthetic)} sidecars and {args.audit}/DATASHEET.md")
-    for name in ("audit.json", "audit.png", "pairs.png"):
-        print(f"wrote: {out / name}")
+        mark_set(cases, report)
+    print(f"wrote: {out / 'audit.json'}\nwrote: {out / 'pairs.png'}")
     if report["verdict"] == "leak":
         sys.exit(1)
 
 
-def print_audit(report):
-    """The named pairs, the words, the verdict."""
-    for row in report["pairs"][:report["copies"]]:
-        print(f"copy: {row['synthetic']} at {row['slice']:+.1f} of the brain's height is too near "
-              f"to {row['training']} ({row['score']:.1f} robust standard deviations; "
-              f"{LIMIT:.0f} at most)")
-    print(report["words"].replace(". ", ".\n"))
-    print(f"verdict: {report['verdict']}")
-
-
-def mark_set(folder, report):
+def mark_set(cases, report):
     """The audit, without names of training cases, into the sidecars and the datasheet of a set."""
     kept = ("verdict", "words", "copies", "share", "canaries_found")
-    for case in nifti.find_cases(folder):
+    for case in cases:
         facts = {**writing.synthetic_facts(case), "Audit": {name: report[name] for name in kept}}
         files.write_json(case.folder / f"{case.case}.json", facts)
+    folder = cases[0].folder.parent
     writing.write_datasheet(folder)
-
-
-def draw_pairs(path, pairs, state):
-    """Synthetic slices beside the real ones they are nearest to: pairs of images (C, R, R)."""
-    titles = [f"SYNTHETIC\n{name}" for name in bs.MODALITIES] + [""]
-    titles += [f"training case\n{name}" for name in bs.MODALITIES]
-    shown = "phantoms" if state["data"] == "phantoms" else "real scans"
-    pictures.plot_rows(path, [[*synthetic, None, *real] for synthetic, real in pairs], titles,
-                       state["condition"], f"nearest pairs; the right half shows {shown}")
-
-
-def draw_audit(path, report):
-    """A page-wide figure: nearest training case against nearest decoy, scores, canaries found,
-    fractions and AUCs."""
-    near, scores = report["nearest"], sorted(report["scores"])
-    ends = [min(near["training"] + near["decoy"]), max(near["training"] + near["decoy"])]
-    chance = [report[name] for name in ("share", "loss_auc", "reproduction_auc")]
-    planted = report["canaries_found"]
-    pictures.plot_lines(path, [
-        ("nearest decoy (up) and training case (right)", "points",
-         {"synthetic cases": (near["training"], near["decoy"], None),
-          "equally near": (ends, ends)}),
-        ("score of every synthetic case, sorted", "points",
-         {"cases": (range(len(scores)), scores, None),
-          "limit": ([0, len(scores) - 1], [LIMIT] * 2)}),
-        ("fraction of planted copies found", "bars",
-         {report["verdict"]: (list(planted), list(planted.values()))}),
-        ("fraction or AUC, 0.5 if nothing leaked", "bars",
-         {report["verdict"]: (["nearer to training", "loss", "reproduction"], chance)})], "")
+    print(f"wrote: the audit into {len(cases)} sidecars and {folder / 'DATASHEET.md'}")

@@ -8,7 +8,6 @@ SOURCES
 """
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +17,9 @@ import brainsyn as bs
 from kit import checks, files, metrics, nifti, requests, runs, slices, writing
 
 SLICES_A_CASE = 40              # that are compared
-DICES = ("Dice WT", "Dice TC", "Dice ET")
-# What the figures in the column "real" of --judge are.
-FLOOR = "training cases against held-out ones, which is the floor"
-CEILING = "the same segmenter on held-out cases, which is the ceiling"
-MEANING = {**dict.fromkeys(DICES, CEILING), "slice-to-slice roughness": "held-out cases"}
+DRAWS = 10                      # of equally many cases from each set
+DICES = "Dice WT", "Dice TC", "Dice ET"
+DISTANCES = "Frechet distance", "texture distance"
 
 
 def healthy_brain(classes, condition):
@@ -30,37 +27,32 @@ def healthy_brain(classes, condition):
     return (classes > 0) & (bs.tumour_labels(classes, condition) == 0)
 
 
-def erode(mask, times=1):
-    """Bool (N, H, W) without its outermost `times` pixels."""
-    return F.max_pool2d((~mask).float(), 2 * times + 1, 1, times) == 0
-
-
-def lesion_contrast(images, classes, condition, modality, label, voxels=10):
+def lesion_contrast(images, classes, condition, modality, label):
     """In how many slices is a tumour label brighter than healthy brain? -> (fraction of the slices
     that count, their number).
 
-    images (N, C, H, W), classes (N, H, W). Slices with at least `voxels` of the label and some
+    images (N, C, H, W), classes (N, H, W). Slices with at least 10 pixels of the label and some
     healthy brain count. Compared are the mean signals in `modality` inside the label and in all
     healthy classes. NaN where no slice counts.
     """
     image = images[:, bs.MODALITIES.index(modality)]
     lesion = classes == bs.CONDITIONS[condition].index(label)
     healthy = healthy_brain(classes, condition)
-    counted = torch.where((lesion.sum((1, 2)) >= voxels) & healthy.any(2).any(1))[0].tolist()
+    counted = torch.where((lesion.sum((1, 2)) >= 10) & healthy.any(2).any(1))[0].tolist()
     brighter = [bool(image[i][lesion[i]].mean() > image[i][healthy[i]].mean()) for i in counted]
     return (sum(brighter) / len(brighter) if brighter else math.nan), len(brighter)
 
 
-def black_air(images, classes, level=-0.95):
-    """Fraction of air pixels at or below `level` in every modality's picture, over all slices."""
-    air = (classes == 0).unsqueeze(1).expand_as(images)
-    return (images[air] <= level).float().mean().item()
+def black_air(images, classes):
+    """Fraction of air pixels at or below -0.95, over all modalities and slices."""
+    return (images.movedim(1, -1)[classes == 0] <= -0.95).float().mean().item()
 
 
 def fine_power(images, classes):
     """Mean squared high-frequency signal of every modality, (C,): each picture minus its 3x3 mean,
-    inside the brain, two pixels from its edge. Too low is blur, too high is noise."""
-    inside = erode(classes > 0, 2).unsqueeze(1)
+    inside the brain, where no air is within two pixels along both axes. Too low is blur, too high
+    is noise."""
+    inside = F.max_pool2d((classes == 0).float(), 5, 1, 2).unsqueeze(1) == 0
     fine = images - F.avg_pool2d(images, 3, 1, 1)
     return (fine ** 2 * inside).sum((0, 2, 3)) / inside.sum().clamp(min=1)
 
@@ -101,9 +93,8 @@ def judge_slices(real, sampled, classes, condition):
         figures[f"{source}_air_black"] = black_air(images, classes)
         figures[f"{source}_grey_white"] = grey_white_contrast(images, classes, condition)
     power = fine_power(sampled, classes) / fine_power(real, classes)
-    figures["fine_power_ratio"] = power.mean().item()
-    figures["grey_white_ratio"] = figures["sampled_grey_white"] / figures["real_grey_white"]
-    return figures
+    return {**figures, "fine_power_ratio": power.mean().item(),
+            "grey_white_ratio": figures["sampled_grey_white"] / figures["real_grey_white"]}
 
 
 def label_figures(classes, condition):
@@ -129,22 +120,22 @@ def label_figures(classes, condition):
             "apart": float((other[pieces[et]] == 0).float().mean()) if et.any() else math.nan}
 
 
-def judge_labels(made, real, condition, step):
-    """Figures of generated label volumes beside real ones, int (N, D, R, R) and (M, D, R, R),
+def judge_labels(sampled, real, condition, step):
+    """Figures of sampled label volumes beside real ones, int (N, D, R, R) and (M, D, R, R),
     voxels of `step` mm -> {name: value}: the means of label_figures over the volumes of each set,
     as "made_..." and "real_...", and "shape_distance", the Frechet distance of the characteristics
     of volumes with a tumour, scaled as for the network. NaN where fewer than two have one."""
     figures, shapes = {}, []
-    for source, volumes in (("real", real), ("made", made)):
+    for source, volumes in (("real", real), ("made", sampled)):
         rows = [label_figures(volume.long(), condition) for volume in volumes]
         for name in rows[0]:
-            values = [row[name] for row in rows]
-            figures[f"{source}_{name}"] = float(np.nanmean(values + [math.nan]))
-        shape = requests.scaled(torch.stack(
-            [requests.characteristics(volume.long(), condition, step) for volume in volumes]))
+            values = [row[name] for row in rows] + [math.nan]
+            figures[f"{source}_{name}"] = float(np.nanmean(values))
+        rows = [requests.characteristics(volume.long(), condition, step) for volume in volumes]
+        shape = requests.scaled(torch.stack(rows))
         if "ventricles" not in bs.CONDITIONS[condition]:
             shape = shape[:, :-1]
-        shapes.append(shape[~torch.isnan(shape).any(1)])
+        shapes.append(shape[~shape.isnan().any(1)])
     enough = min(map(len, shapes)) > 1
     return figures | {"shape_distance": frechet_distance(*shapes) if enough else math.nan}
 
@@ -162,38 +153,34 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)) ** 2).sum().item() + spread.item()
 
 
-def texture_distance(a, b, size=7, directions=64, points=2000):
+def texture_distance(a, b):
     """What pictures look like close up, anywhere in the brain: the sliced Wasserstein distance of
     their patches [SWD].
 
-    a, b: dicts with images (N, C, H, W) and classes (N, H, W). Taken are all patches of size x size
+    a, b: dicts with images (N, C, H, W) and classes (N, H, W). Taken are all patches of 7 x 7
     pixels and all channels whose middle lies in the brain, once of fine detail (picture minus its
     3x3 mean), once of the picture at half size; in units of a's standard deviation per channel.
-    Each of `directions` random unit vectors turns every patch into a number. Compared are `points`
-    evenly spaced order statistics of both sets; the mean |difference| is averaged over directions
-    and both scales. 0 for equal sets. Unlike features of a segmenter it sees folds. NaN where a set
-    has no such patch. DIFFERS: both sets in a's units (there each in its own), two scales,
-    quantiles of all patches in place of a random selection.
+    Each of 64 random unit vectors turns every patch into a number. Compared are 2000 evenly spaced
+    order statistics of both sets; the mean |difference| is averaged over vectors and both scales.
+    0 for equal sets. Unlike features of a segmenter it sees folds. NaN where a set has no such
+    patch. DIFFERS: both sets in a's units (there each in its own), two scales, quantiles of all
+    patches in place of a random selection.
     """
-    edge, distances = size // 2, []
-    shape = (directions, a["images"].shape[1], size, size)
-    ways = torch.randn(shape, generator=bs.generator(0, "texture"))
-    ways = F.normalize(ways.flatten(1)).view(shape)
+    vectors = torch.randn(64, 49 * a["images"].shape[1], generator=bs.generator(0, "texture"))
+    vectors, distances = F.normalize(vectors).view(64, -1, 7, 7), []
     for scale in ("fine", "half"):
         unit, quantiles = None, []
         for group in (a, b):
-            view = F.avg_pool2d(group["images"], 2)
-            if scale == "fine":
-                view = group["images"] - F.avg_pool2d(group["images"], 3, 1, 1)
+            fine = group["images"] - F.avg_pool2d(group["images"], 3, 1, 1)
+            view = fine if scale == "fine" else F.avg_pool2d(group["images"], 2)
             brain = F.interpolate((group["classes"] > 0).float()[None], view.shape[-2:])[0] > 0
             if unit is None:
                 unit = view.movedim(1, 0)[:, brain].std(1).view(1, -1, 1, 1).clamp(min=1e-6)
-            inside = brain[:, edge:-edge, edge:-edge]
-            if not inside.any():
+            numbers = F.conv2d(view / unit, vectors).movedim(1, 0)[:, brain[:, 3:-3, 3:-3]]
+            if not numbers.numel():
                 return math.nan
-            numbers = F.conv2d(view / unit, ways).movedim(1, 0)[:, inside]
-            ranks = torch.linspace(0, numbers.shape[1] - 1, points).long()
-            quantiles.append(numbers.sort(dim=1).values[:, ranks])          # (directions, points)
+            ranks = torch.linspace(0, numbers.shape[1] - 1, 2000).long()
+            quantiles.append(numbers.sort(dim=1).values[:, ranks])          # (64, 2000)
         distances.append((quantiles[0] - quantiles[1]).abs().mean().item())
     return sum(distances) / 2
 
@@ -203,52 +190,46 @@ def evenly(length, count):
     return np.linspace(0, length - 1, min(count, length)).astype(int)
 
 
-def slice_set(prepared, per_case=SLICES_A_CASE):
+def slice_set(segmenter, prepared):
     """Slices of cases as one dict of tensors: images (N, C, R, R) in [-1, 1], classes (N, R, R),
-    position (N,), case (N,): `per_case` slices of each, evenly spread over those with brain on 5%
-    of the picture (some twice where a case has fewer), so that equal numbers of cases are equal
-    numbers of slices. prepared: list of what prepare_case returns."""
-    parts = {"images": [], "classes": [], "position": [], "case": []}
-    for number, got in enumerate(prepared):
+    position (N,), case (N,), features (N, F) of the segmenter: SLICES_A_CASE slices of each, evenly
+    spread over those with brain on 5% of the picture (some twice where a case has fewer), so that
+    equal numbers of cases are equal numbers of slices. prepared: list of what prepare_case returns.
+    """
+    parts = []
+    for got in prepared:
         shown = np.where((got["classes"] > 0).mean((1, 2)) > 0.05)[0]
-        rows = shown[np.linspace(0, len(shown) - 1, per_case).astype(int)]
-        for name in ("images", "classes", "position"):
-            parts[name].append(got[name][rows])
-        parts["case"].append(np.full(per_case, number))
-    group = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
-    return {**group, "images": bs.to_images(group["images"])}
+        rows = shown[np.linspace(0, len(shown) - 1, SLICES_A_CASE).astype(int)]
+        parts.append([got[name][rows] for name in ("images", "classes", "position")])
+    images, classes, position = [torch.from_numpy(np.concatenate(part)) for part in zip(*parts)]
+    images, case = bs.to_images(images), torch.arange(len(prepared))
+    return {"images": images, "classes": classes, "position": position,
+            "case": case.repeat_interleave(SLICES_A_CASE), "features": segmenter.features(images)}
 
 
-def compare_sets(real, other):
-    """How far apart two sets of slices are, in features and in patches: {figure: number}. real,
-    other: from slice_set, with "features" (N, F) of each slice added."""
-    return {"Frechet distance": frechet_distance(real["features"], other["features"]),
-            "texture distance": texture_distance(real, other)}
+def compare_draws(sets):
+    """Distances of synthetic from held-out real slices, and of training from held-out real slices:
+    the floor. sets: {"synthetic", "real", "training"} from slice_set.
 
-
-def compare_draws(sets, draws=10):
-    """compare_sets of synthetic against held-out real slices, and of training against held-out real
-    slices: the floor. sets: {"synthetic", "real", "training"} from slice_set with features.
-
-    A set of more cases is nearer to anything. Therefore every draw takes the same number of cases
-    from each set, at random. Returns ({"synthetic": {figure: mean over draws}, "real": {..}}, the
-    same with standard deviations, number of cases).
+    A set of more cases is nearer to anything. Therefore every one of DRAWS draws takes the same
+    number of cases from each set, at random. Returns ({"synthetic": {name of DISTANCES: mean over
+    draws}, "real": {..}}, the same with standard deviations, number of cases).
     """
     cases = min(len(group["case"].unique()) for group in sets.values())
     rng, found = np.random.default_rng(0), {"synthetic": [], "real": []}
-    for _ in range(draws):
+    for _ in range(DRAWS):
         drawn = {}
         for name, group in sets.items():
             chosen = rng.permutation(int(group["case"].max()) + 1)[:cases]
             rows = torch.isin(group["case"], torch.from_numpy(chosen))
             drawn[name] = {key: values[rows] for key, values in group.items()}
-        for name, other in (("synthetic", "synthetic"), ("real", "training")):
-            found[name].append(compare_sets(drawn["real"], drawn[other]))
-    mean, sd = {}, {}
-    for name, rows in found.items():
-        values = np.array([list(row.values()) for row in rows]).T.copy()        # (figures, draws)
-        mean[name] = dict(zip(rows[0], values.mean(1).tolist()))
-        sd[name] = dict(zip(rows[0], values.std(1).tolist()))
+        real = drawn["real"]
+        for name, other in (("synthetic", drawn["synthetic"]), ("real", drawn["training"])):
+            found[name].append([frechet_distance(real["features"], other["features"]),
+                                texture_distance(real, other)])
+    found = {name: np.array(rows).T.copy() for name, rows in found.items()}     # (2, DRAWS)
+    mean = {name: dict(zip(DISTANCES, rows.mean(1).tolist())) for name, rows in found.items()}
+    sd = {name: dict(zip(DISTANCES, rows.std(1).tolist())) for name, rows in found.items()}
     return mean, sd, cases
 
 
@@ -259,27 +240,25 @@ def prepare(segmenter, cases):
 
 
 def mean_dice(segmenter, prepared):
-    """Mean Dice over cases of WT, TC, ET: {name of DICES: number}. It is measured on the model's
-    grid, where synthetic cases live: on a finer grid only real cases would lose by resampling.
-    prepared: from prepare."""
-    dices = []
-    for got in prepared:
-        labels = torch.from_numpy(bs.tumour_labels(got["classes"]))
-        dices.append(segmenter.slice_dice(bs.to_images(got["images"]), labels))
-    return dict(zip(DICES, np.mean(dices, 0).tolist()))
+    """Mean Dice over cases: array (3,), of WT, TC, ET. It is measured on the model's grid, where
+    synthetic cases live: on a finer grid only real cases would lose by resampling. prepared: from
+    prepare."""
+    dices = [segmenter.slice_dice(bs.to_images(got["images"]), bs.tumour_labels(got["classes"]))
+             for got in prepared]
+    return np.mean(dices, 0)
 
 
 def known_truth(segmenters, synthetic, real):
     """Synthetic Cases as known truth: does a segmenter's Dice on them say what it will be on real
     ones? A dict: mean Dice of every segmenter on both, Spearman's rho (from five segmenters on,
     else NaN), mean |difference|."""
-    pairs = []
+    dices = []
     for segmenter in segmenters:
-        dices = [mean_dice(segmenter, prepare(segmenter, cases)) for cases in (synthetic, real)]
-        pairs.append([float(np.mean(list(dice.values()))) for dice in dices])
-    on_synthetic, on_real = zip(*sorted(pairs))
-    spearman = metrics.rank_correlation(on_synthetic, on_real) if len(pairs) >= 5 else math.nan
-    return {"dice_on_synthetic": on_synthetic, "dice_on_real": on_real, "spearman": spearman,
+        dices.append([float(mean_dice(segmenter, prepare(segmenter, cases)).mean())
+                      for cases in (synthetic, real)])
+    on_synthetic, on_real = zip(*sorted(dices))
+    rho = metrics.rank_correlation(on_synthetic, on_real) if len(dices) >= 5 else math.nan
+    return {"dice_on_synthetic": on_synthetic, "dice_on_real": on_real, "spearman": rho,
             "mean_error": float(np.mean(np.abs(np.subtract(on_synthetic, on_real))))}
 
 
@@ -288,76 +267,54 @@ def held_out_split(args, segmenters, synthetic):
     cases. BadInput where a segmenter was trained or chosen by one of the test cases, or trained on
     one of the `synthetic` Cases, or where one of these has no sidecar."""
     sidecars = {writing.sidecar_hash(case) for case in synthetic}
-    data = argparse.Namespace(**{**vars(args), "out": args.segmenter[0]})
-    _, split = checks.find_data(data)
+    _, split = checks.find_data(argparse.Namespace(**{**vars(args), "out": args.segmenter[0]}))
     hashes = {digest for case in split["test"] for digest in slices.hashes_of(case)}
     for path, segmenter in zip(args.segmenter, segmenters):
         if not hashes or segmenter.seen & hashes:
-            raise bs.BadInput(f"no real case is held out from {path}; judge with the --data, "
-                              "--split or --phantoms it was trained with")
+            raise bs.BadInput(f"no real case is held out from {path}; give its --data and --split")
         if segmenter.seen & sidecars:
-            raise bs.BadInput(f"{path} was trained on {args.judge}; judge with a segmenter trained "
-                              "on real cases alone")
+            raise bs.BadInput(f"{path} was trained on {args.judge}; choose another --segmenter")
     return split, hashes
 
 
-def judge_cases(segmenter, groups):
-    """The figures of --judge: {"synthetic": [Case], "real": .., "training": ..} -> ({"synthetic":
-    {figure: number}, "real": {..}}, standard deviations over draws in the same form, cases a draw).
-    MEANING says what the real ones are."""
-    prepared = {name: prepare(segmenter, cases) for name, cases in groups.items()}
-    sets = {name: slice_set(group) for name, group in prepared.items()}
-    for group in sets.values():
-        group["features"] = segmenter.features(group["images"])
-    mean, sd, cases = compare_draws(sets)
-    figures = {}
-    for name in ("synthetic", "real"):
-        rough = [roughness(bs.to_images(got["images"]), torch.from_numpy(got["classes"]))
-                 for got in prepared[name]]
-        figures[name] = {**mean_dice(segmenter, prepared[name]), **mean[name],
-                         "slice-to-slice roughness": float(np.mean(rough))}
-    return figures, sd, cases
-
-
-def judge_words(report, segmenter):
-    """The report of --judge as text; segmenter: path of the one that gave the features."""
-    lines = ["{synthetic_cases} synthetic cases against {held_out_cases} held-out real ones; "
-             "distances: ten draws of {cases_a_draw} cases, {slices_a_draw} slices, of each, "
-             "mean ± spread;".format(**report),
-             f"features: last stage of the encoder of {segmenter}, averaged over a slice",
-             f"{'':38}{'synthetic':>10}{'real':>20}  real is"]
-    for figure in report["real"]:
-        line = f"{figure:38}"
-        for source, sd in report["sd_over_draws"].items():
-            line += f"{report[source][figure]:10.4f}"
-            line += f" ± {sd[figure]:.3f}" if figure in sd else ""
-        lines.append(f"{line}  {MEANING.get(figure, FLOOR)}")
-    contaminated = report["synthetic_cases_that_owe_to_held_out"]
-    if contaminated:
-        lines.append(f"note: {contaminated} synthetic cases come from a generator or label maps "
-                     "that used held-out cases")
+def judge_words(report):
+    """The report of --judge as text."""
+    lines = ["{synthetic_cases} synthetic cases ({synthetic_cases_that_owe_to_held_out} made from "
+             "held-out ones, or by a generator that saw such) against {held_out_cases} held-out "
+             "real ones; distances: ten draws of {cases_a_draw} cases, {slices_a_draw} slices",
+             f"{'':26} synthetic      real (Dice is the ceiling, distances are the floor)"]
+    deviations = report["sd_over_draws"].values()
+    for figure, value in report["real"].items():
+        spread = "".join(f" ± {sd[figure]:.3f}" for sd in deviations if figure in sd)
+        lines.append(f"{figure:26}{report['synthetic'][figure]:10.4f}{value:10.4f}{spread}")
     if "known_truth" in report:
-        lines.append("as known truth, over the segmenters: Spearman {spearman:.2f} (needs five), "
-                     "mean error of Dice {mean_error:.3f}".format(**report["known_truth"]))
-    return "\n".join(lines)
+        lines.append("as known truth: Spearman {known_truth[spearman]:.2f} over the segmenters "
+                     "(needs five), mean error of Dice {known_truth[mean_error]:.3f}")
+    return "\n".join(lines).format(**report)
 
 
 def judge(args, device):
     """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json."""
     segmenters = [runs.load_segmenter(path, device) for path in args.segmenter]
-    synthetic = nifti.find_cases(args.judge)
+    synthetic, segmenter = nifti.find_cases(args.judge), segmenters[0]
     split, hashes = held_out_split(args, segmenters, synthetic)
     real, training = split["test"], split["train"]
     some = [training[i] for i in evenly(len(training), 5 * len(real))]
-    groups = {"synthetic": synthetic, "real": real, "training": some}
-    figures, sd, cases = judge_cases(segmenters[0], groups)
+    prepared = {name: prepare(segmenter, cases) for name, cases in
+                (("synthetic", synthetic), ("real", real), ("training", some))}
+    sets = {name: slice_set(segmenter, group) for name, group in prepared.items()}
+    figures, sd, cases = compare_draws(sets)
+    for name, row in figures.items():
+        rough = [roughness(bs.to_images(got["images"]), torch.from_numpy(got["classes"]))
+                 for got in prepared[name]]
+        dices = dict(zip(DICES, mean_dice(segmenter, prepared[name]).tolist()))
+        figures[name] = {**dices, **row, "slice-to-slice roughness": float(np.mean(rough))}
     contaminated = sum(writing.contaminated(case, hashes) for case in synthetic)
     report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real),
               "cases_a_draw": cases, "slices_a_draw": cases * SLICES_A_CASE,
               "synthetic_cases_that_owe_to_held_out": contaminated, **figures, "sd_over_draws": sd}
     if len(segmenters) > 1:
         report["known_truth"] = known_truth(segmenters, synthetic, real)
-    print(judge_words(report, args.segmenter[0]))
-    path = Path(args.judge) / "judge.json"
-    files.write_json(path, report)
-    print(f"wrote: {path}")
+    print(judge_words(report))
+    files.write_json(f"{args.judge}/judge.json", report)
+    print(f"wrote: {args.judge}/judge.json")

@@ -43,10 +43,9 @@ def hd95(predicted, truth, spacing):
     """
     if not predicted.any() or not truth.any():
         return 0.0 if predicted.any() == truth.any() else HD95_MISSED
-    mm = torch.tensor([float(s) for s in spacing], dtype=torch.float64)
+    mm = torch.as_tensor(spacing, dtype=torch.float64)
     a, b = [surface(mask).nonzero() * mm for mask in (predicted, truth)]
-    to_b = []
-    to_a = torch.full((len(b),), math.inf, dtype=torch.float64)
+    to_b, to_a = [], torch.tensor(math.inf)
     for part in a.split(max(1, 2 ** 23 // len(b))):             # all pairs, 64 MB at a time
         distance = torch.cdist(part, b)
         to_b.append(distance.amin(1))
@@ -84,7 +83,7 @@ def components(mask):
 
 def dilate(mask, times):
     """A bool mask (X, Y, Z) grown `times` by its 18 neighbours (those that share a face or an
-    edge)."""
+    edge): a voxel is set if one in its three 3 x 3 planes is."""
     for _ in range(times):
         grown = mask.float()[None, None]
         mask = sum(F.max_pool3d(grown, size, 1, pad) for size, pad in PLANES)[0, 0] > 0
@@ -107,15 +106,12 @@ def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
     box = tuple(slice(max(0, int(at.min()) - reach), int(at.max()) + reach + 1)
                 for at in either.nonzero().T)
     predicted, truth = predicted[box], truth[box]
-    found = components(predicted)
-    zones = components(dilate(truth, reach))
-    scores, touched = [], set()
+    found, zones = components(predicted), components(dilate(truth, reach))
+    scores, touched = [], found[predicted & (zones > 0)].unique()
     for number in range(1, int(zones.max()) + 1):
         zone = zones == number
-        touching = found[zone & predicted].unique()
-        touched |= set(touching.tolist())
         if (zone & truth).sum() * math.prod(spacing) > smallest:
-            scores.append(bs.dice(torch.isin(found, touching), zone & truth))
+            scores.append(bs.dice(torch.isin(found, found[zone & predicted]), zone & truth))
     scores += [0.0] * (int(found.max()) - len(touched))
     return sum(scores) / len(scores) if scores else 1.0
 
@@ -124,14 +120,12 @@ def score_case(predicted, truth, spacing, full=True):
     """All figures of one case: {region: {figure: number}}. predicted, truth: labels int (X, Y, Z)
     in 0..3; spacing: mm a voxel (3,). full: with HD95 and lesion-wise Dice, which take most of the
     time."""
-    ml = math.prod(float(mm) for mm in spacing) / 1000
-    figures = {}
-    for region, a, b in zip(bs.REGIONS, bs.regions_of(torch.as_tensor(predicted)),
-                            bs.regions_of(torch.as_tensor(truth))):
-        volumes = int(a.sum()) * ml, int(b.sum()) * ml
-        row = {"dice": bs.dice(a, b), "sensitivity": bs.sensitivity(a, b),
-               "predicted_ml": volumes[0], "true_ml": volumes[1],
-               "volume_error_ml": abs(volumes[0] - volumes[1])}
+    figures, ml = {}, math.prod(float(mm) for mm in spacing) / 1000
+    predicted, truth = [bs.regions_of(torch.as_tensor(labels)) for labels in (predicted, truth)]
+    for region, a, b in zip(bs.REGIONS, predicted, truth):
+        found, true = int(a.sum()) * ml, int(b.sum()) * ml
+        row = {"dice": bs.dice(a, b), "sensitivity": bs.sensitivity(a, b), "predicted_ml": found,
+               "true_ml": true, "volume_error_ml": abs(found - true)}
         if full:
             row |= {"hd95_mm": hd95(a, b, spacing), "lesion_dice": lesion_dice(a, b, spacing)}
         figures[region] = row
@@ -180,8 +174,8 @@ class Segmenter:
     def slice_dice(self, images, labels):
         """Dice of WT, TC, ET over all slices of one case on the model's grid: images float (D, C,
         R, R) in [-1, 1], labels int (D, R, R) -> list of three."""
-        regions = zip(bs.regions_of(self.slice_labels(images)), bs.regions_of(labels))
-        return [bs.dice(predicted, truth) for predicted, truth in regions]
+        truth = bs.regions_of(torch.as_tensor(labels))
+        return [bs.dice(a, b) for a, b in zip(bs.regions_of(self.slice_labels(images)), truth)]
 
     def segment(self, got):
         """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the
@@ -200,9 +194,8 @@ class Segmenter:
         for case, got, truth in prepared:
             predicted = self.segment(got)
             figures = score_case(predicted, truth, nifti.spacing_of(got["grid"].affine), full)
-            for region, row in figures.items():
-                rows.append({"case": case.case, "region": region, **row})
-            if see is not None:
+            rows += [{"case": case.case, "region": region, **figures[region]} for region in figures]
+            if see:
                 see(case, got, predicted)
         return rows
 
@@ -234,13 +227,10 @@ def summarise(rows):
 
 def table_of(rows):
     """The closing table of a segmenter as lines of text; rows of evaluate."""
-    lines = ["region    Dice  lesion-wise  HD95 mm  sensitivity  volume error mL  "
-             "found or true only"]
-    for region, mean in summarise(rows).items():
-        lines.append(f"{region:<6} {mean['dice']:7.3f} {mean['lesion_dice']:12.3f} "
-                     f"{mean['hd95_mm']:8.1f} {mean['sensitivity']:12.3f} "
-                     f"{mean['volume_error_ml']:16.1f} {mean['missed']:10d} cases")
-    return lines
+    row = ("{:<6} {dice:7.3f} {lesion_dice:12.3f} {hd95_mm:8.1f} {sensitivity:12.3f} "
+           "{volume_error_ml:16.1f} {missed:10d} cases")
+    title = "region    Dice  lesion-wise  HD95 mm  sensitivity  volume error mL  found or true only"
+    return [title, *(row.format(region, **mean) for region, mean in summarise(rows).items())]
 
 
 def rank_correlation(a, b):

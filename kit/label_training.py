@@ -43,20 +43,18 @@ def read_label_maps(folder, outlines, step, seed=0):
              if path.name.endswith((".nii", ".nii.gz"))]
     if not paths:
         raise bs.BadInput(f"{folder}: holds no label map; expected NIfTI files (.nii.gz or .nii)")
-    volumes, hashes = [], []
-    kept, total = 0, 0
+    volumes, hashes, kept, total = [], [], 0, 0
     order = torch.randint(len(outlines), (len(paths),), generator=bs.generator(seed, "outlines"))
     for path, brain in zip(paths, outlines[order] > 0):
         volume, affine = nifti.read_nifti(path)
         labels = nifti.standard_labels(volume, False, path)
         hashes.append(slices.case_hashes(labels, brain.numpy())[0])
-        labels = slices.to_slices(labels)
-        spacing = nifti.spacing_of(affine)[::-1]                                # along D, H, W
+        labels, spacing = slices.to_slices(labels), nifti.spacing_of(affine)[::-1]  # along D, H, W
         size = spacing * labels.shape
         centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
         matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
                     for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
-        labels = torch.from_numpy(requests.resample(labels, 1 + len(bs.LABELS), matrices))
+        labels = torch.from_numpy(requests.resample(labels, 4, matrices))
         total += int((labels > 0).sum())
         kept += int((brain & (labels > 0)).sum())
         volumes.append(brain * torch.where(labels > 0, labels + 1, 1).to(torch.uint8))
@@ -108,11 +106,11 @@ def heads_to_learn(args, cache):
     held_out = requests.label_volumes(cache, ("val", "test"), depth)
     cases = [case["case"] for case in cache.cases if case["part"] == "train"]
     hashes = cache.hashes("train")
-    tall = [case["case"] for case in cache.cases
-            if case["count"] * case["thickness"] > depth * step_mm]
+    height = depth * step_mm
+    tall = [case["case"] for case in cache.cases if case["count"] * case["thickness"] > height]
     if tall:
-        print(f"note: {len(tall)} heads ({tall[0]} for one) are taller than {depth * step_mm:.0f} "
-              "mm, three quarters of --fov; their ends are cut off")
+        print(f"note: {len(tall)} heads ({tall[0]} for one) are cut off at {height:.0f} mm, three "
+              "quarters of --fov")
     if args.label_maps:
         maps, names, map_hashes, lost = read_label_maps(args.label_maps, train, step_mm, args.seed)
         dice, _ = requests.nearest_tumour(maps, held_out, args.condition)
@@ -121,8 +119,7 @@ def heads_to_learn(args, cache):
               f"the tumours cut off; {len(maps) - len(keep)} show the tumour of a validation or "
               "test case (Dice above 0.9): left out", flush=True)
         if not keep:
-            raise bs.BadInput(f"{args.label_maps}: every map shows the tumour of a validation or "
-                              "test case; none is left")
+            raise bs.BadInput(f"{args.label_maps}: no map is left; add others")
         train, cases = maps[keep], [names[i] for i in keep]
         hashes = sorted({*hashes, *(map_hashes[i] for i in keep)})
     relatives = [requests.move_volumes(train, (args.seed, "moves", i))
@@ -142,6 +139,19 @@ def compare(names, asked, got):
             figures[f"{name}_error"] = (a - b).abs().mean().item()
             figures[f"{name}_rank_correlation"] = metrics.rank_correlation(a.tolist(), b.tolist())
     return figures
+
+
+def with_levels(learner, t, x0, eps, onehot, scalars):
+    """A batch of Heads or Voxels with the noise levels and the prior of t, see the module."""
+    alpha_bar = bs.cosine_alpha_bar(learner.args.shift)
+    return (t, x0, eps, onehot, scalars, *bs.signal_sigma(alpha_bar, t),
+            *bs.expected(learner.prior, onehot, scalars[:, 0]))
+
+
+def draw_progress(args, step, volumes):
+    """sample_STEP.png: sampled classes (N, D, H, W), a row each."""
+    pictures.plot_planes(Path(args.out) / f"sample_{step:06d}.png", [[head] for head in volumes],
+                         [f"SYNTHETIC, step {step}"], args.condition)
 
 
 class Heads:
@@ -192,13 +202,12 @@ class Heads:
 
     def report(self, denoiser, run):
         """The end of a run: how well the volumes of blocks come as asked for."""
-        condition, data = self.args.condition, self.data
-        blocks = (requests.block_fractions(data.shown, len(data.names)),
-                  self.sample(denoiser, len(data.shown)))
-        measured = [requests.block_characteristics(part, condition, data.step_mm)
-                    for part in blocks]
-        data.report(self.args, run, blocks[0].argmax(2), blocks[1].argmax(2),
-                    compare(bs.LABELS, *measured))
+        data, real = self.data, requests.block_fractions(self.data.shown, len(self.data.names))
+        sampled = self.sample(denoiser, len(real))
+        asked, got = [requests.block_characteristics(heads, self.args.condition, data.step_mm)
+                      for heads in (real, sampled)]
+        data.report(self.args, run, real.argmax(2), sampled.argmax(2),
+                    compare(bs.LABELS, asked, got))
 
 
 class Voxels:
@@ -276,16 +285,3 @@ class Voxels:
             "nearest_training_tumour_dice": near.nanmean().item(),
             "the_same_of_held_out_cases": near_shown.nanmean().item(),
             "copies": int((near > 0.9).sum())})
-
-
-def with_levels(learner, t, x0, eps, onehot, scalars):
-    """A batch of Heads or Voxels with the noise levels and the prior of t, see the module."""
-    alpha_bar = bs.cosine_alpha_bar(learner.args.shift)
-    return (t, x0, eps, onehot, scalars, *bs.signal_sigma(alpha_bar, t),
-            *bs.expected(learner.prior, onehot, scalars[:, 0]))
-
-
-def draw_progress(args, step, volumes):
-    """sample_STEP.png: sampled classes (N, D, H, W), a row each."""
-    pictures.plot_planes(Path(args.out) / f"sample_{step:06d}.png", [[head] for head in volumes],
-                         [f"SYNTHETIC, step {step}"], args.condition)

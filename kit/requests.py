@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import files, metrics, runs, slices
+from kit import edits, files, metrics, runs, slices
 
 
 # The entries of a request: mL of each label; centre of the tumour in mm from the centre of the
@@ -59,8 +59,8 @@ def sphericity(mask):
     sphericity comes out as 0.92 to 0.96 at any size; counting voxel faces would give 50% too
     much."""
     axes = (-3, -2, -1)
-    gradient = torch.stack(torch.gradient(F.pad(mask.float(), (1,) * 6), dim=axes))
-    area = gradient.norm(dim=0).sum(axes)
+    gradient = torch.gradient(F.pad(mask.float(), (1,) * 6), dim=axes)
+    area = torch.stack(gradient).norm(dim=0).sum(axes)
     return math.pi ** (1 / 3) * (6 * mask.sum(axes)) ** (2 / 3) / area
 
 
@@ -141,8 +141,7 @@ def nearest_tumour(volumes, others, condition):
     Dice float (N,) and its index int64 (N,) in `others`. Tumours are laid over each other by their
     centres, as they are and mirrored; the best five also moved by up to one voxel along every axis.
     Dice is NaN for a head without a tumour, and where no other has one."""
-    best = torch.full((len(volumes),), torch.nan)
-    index = torch.zeros(len(volumes), dtype=torch.long)
+    best, index = torch.full((len(volumes),), torch.nan), torch.zeros(len(volumes)).long()
     if not len(others):
         return best, index
     known = torch.stack([centred_tumour(version, condition) for other in others
@@ -171,8 +170,7 @@ def resample(classes, n_classes, matrices):
     fractions = np.stack([classes == k for k in range(n_classes)]).astype(np.float32)
     for axis, matrix in enumerate(matrices, 1):
         fractions = np.moveaxis(np.tensordot(matrix, fractions, (1, axis)), 0, axis)
-    fractions[0] += 1 - fractions.sum(0)
-    return fractions.argmax(0).astype(np.uint8)
+    return slices.majority(fractions)
 
 
 def label_volumes(cache, parts, depth):
@@ -200,8 +198,7 @@ def move_volumes(volumes, key):
     """Relatives of label volumes: uint8 (B, D, H, W) -> the same shape. Each is mirrored or not,
     rotated, stretched, shifted and bent at random, tumour and head together (nearest neighbour). So
     a few dozen heads become several hundred. key: of generator."""
-    batch, *size = volumes.shape
-    g = bs.generator(*key)
+    (batch, *size), g = volumes.shape, bs.generator(*key)
 
     def uniform(*shape):                        # -1..1, (B, *shape)
         return torch.rand(batch, *shape, generator=g) * 2 - 1
@@ -248,8 +245,7 @@ def slab_fractions(fractions, index):
     """The blocks of a head as a picture that conditions the fine network on one slab: class
     fractions (N, D', K, r, r), index int (N,) in 0..D' - 1 -> (N, BLOCK * K, R, R) in 0..1, linear
     between the centres of blocks."""
-    rows = torch.arange(len(fractions))
-    last = fractions.shape[1] - 1
+    rows, last = torch.arange(len(fractions)), fractions.shape[1] - 1
     near = torch.stack([fractions[rows, (index + by).clamp(0, last)] for by in (-1, 0, 1)], 2)
     # (N, K, 3 BLOCK, R, R)
     near = F.interpolate(near, scale_factor=BLOCK, mode="trilinear", align_corners=False)
@@ -298,25 +294,24 @@ def slab_scalars(index, slabs, wanted):
 
 # ------------------------------------------------------------------------------------- requests ---
 
+def range_of(name, text):
+    """An entry of a request in lower case and "12" or "5..30" -> (low, high). ValueError where it
+    is no entry, no range, or below 0 and no place."""
+    low, dots, high = text.partition("..")
+    low, high = float(low), float(high if dots else low)
+    least = -1e6 if name in ("x", "y", "z") else 0
+    if name not in [entry.lower() for entry in ASKED] or not least <= low <= high <= 1e6:
+        raise ValueError
+    return low, high
+
+
 def parse_request(text):
     """"et=12,ed=5..30,x=20" -> {"ET": (12.0, 12.0), "ED": (5.0, 30.0), "x": (20.0, 20.0)}. BadInput
     names what is wrong."""
-    known = {name.lower(): name for name in ASKED}
-    request = {}
-    for word in filter(None, text.split(",")):
-        name, _, value = word.partition("=")
-        name = known.get(name.strip().lower())
-        low, dots, high = value.partition("..")
-        try:
-            low, high = float(low), float(high if dots else low)
-        except ValueError:
-            name = None
-        least = -1e6 if name in ("x", "y", "z") else 0
-        if name is None or not least <= low <= high <= 1e6:
-            raise bs.BadInput(f"--request {word}: cannot be asked for; write {', '.join(known)} "
-                              "with a number or a range, like et=12,ed=20..60")
-        request[name] = (low, high)
-    return request
+    words = filter(None, text.replace(" ", "").lower().split(","))
+    ranges = edits.parse_words("--request", words, range_of, "cannot be asked for; write et=12 or "
+                               f"et=20..60, of {', '.join(ASKED).lower()}, each once")
+    return {name: ranges[name.lower()] for name in ASKED if name.lower() in ranges}
 
 
 def requested(request, number, count, seed):
@@ -333,9 +328,8 @@ def requested(request, number, count, seed):
 def require_condition(condition, wanted):
     """BadInput unless label maps of `condition` can be turned into those of `wanted`."""
     if wanted not in (condition, "tumour"):
-        raise bs.BadInput(f"the image generator wants the condition {wanted}, the label generator "
-                          f"makes {condition}; train it with --generate labels --condition "
-                          f"{wanted}")
+        raise bs.BadInput(f"the label generator makes {condition}, not {wanted} as the image "
+                          f"generator; train it with --generate labels --condition {wanted}")
 
 
 def prepare_labels(classes, condition, step, resolution, fov, wanted):
@@ -345,7 +339,7 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
     require_condition(condition, wanted)
     if wanted != condition:
         labels = bs.tumour_labels(classes, condition)
-        classes = torch.where(labels > 0, labels + 1, (classes > 0).long())
+        classes = torch.where(labels > 0, labels + 1, classes.clamp(max=1))
     spacing = fov / resolution
     ratio = spacing / step
     depth = round(len(classes) / ratio)
@@ -355,20 +349,15 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
         matrices.append(slices.area_weights(have, size, start, ratio) if ratio >= 1 else
                         slices.linear_weights(size, have, -start / ratio, 1 / ratio))
     classes = resample(classes.numpy(), len(bs.CONDITIONS[wanted]), matrices)
-    with_brain = np.where((classes > 0).any((1, 2)))[0]
-    if not len(with_brain):
-        raise bs.BadInput("the generated label map shows no brain; train the label generator "
-                          "longer")
-    low, high = with_brain[0], with_brain[-1]
-    position = 2 * (np.arange(depth) - low) / max(high - low, 1) - 1
+    position = slices.brain_position(classes, "the generated label map shows no brain; train the "
+                                     "label generator longer")
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = -np.array([resolution - 1, resolution - 1, depth - 1]) / 2 * spacing
     labels = slices.from_slices(bs.tumour_labels(classes, wanted)).astype(np.uint8)
     brain = slices.from_slices(classes > 0)
-    return {"images": None, "classes": classes, "position": position.astype(np.float32),
-            "labels": labels, "brain": brain, "hashes": slices.case_hashes(labels, brain),
-            "cut": 0.0, "grid": slices.Grid(brain.shape, affine, resolution, (0.0, 0.0),
-                                            (1.0, 1.0))}
+    return {"images": None, "classes": classes, "position": position, "labels": labels,
+            "brain": brain, "hashes": slices.case_hashes(labels, brain), "cut": 0.0,
+            "grid": slices.Grid(brain.shape, affine, resolution, (0.0, 0.0), (1.0, 1.0))}
 
 
 # ------------------------------------------------------------------------------------- sampling ---
@@ -399,8 +388,7 @@ def load_label_generator(folder, device):
     (coarse, state), (fine, other) = load("coarse"), load("fine")
     for name in ("trained_on", "condition", "resolution", "fov"):
         if state[name] != other[name]:
-            raise bs.BadInput(f"{folder}: the coarse and the fine network come from different runs "
-                              f"({name} differs); train again")
+            raise bs.BadInput(f"{folder}: both networks must be of one run ({name} differs)")
     digests = files.file_hash(state["file"]) + files.file_hash(other["file"])
     return LabelGenerator(coarse, fine, state["condition"], state["fov"] / state["resolution"],
                           torch.tensor(state["measured"]), state["trained_on"], state["data"],
@@ -414,10 +402,8 @@ def fill_volumes(wanted, known, key, near=0.05):
     volumes of many generated heads are spread like those of patients; the coarse network alone
     makes tumours too small. Heads without a tumour are drawn only if nothing is asked of the
     tumour, or lesions=0; et=0 asks for a tumour without ET."""
-    is_open = torch.isnan(wanted)
-    has_tumour = known[:, :len(bs.LABELS)].sum(1) > 0
-    of_tumour = ~is_open[:ASKED.index("ventricles")]
-    if of_tumour.any() and wanted[LESIONS] != 0 and has_tumour.any():
+    is_open, has_tumour = torch.isnan(wanted), known[:, :3].sum(1) > 0
+    if not is_open[:-1].all() and wanted[LESIONS] != 0 and has_tumour.any():
         known = known[has_tumour]
     count = len(known) if is_open.all() else max(1, round(near * len(known)))
     lot = int(torch.randint(count, (1,), generator=bs.generator(*key, "lot")))
@@ -524,8 +510,7 @@ def sample_draft(model, wanted, key, settings, candidates, weight):
     with its volumes filled; weight: see distance."""
     fractions = sample_blocks(model.coarse, model.condition, model.step, wanted, key, settings,
                               candidates, weight)
-    slabs = len(fractions)
-    index = torch.arange(slabs)
+    slabs, index = len(fractions), torch.arange(len(fractions))
     # (D', BLOCK K, R, R)
     onehot = slab_fractions(fractions.expand(slabs, *fractions.shape), index)
     scalars = slab_scalars(index, slabs, wanted.expand(slabs, -1))

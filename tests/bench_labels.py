@@ -1,15 +1,17 @@
 """Label generators: how slices hang together, whether what comes is what was asked for, and how it
 is distributed.
 
-    python tests/bench_labels.py ways --minutes 6       four ways to draw a whole head, trained for
-    equal time python tests/bench_labels.py asked runs/labels      requests against volumes,
-    guidance 1 to 3, and a plot python tests/bench_labels.py shapes runs/labels     label maps as
-    they come beside those of cases, and a plot
+    python tests/bench_labels.py ways --minutes 6
+        four ways to generate a whole head, trained for equal time
+    python tests/bench_labels.py asked runs/labels
+        requests against volumes, guidance 1 to 3, and a plot
+    python tests/bench_labels.py shapes runs/labels
+        generated label maps beside those of cases, and a plot
 
-ways      blocks: a coarse head, then its voxels, as train_ddpm.py --generate labels does. The
-          others draw the voxels of slabs of four slices at once, from the request: alone, every
-          slab by itself; neighbour, from the feet up, each told the slab below it; along z, all
-          slabs at once, seeing each other by convolution and attention
+ways      blocks: a head in blocks, then its voxels, as train_ddpm.py --generate labels does. The
+          others generate the voxels of slabs of four slices, conditioned on the request: alone,
+          every slab by itself; neighbour, from the feet up, each conditioned on the slab below it;
+          along z, all slabs at once, joined by convolution and attention along z
 asked     one thing at a time (--only ET for one), the rest left open, spread evenly over RANGES
 shapes    all left open: what would be asked for (volumes, place, sphericity, lesions), of heads as
           the generator draws them, of its training cases and of cases it has not seen, as many of
@@ -23,7 +25,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -63,9 +64,8 @@ class AlongZ(nn.Module):
         x = (x + self.mix(h.flatten(0, 1))).unflatten(0, (-1, self.depth))
         # (B H W, C, D', 1)
         columns = x.permute(0, 3, 4, 2, 1).reshape(-1, c, self.depth, 1)
-        return self.attention(columns).view(-1, height, width, c, self.depth).permute(0, 4, 3, 1,
-                                                                                      2).flatten(0,
-                                                                                                 1)
+        out = self.attention(columns).view(-1, height, width, c, self.depth)
+        return out.permute(0, 4, 3, 1, 2).flatten(0, 1)
 
 
 class VolumeUNet(bs.UNet):
@@ -79,76 +79,96 @@ class VolumeUNet(bs.UNet):
                 level["blocks"][-1] = AlongZ(level["blocks"][-1], channels, depth)
 
 
-def learn_slabs(args, data, way):
-    """Voxels straight from the request; see train_ddpm.learn_images."""
-    slabs, k, heads = data.shares.shape[1], len(data.names), max(1, args.batch // 8)
-    size, alpha_bar = data.heads.shape[-1], bs.cosine_alpha_bar(args.shift)
-    # (K, R, R)
-    share = torch.stack([bs.one_hot(its.long(), k).mean(0) for its in data.heads]).mean(0)
-    # the mean slice, for every slab
-    x = 2 * share.repeat(requests.BLOCK, 1, 1) - 1
-    prior = {"classes": torch.stack([x.mean((1, 2)), torch.ones(len(x))])[:, None],
-             "atlas": torch.stack([x, (1 - x ** 2).clamp(min=0.04).sqrt()])[:, None]}
+class Slabs:
+    """Voxels straight from the request, one of WAYS but blocks; see label_training."""
 
-    def scalars_of(asked):
-        position = (torch.arange(slabs) + 0.5) / slabs * 2 - 1
-        return torch.cat([position.repeat(len(asked))[:, None],
-                          requests.scaled(asked).repeat_interleave(slabs, 0)], 1)
+    def __init__(self, args, data, way):
+        self.args, self.data, self.way, self.words = args, data, way, way
+        self.slabs, self.k = data.fractions.shape[1], len(data.names)
+        self.shape = requests.BLOCK * self.k, *data.heads.shape[2:]         # (BLOCK K, R, R)
+        self.count = max(1, args.batch // 8)                                        # heads a step
+        self.network = {"channels": self.shape[0], "scalars": 1 + len(requests.ASKED),
+                        "classes": self.shape[0] if way == "neighbour" else 0,
+                        "depth": self.slabs if way == "along z" else 1}
+        mean = sum(bs.one_hot(head.long(), self.k).mean(0) for head in data.heads) / len(data.heads)
+        x = 2 * mean.repeat(requests.BLOCK, 1, 1) - 1       # the mean slice, for every slab
+        self.prior = {"classes": torch.stack([x.mean((1, 2)), torch.ones(len(x))])[:, None],
+                      "atlas": torch.stack([x, (1 - x ** 2).clamp(min=0.04).sqrt()])[:, None]}
 
-    def draw_batch(step):
-        t, eps, keep, *_ = bs.training_noise(args.seed, step,
-                                             (heads, slabs, requests.BLOCK * k, size, size),
+    def case_names(self, step):
+        """Nobody asks."""
+        return []
+
+    def scalars(self, wanted):
+        """Requests (B, len(ASKED)) -> (B D', 1 + len(ASKED)): position of every slab, request."""
+        position = (torch.arange(self.slabs) + 0.5) / self.slabs * 2 - 1
+        return torch.cat([position.repeat(len(wanted))[:, None],
+                          requests.scaled(wanted).repeat_interleave(self.slabs, 0)], 1)
+
+    def expected(self, x, scalars):
+        """The prior's mean and std for slabs x."""
+        return bs.expected(self.prior, x[:, :0], scalars[:, 0] * 0)
+
+    def batch(self, step):
+        """The batch of a training step, on the CPU."""
+        args, data = self.args, self.data
+        t, eps, keep, *_ = bs.training_noise(args.seed, step, (self.count, self.slabs, *self.shape),
                                              args.drop)
-        which = bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * heads, heads)
-        asked = data.asked[which].clone()
+        rows = bs.endless(np.arange(len(data.heads)), (args.seed, "heads"), step * self.count,
+                          self.count)
+        asked = data.asked[rows]
         asked[keep == 0] = torch.nan
-        x0 = requests.to_slabs(torch.stack([2 * bs.one_hot(its.long(), k) - 1
-                                            for its in data.heads[which]]), requests.BLOCK)
-        below = ((x0 + 1) / 2).unflatten(0, (-1, slabs)).roll(1, 1)
+        x0 = torch.stack([2 * bs.one_hot(head.long(), self.k) - 1 for head in data.heads[rows]])
+        x0 = requests.to_slabs(x0, requests.BLOCK)
+        below = ((x0 + 1) / 2).unflatten(0, (-1, self.slabs)).roll(1, 1)
         below[:, 0] = 0
-        onehot = below.flatten(0, 1) if way == "neighbour" else x0[:, :0]
-        t, scalars = t.repeat_interleave(slabs), scalars_of(asked)
-        return (t, x0, eps.flatten(0, 1), onehot, scalars, torch.ones(len(t), 1, 1, 1),
-                *bs.signal_sigma(alpha_bar, t), *bs.expected(prior, x0[:, :0], scalars[:, 0] * 0))
+        onehot = below.flatten(0, 1) if self.way == "neighbour" else x0[:, :0]
+        t, scalars = t.repeat_interleave(self.slabs), self.scalars(asked)
+        return (t, x0, eps.flatten(0, 1), onehot, scalars,
+                *bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t), *self.expected(x0, scalars))
 
-    def volume(denoiser, asked, number):
-        at = bs.timesteps(bs.SAMPLING["steps"])
-        table = bs.sampler_table(denoiser.alpha_bar[at], bs.SAMPLING["sampler"], bs.SAMPLING["eta"])
-        scalars, shape, made = scalars_of(asked[None]), (requests.BLOCK * k, size, size), []
-        parts = [slice(i, i + 1) for i in range(slabs)] if way == "neighbour" else [slice(0, slabs)]
-        below = torch.zeros(1, *shape)
-        for part in parts:
-            its, noise = scalars[part], lambda step: torch.randn(
-                len(scalars[part]), *shape, generator=bs.generator(0, number, part.start, step))
+    def sample_part(self, denoiser, scalars, below, key):
+        """Slabs of one head, as many as scalars (N, S) -> scores (N, BLOCK K, R, R)."""
+        visited = bs.timesteps(bs.SAMPLING["steps"])
+        table = bs.sampler_table(denoiser.alpha_bar[visited], bs.SAMPLING["sampler"],
+                                 bs.SAMPLING["eta"])
 
-            def predict_v(x, t):
-                t = t.expand(len(x))
-                signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
-                with torch.no_grad(), bs.fast_math(denoiser.device):
-                    out = denoiser.net(x, t, below if way == "neighbour" else x[:, :0], its)
-                return bs.precondition(out, x, signal, sigma,
-                                       *bs.expected(prior, x[:, :0], its[:, 0] * 0))
+        def noise(step):
+            return torch.randn(len(scalars), *self.shape, generator=bs.generator(*key, step))
 
-            made.append(bs.sample(predict_v, noise("start"), at, table, noise))
-            drawn = made[-1].unflatten(1, (requests.BLOCK, k)).argmax(2).flatten(0, 1)
-            below = requests.to_slabs(bs.one_hot(drawn, k)[None], requests.BLOCK)[-1:]
-        return torch.cat(made).unflatten(1, (requests.BLOCK, k)).flatten(0, 1).argmax(1)
+        def predict_v(x, t):
+            t = t.expand(len(x))
+            onehot = below if self.way == "neighbour" else x[:, :0]
+            with torch.no_grad(), bs.fast_math(denoiser.device):
+                out = denoiser.net(x, t, onehot, scalars)
+            return bs.precondition(out, x, *bs.signal_sigma(denoiser.alpha_bar, t),
+                                   *self.expected(x, scalars))
 
-    def close(denoiser, pace):
+        return bs.sample(predict_v, noise("start"), visited, table, noise)
+
+    def sample(self, denoiser, wanted, number):
+        """A label map for a request (len(ASKED),) -> classes int64 (D, R, R)."""
+        scalars, below, parts = self.scalars(wanted[None]), torch.zeros(1, *self.shape), []
+        size = 1 if self.way == "neighbour" else self.slabs
+        for first in range(0, self.slabs, size):
+            scores = self.sample_part(denoiser, scalars[first:first + size], below,
+                                      (0, number, first))
+            parts.append(scores.unflatten(1, (requests.BLOCK, self.k)).argmax(2).flatten(0, 1))
+            below = requests.to_slabs(bs.one_hot(parts[-1], self.k)[None], requests.BLOCK)[-1:]
+        return torch.cat(parts)
+
+    def report(self, denoiser, run):
+        """samples.png and closing.json."""
+        data, out = self.data, Path(self.args.out)
         asked = data.measure(data.shown)
-        made = torch.stack([volume(denoiser, its, i) for i, its in enumerate(asked)])
-        pictures.plot_planes(Path(args.out) / "samples.png", list(zip(data.shown, made))[:4],
-                             [data.who, way], args.condition)
-        error = (data.measure(made) - asked).abs()
-        files.write_json(Path(args.out) / "closing.json",
-                         {"steps": pace.step, "ED_error": error[:, 1].mean().item(),
-                          "ET_error": error[:, 2].mean().item(),
-                          **judging.judge_labels(made, data.shown, args.condition, data.step_mm)})
-
-    return SimpleNamespace(network={"channels": requests.BLOCK * k, "classes": requests.BLOCK * k
-                                    * (way == "neighbour"), "scalars": 1 + len(requests.ASKED),
-                                    "depth": slabs if way == "along z" else 1}, prior=prior,
-                           draw_batch=draw_batch, close=close, who=lambda step: [], words=way)
+        sampled = torch.stack([self.sample(denoiser, wanted, i) for i, wanted in enumerate(asked)])
+        pictures.plot_planes(out / "samples.png", list(zip(data.shown, sampled))[:4],
+                             [data.shown_are, self.way], self.args.condition)
+        error = (data.measure(sampled) - asked).abs()
+        files.write_json(out / "closing.json", {
+            "steps": run.step, "ED_error": error[:, 1].mean().item(),
+            "ET_error": error[:, 2].mean().item(),
+            **judging.judge_labels(sampled, data.shown, self.args.condition, data.step_mm)})
 
 
 def train_way(way, args, out):
@@ -159,20 +179,25 @@ def train_way(way, args, out):
         train_ddpm.main(words)
         closing = [json.loads((out / part / "closing.json").read_text())
                    for part in train_ddpm.PARTS]
-        return closing[-1] | {"steps": " + ".join(str(its["steps"]) for its in closing)}
-    its = train_ddpm.parse_arguments(["--width", "64", *words, "--shift", "0.2"])
-    cases, split = checks.find_data(its)
-    cache = slices.build_cache(cases, out.parent / "cache", its.resolution, its.fov, its.condition,
-                               split)
-    data, bs.UNet = label_training.heads_to_learn(its, cache), VolumeUNet
-    facts = {"condition": its.condition, "classes": list(data.names), "modalities": [],
-             "resolution": its.resolution, "fov": its.fov, "data": "bench",
+        return closing[-1] | {"steps": " + ".join(str(figures["steps"]) for figures in closing)}
+    flags = train_ddpm.parse_arguments(["--width", "64", *words, "--shift", "0.2"])
+    cases, split = checks.find_data(flags)
+    cache = slices.build_cache(cases, out.parent / "cache", flags.resolution, flags.fov,
+                               flags.condition, split)
+    data, bs.UNet = label_training.heads_to_learn(flags, cache), VolumeUNet
+    facts = {"condition": flags.condition, "classes": list(data.names), "modalities": [],
+             "resolution": flags.resolution, "fov": flags.fov, "data": "bench",
              "trained_on": data.hashes, "measured": data.asked.tolist(),
              "patients": len(data.cases)}
     out.mkdir(parents=True, exist_ok=True)
-    train_ddpm.learn(its, devices.pick_device(args.device), "labels", learn_slabs(its, data, way),
+    train_ddpm.learn(flags, devices.pick_device(args.device), "labels", Slabs(flags, data, way),
                      facts)
     return json.loads((out / "closing.json").read_text())
+
+
+def number(value):
+    """A figure as text; None where there was nothing to measure."""
+    return "none" if value is None else f"{value:.3g}"
 
 
 def compare_ways(args):
@@ -182,14 +207,12 @@ def compare_ways(args):
     print("\n| way | steps | " + " | ".join(SHOWN.values()) + " | ET off by, mL | ED off by, mL | "
           "shape distance |")
     print("|" + "---|" * (len(SHOWN) + 5))
-    # nothing came to measure
-    number = lambda value: "none" if value is None else f"{value:.3g}"
-    print("| held-out cases | | " + " | ".join(number(rows[0][1]["real_" + name]) for name in SHOWN)
-          + " | | | |")
-    for way, its in rows:
-        figures = [*("made_" + name for name in SHOWN), "ET_error", "ED_error", "shape_distance"]
-        print(f"| {way} | {its['steps']} | " + " | ".join(number(its[name]) for name in figures)
-              + " |")
+    real = [number(rows[0][1]["real_" + name]) for name in SHOWN]
+    print("| held-out cases | | " + " | ".join(real) + " | | | |")
+    for way, figures in rows:
+        names = [*("made_" + name for name in SHOWN), "ET_error", "ED_error", "shape_distance"]
+        print(f"| {way} | {figures['steps']} | "
+              + " | ".join(number(figures[name]) for name in names) + " |")
 
 
 def compare_guidance(args):
@@ -203,20 +226,19 @@ def compare_guidance(args):
             continue
         lines = {"as asked": ([low, high], [low, high])}
         for guidance in args.guidance:
-            settings, request = {**bs.SAMPLING, "guidance": guidance, "steps": args.calls}, {
-                label: (low, high)}
-            wanted = torch.stack([requests.requested(request, i, args.count, 0)
+            settings = {**bs.SAMPLING, "guidance": guidance, "steps": args.calls}
+            wanted = torch.stack([requests.requested({label: (low, high)}, i, args.count, 0)
                                   for i in range(args.count)])
             started = time.time()
-            made = [requests.sample_labels(model, its, (0, label, i), settings, args.candidates)
-                    for i, its in enumerate(wanted)]
+            sampled = [requests.sample_labels(model, request, (0, label, i), settings,
+                                              args.candidates) for i, request in enumerate(wanted)]
             seconds, at = (time.time() - started) / args.count, requests.ASKED.index(label)
-            got = torch.stack([requests.characteristics(its, model.condition, model.step)
-                               for its in made])[:, at].numpy()
+            got = torch.stack([requests.characteristics(classes, model.condition, model.step)
+                               for classes in sampled])[:, at].numpy()
             there = ~np.isnan(got)              # without a tumour no sphericity
             got, asked = got[there], wanted[:, at].numpy()[there]
-            pieces = np.nanmean([judging.label_figures(its, model.condition)["pieces"]
-                                 for its in made])
+            pieces = np.nanmean([judging.label_figures(classes, model.condition)["pieces"]
+                                 for classes in sampled])
             error, r, slope = math.nan, math.nan, math.nan
             if len(got) > 1:
                 error, r = np.abs(got - asked).mean(), np.corrcoef(got, asked)[0, 1]
@@ -236,67 +258,91 @@ def gap(a, b):
     return float(np.abs([(a <= x).mean() - (b <= x).mean() for x in at]).max())
 
 
-def compare_shapes(args):
-    """Heads drawn with all left open beside those of cases."""
-    model = requests.load_label_generator(args.checkpoint, devices.pick_device(args.device))
-    its = train_ddpm.parse_arguments(["--generate", "labels", "--condition", model.condition,
-                                      "--phantoms", "120", "--out", str(Path(args.out) / "none"),
-                                      *args.words.split()])
-    cases, split = checks.find_data(its)
-    cache = slices.build_cache(cases, Path(args.out) / "cache", its.resolution, its.fov,
-                               its.condition, split)
-    volumes = requests.label_volumes(cache, ("train", "val", "test"), its.resolution * 3 // 4)
+def volumes_of(args, model):
+    """Label maps of the cases of --words as the generator's: uint8 (N, D, R, R), and bool (N,),
+    whether it was trained on them. BadInput unless there are some of each kind, in its voxels."""
+    flags = train_ddpm.parse_arguments(["--generate", "labels", "--condition", model.condition,
+                                        "--phantoms", "120", "--out", str(Path(args.out) / "none"),
+                                        *args.words.split()])
+    cases, split = checks.find_data(flags)
+    cache = slices.build_cache(cases, Path(args.out) / "cache", flags.resolution, flags.fov,
+                               flags.condition, split)
+    volumes = requests.label_volumes(cache, ("train", "val", "test"), flags.resolution * 3 // 4)
     seen = torch.tensor([not set(model.trained_on).isdisjoint(case["hashes"])
                          for case in cache.cases])
-    count = min(args.count, int(seen.sum()), int((~seen).sum()))
-    if not count or its.fov / its.resolution != model.step:
+    step = flags.fov / flags.resolution
+    if seen.all() or not seen.any() or step != model.step:
         raise bs.BadInput(f"--words: {int(seen.sum())} of these {len(seen)} cases trained the "
-                          f"generator, voxels are {its.fov / its.resolution:g} mm; needed are some "
-                          f"that did, some that did not, and {model.step:g} mm")
-    settings = {**bs.SAMPLING, "steps": args.calls}
-    made = torch.stack([requests.sample_labels(model, torch.full((len(requests.ASKED),), torch.nan),
-                                               (0, "shapes", i), settings) for i in range(count)])
-    sets = {"unseen cases": volumes[~seen][:count], "training cases": volumes[seen][:count],
-            "generated": made}
-    its = {who: torch.stack([requests.characteristics(one.long(), model.condition, model.step)
-                             for one in heads]).numpy() for who, heads in sets.items()}
-    print(f"{count} heads each: mean ± spread, and the largest gap of cumulative distributions to "
-          "unseen cases")
-    print("| what | " + " | ".join(its) + " | gap, training | gap, generated |\n|" + "---|" * 6)
+                          f"generator, voxels are {step:g} mm; needed are some that did, some that "
+                          f"did not, and {model.step:g} mm")
+    return volumes, seen
+
+
+def print_spreads(measured):
+    """The table of mean and spread of every entry; measured: {set: array (N, len(ASKED))}, unseen
+    cases first. Returns the panels of the plot."""
+    print("| what | " + " | ".join(measured) + " | gap, training | gap, generated |")
+    print("|" + "---|" * 6)
     panels = []
     for at, name in enumerate(requests.ASKED):
-        columns = {who: values[:, at][~np.isnan(values[:, at])] for who, values in its.items()}
-        if all(map(len, columns.values())):
-            base, *others = columns.values()
-            print(f"| {name} | " + " | ".join(f"{v.mean():.3g} ± {v.std():.2g}"
-                                              for v in columns.values()) + " | "
-                  + " | ".join(f"{gap(v, base):.2f}" for v in others) + " |")
-            if name in PLOTTED:
-                panels.append((name, "linear", {who: (np.sort(v), (np.arange(len(v)) + 1) / len(v))
-                                                for who, v in columns.items()}))
-    for who in ("training cases", "generated"):
-        near = requests.nearest_tumour(sets[who], volumes[~seen] if who == "training cases"
-                                       else volumes[seen], model.condition)[0]
-        figures = judging.judge_labels(sets[who], sets["unseen cases"], model.condition, model.step)
-        print(f"{who}: shape distance to unseen cases {figures['shape_distance']:.3f}; pieces "
+        columns = {source: np.sort(values[:, at][~np.isnan(values[:, at])])
+                   for source, values in measured.items()}
+        if not all(map(len, columns.values())):
+            continue
+        base, *others = columns.values()
+        spreads = [f"{column.mean():.3g} ± {column.std():.2g}" for column in columns.values()]
+        gaps = [f"{gap(column, base):.2f}" for column in others]
+        print(f"| {name} | " + " | ".join([*spreads, *gaps]) + " |")
+        if name in PLOTTED:
+            panels.append((name, "linear", {
+                source: (column, (np.arange(len(column)) + 1) / len(column))
+                for source, column in columns.items()}))
+    return panels
+
+
+def compare_shapes(args):
+    """Heads generated with all left open beside those of cases."""
+    model = requests.load_label_generator(args.checkpoint, devices.pick_device(args.device))
+    volumes, seen = volumes_of(args, model)
+
+    def characteristics(heads):
+        return torch.stack([requests.characteristics(classes.long(), model.condition, model.step)
+                            for classes in heads])
+
+    count = min(args.count, int(seen.sum()), int((~seen).sum()))
+    everything_open = torch.full((len(requests.ASKED),), torch.nan)
+    settings = {**bs.SAMPLING, "steps": args.calls}
+    sampled = torch.stack([requests.sample_labels(model, everything_open, (0, "shapes", i),
+                                                  settings) for i in range(count)])
+    sets = {"unseen cases": volumes[~seen][:count], "training cases": volumes[seen][:count],
+            "generated": sampled}
+    print(f"{count} heads each: mean ± spread, and the largest gap of cumulative distributions to "
+          "unseen cases")
+    panels = print_spreads({source: characteristics(heads).numpy()
+                            for source, heads in sets.items()})
+    for source, other, others in (("training cases", "unseen", volumes[~seen]),
+                                  ("generated", "training", volumes[seen])):
+        near = requests.nearest_tumour(sets[source], others, model.condition)[0]
+        figures = judging.judge_labels(sets[source], sets["unseen cases"], model.condition,
+                                       model.step)
+        print(f"{source}: shape distance to unseen cases {figures['shape_distance']:.3f}; pieces "
               f"{figures['made_pieces']:.1f} ({figures['real_pieces']:.1f}), slice to slice Dice "
               f"{figures['made_slice_dice']:.2f} ({figures['real_slice_dice']:.2f}); nearest "
-              f"tumour of {'unseen' if who == 'training cases' else 'training'} cases: Dice "
-              f"{near.nanmean():.2f}, at most {np.nanmax(near.numpy(), initial=0):.2f}")
+              f"tumour of {other} cases: Dice {near.nanmean():.2f}, at most "
+              f"{np.nanmax(near.numpy(), initial=0):.2f}")
     relatives = requests.move_volumes(sets["training cases"], (0, "relatives"))
     near = requests.nearest_tumour(relatives, volumes[seen], model.condition)[0]
     print("for scale, moved copies of training cases: nearest tumour of training cases: Dice "
           f"{near.nanmean():.2f}, at least {near[~torch.isnan(near)].min():.2f}")
-    blocks = requests.block_shares(volumes, len(bs.CONDITIONS[model.condition]))
-    guess = torch.stack([requests.measure_shares(blocks, model.condition, model.step)[:, 6],
-                         torch.tensor([requests.characteristics(one.long(), model.condition,
-                                                                model.step)[6]
-                                       for one in volumes])])
-    guess = guess[:, ~torch.isnan(guess).any(0)].numpy()
+    blocks = requests.block_fractions(volumes, len(bs.CONDITIONS[model.condition]))
+    blocks = requests.block_characteristics(blocks, model.condition, model.step)
+    both = torch.stack([blocks[:, requests.SPHERICITY],
+                        characteristics(volumes)[:, requests.SPHERICITY]])
+    guessed, exact = both[:, ~torch.isnan(both).any(0)].numpy()
     print("sphericity guessed from blocks: correlation with that of the voxels "
-          f"{np.corrcoef(guess)[0, 1]:.2f} over {guess.shape[1]} heads, "
-          f"{np.abs(guess[0] - guess[1]).mean():.2f} off")
-    pictures.plot_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the share of "
+          f"{np.corrcoef(guessed, exact)[0, 1]:.2f} over {len(exact)} heads, "
+          f"{np.abs(guessed - exact).mean():.2f} off")
+    pictures.plot_lines(Path(args.out) / "shapes.png", panels, "mL, or 1; above it the fraction of "
                         "heads that have no more")
     print(f"wrote: {Path(args.out) / 'shapes.png'}")
 
@@ -316,15 +362,15 @@ def main():
     parser.add_argument("--count", type=int, help="requests each (default 12), heads of each kind "
                         "(default 42)")
     parser.add_argument("--candidates", type=int, default=requests.CANDIDATES,
-                        help="see sample_shares")
+                        help="see sample_blocks")
     parser.add_argument("--calls", type=int, default=20, help="network calls a volume")
     parser.add_argument("--device", default="cpu", choices=devices.DEVICES)
     parser.add_argument("--out", default="runs/bench_labels")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
     args.count = args.count or (42 if args.what == "shapes" else 12)
-    files.run_script(lambda: {"ways": compare_ways, "asked": compare_guidance,
-                              "shapes": compare_shapes}[args.what](args))
+    commands = {"ways": compare_ways, "asked": compare_guidance, "shapes": compare_shapes}
+    files.run_script(lambda: commands[args.what](args))
 
 
 if __name__ == "__main__":

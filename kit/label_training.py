@@ -113,7 +113,7 @@ def heads_to_learn(args, cache):
               "quarters of --fov")
     if args.label_maps:
         maps, names, map_hashes, lost = read_label_maps(args.label_maps, train, step_mm, args.seed)
-        dice, _ = requests.nearest_tumour(maps, held_out, args.condition)
+        dice = requests.nearest_tumour(maps, held_out, args.condition)
         keep = [i for i in range(len(maps)) if not dice[i] > 0.9]               # NaN: no other
         print(f"label maps: {len(maps)} in outlines of {len(train)} training cases, {lost:.1%} of "
               f"the tumours cut off; {len(maps) - len(keep)} show the tumour of a validation or "
@@ -275,7 +275,7 @@ class Voxels:
         are to the heads learned from."""
         condition, data = self.args.condition, self.data
         sampled = self.sample(denoiser, len(data.shown))
-        near, near_shown = [requests.nearest_tumour(volumes, data.heads, condition)[0]
+        near, near_shown = [requests.nearest_tumour(volumes, data.heads, condition)
                             for volumes in (sampled, data.shown)]
         if data.shown_are == "training":
             near_shown = near_shown * torch.nan

@@ -137,13 +137,13 @@ def centred_tumour(classes, condition):
 
 
 def nearest_tumour(volumes, others, condition):
-    """The most similar tumour among other label maps: classes int (N, D, R, R) and (M, D, R, R) ->
-    Dice float (N,) and its index int64 (N,) in `others`. Tumours are laid over each other by their
-    centres, as they are and mirrored; the best five also moved by up to one voxel along every axis.
-    Dice is NaN for a head without a tumour, and where no other has one."""
-    best, index = torch.full((len(volumes),), torch.nan), torch.zeros(len(volumes)).long()
+    """Dice with the most similar tumour among other label maps: classes int (N, D, R, R) and
+    (M, D, R, R) -> float (N,). Tumours are laid over each other by their centres, as they are and
+    mirrored; the best five also moved by up to one voxel along every axis. NaN for a head without a
+    tumour, and where no other has one."""
+    best = torch.full((len(volumes),), torch.nan)
     if not len(others):
-        return best, index
+        return best
     known = torch.stack([centred_tumour(version, condition) for other in others
                          for version in (other, other.flip(-1))]).flatten(1)    # (2 M, D R R)
     sizes, counts = known.sum(1), known.to(torch.uint8)
@@ -156,9 +156,8 @@ def nearest_tumour(volumes, others, condition):
         moved = torch.stack([tumour.roll(by, (0, 1, 2)).flatten()
                              for by in itertools.product((-1, 0, 1), repeat=3)])
         overlap = (known[close][:, None] & moved).sum(2).amax(1)                # (5,)
-        best[i], at = (2 * overlap / (sizes[close] + tumour.sum())).max(0)
-        index[i] = close[at] // 2
-    return best, index
+        best[i] = (2 * overlap / (sizes[close] + tumour.sum())).max()
+    return best
 
 
 # ----------------------------------------------------------------------- volumes to learn from ---

@@ -322,7 +322,7 @@ def compare_shapes(args):
                             for source, heads in sets.items()})
     for source, other, others in (("training cases", "unseen", volumes[~seen]),
                                   ("generated", "training", volumes[seen])):
-        near = requests.nearest_tumour(sets[source], others, model.condition)[0]
+        near = requests.nearest_tumour(sets[source], others, model.condition)
         figures = judging.judge_labels(sets[source], sets["unseen cases"], model.condition,
                                        model.step)
         print(f"{source}: shape distance to unseen cases {figures['shape_distance']:.3f}; pieces "
@@ -331,7 +331,7 @@ def compare_shapes(args):
               f"tumour of {other} cases: Dice {near.nanmean():.2f}, at most "
               f"{np.nanmax(near.numpy(), initial=0):.2f}")
     relatives = requests.move_volumes(sets["training cases"], (0, "relatives"))
-    near = requests.nearest_tumour(relatives, volumes[seen], model.condition)[0]
+    near = requests.nearest_tumour(relatives, volumes[seen], model.condition)
     print("for scale, moved copies of training cases: nearest tumour of training cases: Dice "
           f"{near.nanmean():.2f}, at least {near[~torch.isnan(near)].min():.2f}")
     blocks = requests.block_fractions(volumes, len(bs.CONDITIONS[model.condition]))

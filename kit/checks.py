@@ -230,7 +230,7 @@ def findings_text(findings, few=3):
     lines = []
     for (kind, _, text), places in groups.items():
         if len(places) > few:
-            places = [f"{len(places)} files ({places[0]} for one)"]
+            places = [f"{len(places)} files, such as {places[0]}"]
         lines += [f"{kind}: {place}: {text}" for place in places]
     return lines
 

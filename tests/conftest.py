@@ -11,7 +11,7 @@ from kit import nifti, phantoms, slices
 pytest_plugins = ["hand_ins"]                   # pytest --impl=student.py -m a1
 
 # How many times coarser than a scan phantoms are where a test needs files and not anatomy.
-SCALE = 1
+SCALE = 2
 
 
 @pytest.fixture(autouse=True)

@@ -26,14 +26,14 @@ AUDIT_LEVELS = (100, 300, 500, 700)     # t at which the denoising loss is measu
 CANARIES = ("copy", "noise", "shift", "flip", "gamma", "blend")
 LIMIT = 6.0                             # robust standard deviations beyond which a pair is named
 CHANCE = 0.005                          # p below which a fraction or an AUC is more than chance
+MARKED = "verdict", "words", "copies", "share", "canaries_found"    # what --mark writes
 # The audit for the screen, sidecars and datasheet: no names.
 WORDS = """{synthetic_cases} synthetic cases against {training_cases} training cases and {decoys} \
 real cases never trained on: {copies} too near to a training case{bound}. Nearer to training cases \
-than to the others: {share:.1%} of slices (50% if nothing leaked, p {share_p:.3f}). Training cases \
-told from others by the denoising loss: AUC {loss_auc:.2f} (p {loss_p:.3f}); by how well they are \
-reproduced from their own label maps: AUC {reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is \
-chance. Planted copies found: {planted}. Missed are copies under heavy noise or blur, of a tumour \
-alone, or of parts of a slice."""
+than to the others: {share:.1%} of slices (50% is chance, p {share_p:.3f}). AUC of training cases \
+against others: by the denoising loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back \
+from their label maps {reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted \
+copies found: {planted}. Missed are copies under heavy noise or blur, of a tumour, of part of a slice."""
 
 
 def audit_slices(prepared):
@@ -210,18 +210,15 @@ def canary(kind, images, classes, other, seed):
         return [torch.roll(x, (pixels, pixels), (-2, -1)) for x in (images, classes)]
     if kind == "flip":
         return [images.flip(-1), classes.flip(-1)]
-    if kind == "noise":
-        images = images + 0.15 * torch.randn(images.shape, generator=bs.generator(seed, "canary"))
-    if kind == "gamma":
-        images = 2 * ((images + 1) / 2).clamp(min=0) ** 1.6 - 1
-    if kind == "blend":
-        images = 0.6 * images + 0.4 * other
-    return [images, classes]
+    noise = torch.randn(images.shape, generator=bs.generator(seed, "canary"))
+    changed = {"copy": images, "noise": images + 0.15 * noise, "blend": 0.6 * images + 0.4 * other,
+               "gamma": 2 * ((images + 1) / 2).clamp(min=0) ** 1.6 - 1}
+    return [changed[kind], classes]
 
 
 def denoising_loss(denoiser, images, classes, position):
     """Mean squared error of v at AUDIT_LEVELS, case by case: images (N, P, C, R, R), classes (N, P,
-    R, R), position (N, P) -> (N,). The same noise for all cases: only the pictures differ."""
+    R, R), position (N, P) -> array (N,). The same noise for all cases: only the pictures differ."""
     losses, x0 = [], images.flatten(0, 1)                                   # (N P, C, R, R)
     onehot = bs.one_hot(classes.flatten(0, 1), denoiser.net.classes)
     for level in AUDIT_LEVELS:
@@ -232,53 +229,37 @@ def denoising_loss(denoiser, images, classes, position):
         v_hat = denoiser(bs.add_noise(x0, eps, signal, sigma), t, onehot, position.reshape(-1, 1))
         error = (v_hat - bs.v_target(x0, eps, signal, sigma)) ** 2
         losses.append(error.mean((1, 2, 3)).view(images.shape[:2]).mean(1))
-    return torch.stack(losses).mean(0)
+    return torch.stack(losses).mean(0).numpy()
 
 
 def reproduction(denoiser, images, classes, position, condition, head, settings):
     """How alike a sample is to the scan its label map came from, case by case: arguments as
-    denoising_loss, head from mean_head, settings of sample_volume -> (N,) in [-1, 1], mean of
+    denoising_loss, head from mean_head, settings of sample_volume -> array (N,) in [-1, 1], mean of
     similarity over slices. High for any good generator; higher for training cases only if it
     remembers them."""
     alike = []
     for number, (scan, labels, at) in enumerate(zip(images, classes, position)):
         sampled = bs.sample_volume(denoiser, labels, at, 1.0, (0, "audit", number), settings)
         pair = [audit_views(x[None], labels[None], condition) for x in (sampled, scan)]
-        alike.append(similarity(*pair, head)[0, :, 0].mean())
-    return torch.stack(alike)
+        alike.append(similarity(*pair, head)[0, :, 0].mean().item())
+    return np.float32(alike)
 
 
 def plant_canaries(synthetic, real, training, usual, views, head, condition, count):
     """Part D: `count` training cases planted among the synthetic ones in each of the ways of
-    CANARIES -> {kind: fraction that find_copies names with the right training case}; {} without
-    any. synthetic, real: from audit_slices; training, usual: of find_copies; views: from
+    CANARIES -> {kind: fraction that find_copies names with the right training case}; {} if count is
+    0. synthetic, real: from audit_slices; training, usual: of find_copies; views: from
     audit_views, of the real cases."""
     members, fractions = torch.where(training)[0], {}
     victims = members[judging.evenly(len(members), count)]
     for kind in CANARIES if count else ():
-        copies = [canary(kind, real[0][i], real[1][i], synthetic[0][n % len(synthetic[0])], n)
-                  for n, i in enumerate(victims)]
+        others = synthetic[0][np.arange(len(victims)) % len(synthetic[0])]
+        copies = [canary(kind, real[0][i], real[1][i], others[n], n) for n, i in enumerate(victims)]
         images, classes = [torch.stack(part) for part in zip(*copies)]
         alike = similarity(audit_views(images, classes, condition), views, head)
         score, _, pair = find_copies(alike, training, usual)
         fractions[kind] = float(((score > LIMIT) & (pair == victims)).float().mean())
     return fractions
-
-
-def audit_generator(denoiser, real, groups, condition, head, settings, few):
-    """Part C: does the generator know its training cases? -> (figures for the report, similarity of
-    decoys to samples from their own label maps (few,)). groups: numbers of training cases and of
-    decoys among `real`; for the rest see audit."""
-    losses, alike = [], []
-    for group in groups:
-        some = [part[group[judging.evenly(len(group), 2 * few)]] for part in real]
-        losses.append(-denoising_loss(denoiser, *some).numpy())
-        some = [part[group[judging.evenly(len(group), few)]] for part in real]
-        alike.append(reproduction(denoiser, *some, condition, head, settings))
-    loss_auc, loss_p = membership(*losses)
-    auc, p = membership(alike[0].numpy(), alike[1].numpy())
-    return {"loss_auc": loss_auc, "loss_p": loss_p, "reproduction_auc": auc, "reproduction_p": p,
-            "reproduction": [values.mean().item() for values in alike]}, alike[1]
 
 
 def audit(synthetic, related, real, training, condition, canaries, denoiser, settings, few=12):
@@ -306,35 +287,41 @@ def audit(synthetic, related, real, training, condition, canaries, denoiser, set
     unrelated = alike.masked_fill(related[:, None], -1)
     usual = usual_nearness(unrelated, similarity(views, views, head), training)
     score, best, pair = find_copies(unrelated, training, usual)
-    groups = torch.where(training)[0], torch.where(~training)[0]
     share, share_p = nearer_share(unrelated, training)
     planted = plant_canaries(synthetic, real, training, usual, views, head, condition, canaries)
-    figures, decoys = audit_generator(denoiser, real, groups, condition, head, settings, few)
+    groups = torch.where(training)[0], torch.where(~training)[0]
+    losses, samples = [], []                    # part C
+    for group in groups:
+        some = [part[group[judging.evenly(len(group), 2 * few)]] for part in real]
+        losses.append(-denoising_loss(denoiser, *some))
+        some = [part[group[judging.evenly(len(group), few)]] for part in real]
+        samples.append(reproduction(denoiser, *some, condition, head, settings))
+    (loss_auc, loss_p), (auc, p) = membership(*losses), membership(*samples)
     # a synthetic case and the training case that lent its label map: as alike as decoys are to
     # samples from their own label maps, or more?
-    middle, spread = robust(decoys)
-    own = torch.where(related & training, (alike.mean(1) - middle) / spread, -math.inf).max(1)
-    pair = torch.where(own.values > score, own.indices, pair)
-    score = torch.maximum(own.values, score)
+    middle, spread = robust(torch.from_numpy(samples[1]))
+    lent = torch.where(related & training, (alike.mean(1) - middle) / spread, -math.inf).max(1)
+    pair = torch.where(lent.values > score, lent.indices, pair)
+    score = torch.maximum(lent.values, score)
     copies = int((score > LIMIT).sum())
-    leak = copies or min(share_p, figures["loss_p"], figures["reproduction_p"]) < CHANCE
     weak = not planted or np.mean(list(planted.values())) < 0.9 or min(map(len, groups)) < 8
-    report = {"verdict": "leak" if leak else "underpowered" if weak else "none found",
+    verdict = "underpowered" if weak else "none found"
+    report = {"verdict": "leak" if copies or min(share_p, loss_p, p) < CHANCE else verdict,
               "synthetic_cases": len(alike), "training_cases": len(groups[0]),
-              "decoys": len(groups[1]), "share": share, "share_p": share_p, "limit": LIMIT,
-              "canaries_found": planted, **figures, "copies": copies, "scores": score.tolist()}
+              "decoys": len(groups[1]), "share": share, "share_p": share_p, "loss_auc": loss_auc,
+              "loss_p": loss_p, "reproduction_auc": auc, "reproduction_p": p,
+              "canaries_found": planted, "copies": copies, "scores": score.tolist()}
     order = score.argsort(descending=True)
     return report, torch.stack([order, best[order], pair[order]], 1).tolist()
 
 
 def audit_words(report):
     """WORDS with the numbers of a report."""
-    bound, n = "", report["synthetic_cases"]
-    if not report["copies"]:
-        bound = f" (the fraction of such copies is below {min(1, 3 / n):.1%} with 95% confidence)"
+    limit = min(1, 3 / report["synthetic_cases"])
+    bound = f" (the fraction of such copies is below {limit:.1%} with 95% confidence)"
     found = [f"{kind} {fraction:.0%}" for kind, fraction in report["canaries_found"].items()]
-    planted = ", ".join(found) or "none were planted"
-    return WORDS.format(**report, bound=bound, planted=planted)
+    return WORDS.format(**report, bound="" if report["copies"] else bound,
+                        planted=", ".join(found) or "none were planted")
 
 
 def audit_cases(args, state, facts):
@@ -343,31 +330,26 @@ def audit_cases(args, state, facts):
     is a case that was trained on in part, or only by a generator of labels. BadInput where there
     are no training cases of the checkpoint or no others."""
     wanted = {"out": args.checkpoint, "split": None, "scanner": state["args"]["scanner"]}
-    cases, _ = checks.find_data(argparse.Namespace(**{**vars(args), **wanted}))
+    cases, _ = checks.find_data(argparse.Namespace(**vars(args) | wanted))
     first = {case.patient: case for case in reversed(cases)}
-    seen = {digest for row in facts for digest in row["GeneratorTrainedOn"]}    # 16 digits of each
     known, real = set(state["trained_on"]), []
+    # the first 16 digits of what any of the generators has seen
+    seen = {digest[:16] for digest in known}.union(*[row["GeneratorTrainedOn"] for row in facts])
     for patient in sorted(first):
         hashes = set(slices.hashes_of(first[patient]))
-        touched = hashes & known or seen & {digest[:16] for digest in hashes}
-        if hashes <= known or not touched:
+        if hashes <= known or seen.isdisjoint(digest[:16] for digest in hashes):
             real.append((first[patient], hashes <= known, hashes))
     trained = sum(is_known for _, is_known, _ in real)
     if not 0 < trained < len(real):
-        raise bs.BadInput(f"{args.data or 'the phantoms'}: {trained} cases that {args.checkpoint} "
-                          f"was trained on and {len(real) - trained} others; an audit needs both: "
-                          "give the --data it was trained with")
+        raise bs.BadInput(f"{trained} cases that {args.checkpoint} was trained on and "
+                          f"{len(real) - trained} others; give the --data it was trained with")
     return real
 
 
 def audit_folder(args, denoiser, state, settings):
     """Search a folder of synthetic cases for copies of training cases: the named pairs, words and
-    verdict on the screen, audit.json, pairs.png; with --mark the figures go into the sidecars and
-    DATASHEET.md. Exit 1 where the verdict is a leak."""
-    def prepare(cases):
-        return audit_slices([slices.prepare_case(case, state["resolution"], state["fov"],
-                                                 state["condition"]) for case in cases])
-
+    verdict on the screen, audit.json, pairs.png; with --mark the figures, without names of training
+    cases, go into the sidecars and DATASHEET.md. Exit 1 where the verdict is a leak."""
     cases, out = nifti.find_cases(args.audit), Path(args.out)
     facts = [writing.synthetic_facts(case) for case in cases]
     if files.file_hash(state["file"]) not in {row["CheckpointSHA256"] for row in facts}:
@@ -377,40 +359,40 @@ def audit_folder(args, denoiser, state, settings):
     for i, row in enumerate(facts):
         origin = {row["LabelMapSHA256"], row["BrainSHA256"]}
         related[i] = torch.tensor([not origin.isdisjoint(digests) for digests in hashes])
+    grid = state["resolution"], state["fov"], state["condition"]
+    synthetic = audit_slices(slices.prepare_case(case, *grid) for case in cases)
+    pool = audit_slices(slices.prepare_case(case, *grid) for case in real)
     # coarse anatomy is there after ten calls
     settings = {**settings, "coherence": 0.0, "steps": min(settings["steps"], 10)}
-    synthetic, pool = prepare(cases), prepare(real)
     report, pairs = audit(synthetic, related, pool, torch.tensor(training), state["condition"],
                           args.canaries, denoiser, settings)
-    copies, words = report["copies"], audit_words(report)
-    rows = [{"synthetic": cases[i].case, "slice": AUDIT_POSITIONS[p], "training": real[j].case,
-             "score": report["scores"][i], "named": number < copies}
-            for number, (i, p, j) in enumerate(pairs)]
-    report = {**report, "words": words, "condition": state["condition"], "pairs": rows}
+    rows, shown = [], []
+    for i, p, j in pairs:
+        score = report["scores"][i]
+        rows.append({"synthetic": cases[i].case, "slice": AUDIT_POSITIONS[p],
+                     "training": real[j].case, "score": score, "named": score > LIMIT})
+        shown.append([*synthetic[0][i, p], None, *pool[0][j, p]])
+    report |= {"words": audit_words(report), "condition": state["condition"], "pairs": rows}
     files.write_json(out / "audit.json", report)
-    shown = [[*synthetic[0][i, p], None, *pool[0][j, p]]
-             for i, p, j in pairs[:max(3, min(12, copies))]]
-    titles = [*(f"SYNTHETIC\n{name}" for name in bs.MODALITIES), "",
-              *(f"training case\n{name}" for name in bs.MODALITIES)]
-    pictures.plot_rows(out / "pairs.png", shown, titles, state["condition"],
-                       f"nearest pairs; right half: training cases, {state['data']}")
-    for row in rows[:copies]:
+    pictures.plot_rows(out / "pairs.png", shown[:max(3, min(12, report["copies"]))],
+                       [*bs.MODALITIES, "", *bs.MODALITIES], state["condition"],
+                       f"SYNTHETIC on the left, nearest training cases ({state['data']}) right")
+    for row in rows[:report["copies"]]:
         print("copy: {synthetic} at {slice:+.1f} of the brain's height is too near to {training} "
               "({score:.1f} robust standard deviations)".format(**row))
-    print(f"{words}\nverdict: {report['verdict']}".replace(". ", ".\n"))
+    print(report["words"].replace(". ", ".\n") + f"\nverdict: {report['verdict']}")
     if args.mark:
-        mark_set(cases, report)
+        mark_set(args.audit, cases, report)
     print(f"wrote: {out / 'audit.json'}\nwrote: {out / 'pairs.png'}")
     if report["verdict"] == "leak":
         sys.exit(1)
 
 
-def mark_set(cases, report):
+def mark_set(folder, cases, report):
     """The audit, without names of training cases, into the sidecars and the datasheet of a set."""
-    kept = ("verdict", "words", "copies", "share", "canaries_found")
+    marks = {name: report[name] for name in MARKED}
     for case in cases:
-        facts = {**writing.synthetic_facts(case), "Audit": {name: report[name] for name in kept}}
+        facts = {**writing.synthetic_facts(case), "Audit": marks}
         files.write_json(case.folder / f"{case.case}.json", facts)
-    folder = cases[0].folder.parent
     writing.write_datasheet(folder)
-    print(f"wrote: the audit into {len(cases)} sidecars and {folder / 'DATASHEET.md'}")
+    print(f"wrote: the audit into {len(cases)} sidecars and {folder}/DATASHEET.md")

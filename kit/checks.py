@@ -208,7 +208,7 @@ def findings_text(findings):
         groups.setdefault((finding.kind, finding.text), []).append(finding.where)
     for (kind, text), places in groups.items():
         if len(places) > 3 and kind != "rejected":
-            places = [f"{len(places)} files ({places[0]} for one)"]
+            places = [f"{len(places)} files, such as {places[0]}"]
         lines += [f"{kind}: {place}: {text}" for place in places]
     return lines
 

@@ -252,14 +252,29 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     return np.where(labels > 0, labels + (first_label - 1), tissue).astype(np.uint8)
 
 
+def majority(fractions):
+    """Class fractions float (K, D, H, W) -> class map uint8 (D, H, W): the class with the largest
+    one. Class 0 is air; what is missing from a sum of 1 is added to it, in place."""
+    fractions[0] += 1 - fractions.sum(0)
+    return fractions.argmax(0).astype(np.uint8)
+
+
+def brain_position(classes, fault):
+    """Class map (D, H, W) -> position float32 (D,): -1 at the lowest slice with brain, 1 at the
+    highest, straight on beyond them. BadInput with the text `fault` where there is no brain."""
+    if not classes.any():
+        raise bs.BadInput(fault)
+    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
+    return (2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1).astype(np.float32)
+
+
 def prepare_case(case, resolution, fov, condition, relabel=None):
     """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
 
     relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..3 that take the place
     of those read; see classes_of. Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8
-    (D, R, R), values index CONDITIONS[condition]; position float32 (D,), -1 at the lowest
-    slice with brain, 1 at the highest, straight on beyond them; labels uint8 and brain bool
-    (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
+    (D, R, R), values index CONDITIONS[condition]; position float32 (D,), see brain_position; labels
+    uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
     read; grid; cut: fraction of brain voxels outside the field of view.
     """
     scans, labels, affine = nifti.read_case(case)
@@ -273,13 +288,9 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     grid = Grid.over(brain, affine, resolution, fov)
     # labels by majority of area; images as the mean over the brain part of each pixel, so that
     # the edge of the brain is not darkened by air
-    fractions = np.stack([grid.shrink(full == k) for k in range(len(bs.CONDITIONS[condition]))])
-    fractions[0] += 1 - fractions.sum(0)                # beyond the source is air
-    classes = fractions.argmax(0).astype(np.uint8)
-    if not classes.any():
-        raise bs.BadInput(f"{case.folder}: no brain in the field of view; check scans")
-    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
-    position = 2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1
+    n_classes = len(bs.CONDITIONS[condition])
+    classes = majority(np.stack([grid.shrink(full == k) for k in range(n_classes)]))
+    position = brain_position(classes, f"{case.folder}: no brain in the field of view; check scans")
     inside = to_slices(brain)
     area = np.maximum(grid.shrink(inside), 1e-6)
     images = np.zeros((len(classes), len(scans), resolution, resolution), np.uint8)
@@ -288,8 +299,8 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
         mean = np.where(classes > 0, grid.shrink(scan * inside) / area, 0)
         images[:, c] = np.rint(mean).clip(0, 255)
     cut = 1 - area.sum() * np.prod(grid.step) / inside.sum()
-    return {"images": images, "classes": classes, "position": position.astype(np.float32),
-            "labels": labels, "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
+    return {"images": images, "classes": classes, "position": position, "labels": labels,
+            "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
 
 
 def split_patients(cases, split_file=None):

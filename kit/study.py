@@ -49,14 +49,14 @@ def hashes_of_all(cases):
     return sorted(digest for case in cases for digest in slices.hashes_of(case))
 
 
-def make_sets(args, folder, cases, out):
+def make_sets(args, cases, out):
     """Train a generator on these real Cases alone and sample sets with it -> {name: folder}:
     "synthetic" from their edited label maps, "balanced" from the same with ET volumes spread evenly
     over 2 to 40 mL, where a map has ET; with --label-steps "generated" from label maps of a
     generator of labels that was trained on these cases alone, and "flat" from such with ET volumes
     spread evenly. What is there already is kept. The commands are printed: anyone can type them."""
     files.write_json(out / "split.json", {"train": sorted(case.case for case in cases)})
-    here, data = shlex.quote(str(out)), shlex.quote(str(folder))
+    here, data = [shlex.quote(str(path)) for path in (out, args.data or cases[0].folder.parent)]
     chance = f"--device {args.device} --seed {args.seed}"
     split = f"--split {here}/split.json {chance}" + " --skip-bad" * args.skip_bad
     train = (f"train_ddpm.py --data {data} {split} --resolution {args.resolution} "
@@ -79,14 +79,13 @@ def make_sets(args, folder, cases, out):
 
 def run_command(command):
     """Print a command and run it: a script of this project and its arguments, as text for a shell.
-    BadInput with the last line that it printed where it fails."""
+    BadInput with its error message where it fails."""
     print(f"python {command}", flush=True)
     script, *words = shlex.split(command)
-    done = subprocess.run([sys.executable, Path(__file__).parents[1] / script, *words], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    words = [sys.executable, Path(__file__).parents[1] / script, *words]
+    done = subprocess.run(words, text=True, capture_output=True)
     if done.returncode:
-        last = done.stdout.strip().split("\n")[-1]
-        raise bs.BadInput(f"{script} ended with status {done.returncode}: {last}")
+        raise bs.BadInput(f"{script}: {done.stderr.strip()}")
 
 
 def study_sizes(args, patients, tests):
@@ -96,8 +95,8 @@ def study_sizes(args, patients, tests):
     numbers = [size.replace("all", str(patients)) for size in wanted]
     sizes = sorted({int(size) if size.isdecimal() else 0 for size in numbers})
     if not tests or not 1 <= sizes[0] <= sizes[-1] <= patients:
-        raise bs.BadInput(f"--patients {' '.join(wanted)}: the split has {patients} training "
-                          f"patients and {tests} test cases; give numbers up to that, or all")
+        raise bs.BadInput(f"--patients {' '.join(wanted)}: the split has only {patients} training "
+                          f"patients and {tests} test cases")
     return sizes
 
 
@@ -107,7 +106,7 @@ def require_settings(args, settings):
     kept = runs.kept_arguments(args)
     settings |= {name: kept[name] for name in kept if name not in free}
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise bs.BadInput(f"{args.out} is a study with other settings or data; choose another --out")
+        raise bs.BadInput(f"{args.out} is a study with other settings; choose another --out")
     files.write_json(path, settings)
 
 
@@ -117,44 +116,40 @@ def study(args, split, device, fit, source):
     tested. A training whose result is there is not repeated. fit, source: of train_seg.py.
 
     The rows of evaluate of every training are in patients_NNN/ARM-SEED.json."""
-    out, test = Path(args.out), split["test"]
-    patients = sorted({case.patient for case in split["train"]})
-    order = np.random.default_rng(0).permutation(patients)
+    out, train, test = Path(args.out), split["train"], split["test"]
+    order = np.random.default_rng(0).permutation(sorted({case.patient for case in train}))
     sizes = study_sizes(args, len(order), len(test))
     held = hashes_of_all([*split["val"], *test])
-    caches, digests = {}, []
-    if args.synthetic:
-        caches["synthetic"], digests = synthetic_cache(args.synthetic, held, args)
-    require_settings(args, {"trained_on": hashes_of_all(split["train"]), "synthetic": digests,
+    made, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
+    require_settings(args, {"trained_on": hashes_of_all(train), "synthetic": digests,
                             "tested_on": hashes_of_all(test)})
-    real = slices.build_cache(split["train"], out.parent / "cache", args.resolution, args.fov,
-                              "tumour", {"train": split["train"]})
-    folder = args.data or split["train"][0].folder.parent
+    real = slices.build_cache(train, out.parent / "cache", args.resolution, args.fov, "tumour",
+                              {"train": train})
     prepared, results = list(metrics.prepare_blind(test, args.resolution, args.fov)), {}
     for size in sizes:
-        cases = [case for case in split["train"] if case.patient in order[:size]]
         rows = np.where(np.isin(real.of_rows("patient"), order[:size]))[0]
-        here = out / f"patients_{size:03d}"
+        caches, here = {"synthetic": made}, out / f"patients_{size:03d}"
         if not args.synthetic:
-            sets = make_sets(args, folder, cases, here)
+            cases = [case for case in train if case.patient in order[:size]]
+            sets = make_sets(args, cases, here)
             caches = {name: synthetic_cache(path, held, args)[0] for name, path in sets.items()}
         for arm, (name, with_real, augment, _) in ARMS.items():
             if name and name not in caches:
                 continue
-            parts = [(caches[name], caches[name].part("train"), args.synthetic_share)] if name else []
-            parts += [(real, rows)] if with_real else []
-            results[size, arm] = []
+            sources = [source(real, rows)] if with_real else []
+            if name:
+                synthetic, chosen = caches[name], caches[name].part("train")
+                sources.insert(0, source(synthetic, chosen, args.synthetic_share))
             for seed in range(args.seeds):
                 path = here / f"{arm.replace(' ', '_')}-{seed}.json"
                 if not path.exists():
                     changed = {**vars(args), "seed": args.seed + seed, "augment": augment}
-                    sources = [source(*part) for part in parts]
                     segmenter, _ = fit(argparse.Namespace(**changed), sources, real, device)
                     files.write_json(path, {"rows": segmenter.evaluate(prepared, full=False)})
                 tested = json.loads(path.read_text())["rows"]
-                results[size, arm].append([row["dice"] for row in tested])
-                dice = np.mean(results[size, arm][-1])
-                print(f"{size:3d} patients | {arm:26} seed {seed} | Dice {dice:.3f}", flush=True)
+                dice = [row["dice"] for row in tested]
+                results.setdefault((size, arm), []).append(dice)
+                print(f"{size} patients | {arm} | seed {seed} | Dice {np.mean(dice):.3f}", flush=True)
     et = np.array([row["true_ml"] for row in tested if row["region"] == "ET"])
     report(args, test, results, et, len(order))
 
@@ -163,12 +158,12 @@ def dice_table(results, small, patients):
     """Dice of a study -> float64 (A, 4, P, S): arm (with its number of training patients), column
     of COLUMNS, test patient (mean over time points), seed. results: see report; small: bool (N,),
     the cases whose ET is the column small ET, which is NaN for other patients; patients: name of
-    each case's patient, array (N,)."""
+    each case's patient (N,)."""
     dice = torch.tensor(list(results.values()), dtype=torch.float64).unflatten(2, (-1, 3))
     et = torch.where(torch.from_numpy(small), dice[..., 2], np.nan)
     dice = torch.cat([dice, et[..., None]], 3)                                  # (A, S, N, 4)
-    by_patient = [dice[:, :, np.where(patients == name)[0]].nanmean(2)
-                  for name in dict.fromkeys(patients)]
+    time_points = [np.where(np.array(patients) == name)[0] for name in dict.fromkeys(patients)]
+    by_patient = [dice[:, :, points].nanmean(2) for points in time_points]
     return torch.stack(by_patient, 2).permute(0, 3, 2, 1).contiguous().numpy()
 
 
@@ -184,12 +179,9 @@ def report(args, test, results, et, patients):
     """
     out, tumours = Path(args.out), [i for i in np.argsort(et, kind="stable") if et[i] > 0]
     small = tumours[:max(1, len(tumours) // 2)]         # the half of the tumours with less ET
-    dice = dice_table(results, np.isin(range(len(et)), small),
-                      np.array([case.patient for case in test]))
+    dice = dice_table(results, np.isin(range(len(et)), small), [case.patient for case in test])
     by_seed = np.nanmean(dice, 2)                                               # (A, 4, S)
-    mean, sd = by_seed.mean(2), np.full(by_seed.shape[:2], np.nan)
-    if args.seeds > 1:
-        sd = by_seed.std(2, ddof=1)
+    mean, sd = by_seed.mean(2), by_seed.std(2, ddof=min(1, args.seeds - 1))
     print(f"--- Dice on {len(test)} held-out cases, mean ± spread over {args.seeds} seeds; small "
           f"ET: the {len(small)} cases with least ET, up to {max(et[small], default=0):.1f} mL")
     summary, panels = [], []
@@ -205,9 +197,9 @@ def report(args, test, results, et, patients):
     differences = compare_arms(dict(zip(results, dice.mean(3))))
     files.write_json(out / "study.json", {"rows": summary, "differences": differences,
                                           "small_et": [test[i].case for i in small]})
-    sizes, arms = [np.array(part) for part in zip(*results)]
+    sizes, arms = map(np.array, zip(*results))
     for i, column in enumerate(COLUMNS):
-        lines = {arm: (sizes[arms == arm], mean[arms == arm, i], np.nan_to_num(sd[arms == arm, i]))
+        lines = {arm: (sizes[arms == arm], mean[arms == arm, i], sd[arms == arm, i])
                  for arm in dict.fromkeys(arms)}
         panels.append((f"Dice, {column}", "linear", lines))
     pictures.plot_lines(out / "study.png", panels, "real training patients", "log")

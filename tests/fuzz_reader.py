@@ -57,11 +57,11 @@ def main():
             except bs.BadInput:
                 counts[kind, "refused"] += 1
     for kind in ("packed", "header", "plain"):
-        its = {name: counts[kind, name] for name in ("refused", "right", "silent")}
-        print(f"{kind:8} {sum(its.values()):6} files: "
-              + ", ".join(f"{n} {name}" for name, n in its.items()))
-    for its in wrong[:10]:
-        print(f"silent: header bytes {its}")
+        results = {name: counts[kind, name] for name in ("refused", "right", "silent")}
+        print(f"{kind:8} {sum(results.values()):6} files: "
+              + ", ".join(f"{n} {name}" for name, n in results.items()))
+    for changed in wrong[:10]:
+        print(f"silent: header bytes {changed}")
 
 
 if __name__ == "__main__":

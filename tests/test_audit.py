@@ -31,15 +31,22 @@ def deal(seed, sizes=(12, 12, 20)):
     return order.split(sizes)
 
 
-def finder_of(alike, training, decoys, made, own=()):
-    """A CopyFinder for cases of the pool in these parts; real cases in the order training, decoys.
-    own: pairs (synthetic, real) that share a label map, numbers within their parts."""
+def found_among(synthetic, real, known):
+    """What find_copies says of synthetic cases. synthetic: their similarity to real cases; real: of
+    real cases to each other; known: which of these were trained on."""
+    usual = audit.usual_nearness(synthetic, real, known)
+    score, best, pair = audit.find_copies(synthetic, known, usual)
+    return {"score": score, "slice": best, "pair": pair}
+
+
+def find_in_pool(alike, training, decoys, synthetic, related=()):
+    """found_among for cases of the pool in these parts; real cases in the order training, decoys.
+    related: pairs (synthetic, real) that share a label map, numbers within their parts."""
     real = torch.cat([training, decoys])
-    pairs = torch.zeros(len(made), len(real), dtype=torch.bool)
-    for pair in own:
-        pairs[pair] = True
-    return audit.CopyFinder(alike[made][:, :, real], alike[real][:, :, real],
-                            torch.arange(len(real)) < len(training), pairs)
+    rows = alike[synthetic][:, :, real]
+    for case, number in related:
+        rows[case, :, number] = -1
+    return found_among(rows, alike[real][:, :, real], torch.arange(len(real)) < len(training))
 
 
 def take(pool, rows):
@@ -52,7 +59,7 @@ def test_fresh_heads_raise_no_alarm(alike):
     """Sixty times other phantoms are dealt as training cases, decoys and synthetic cases: none is
     ever named."""
     for seed in range(60):
-        scores = finder_of(alike, *deal(seed)).found["score"]
+        scores = find_in_pool(alike, *deal(seed))["score"]
         assert scores.max() < audit.LIMIT, f"deal {seed}: {scores.max():.1f}"
 
 
@@ -72,7 +79,7 @@ def test_fractions_of_fresh_heads_are_chance(alike):
 
 def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
     """One deal with training cases copied, as `kind`, into the synthetic ones. where: [(synthetic
-    case, slices, training case)], numbers within their parts -> what the finder says of all
+    case, slices, training case)], numbers within their parts -> what found_among says of all
     synthetic cases."""
     training, decoys, made = deal(seed, sizes)
     real, synthetic = take(pool, torch.cat([training, decoys])), take(pool, made)
@@ -85,8 +92,7 @@ def planted(pool, seed, kind, where, sizes=(12, 12, 20)):
     head = audit.mean_head(*views)
     alike = audit.similarity(audit.audit_views(*synthetic[:2], TUMOUR), views, head)
     known = torch.arange(sum(sizes[:2])) < sizes[0]
-    own = torch.zeros(len(made), len(known), dtype=torch.bool)
-    return audit.CopyFinder(alike, audit.similarity(views, views, head), known, own).found
+    return found_among(alike, audit.similarity(views, views, head), known)
 
 
 @pytest.mark.a5("mean_head", "robust")
@@ -165,9 +171,9 @@ def test_what_a_label_map_demands_is_no_copy(pool, alike):
     alike."""
     training, decoys, made = deal(2)
     made = torch.cat([made[:-1], training[4:5]])                # its own training case, exactly
-    found = finder_of(alike, training, decoys, made).found
+    found = find_in_pool(alike, training, decoys, made)
     assert found["score"][-1] > audit.LIMIT and found["pair"][-1] == 4
-    found = finder_of(alike, training, decoys, made, own=[(-1, 4)]).found
+    found = find_in_pool(alike, training, decoys, made, related=[(-1, 4)])
     assert found["score"][-1] < audit.LIMIT
 
 
@@ -259,12 +265,12 @@ def audited(pool, training, masks, denoiser, canaries=8, few=12):
     """The audit of a set sampled from the label maps of these cases of the pool."""
     images = [bs.sample_volume(denoiser, pool[1][i], pool[2][i], 1.0, (5, int(i)), SETTINGS)
               for i in masks]
-    made = [torch.stack(images), *take(pool, masks)[1:]]
-    own = torch.zeros(len(masks), 44, dtype=torch.bool)
-    own[torch.arange(len(masks)), masks] = True
+    synthetic = [torch.stack(images), *take(pool, masks)[1:]]
+    related = torch.zeros(len(masks), 44, dtype=torch.bool)
+    related[torch.arange(len(masks)), masks] = True
     known = torch.zeros(44, dtype=torch.bool)
     known[training] = True
-    return audit.audit(made, own, pool, known, TUMOUR, canaries, denoiser, SETTINGS, few)
+    return audit.audit(synthetic, related, pool, known, TUMOUR, canaries, denoiser, SETTINGS, few)
 
 
 def test_without_canaries_nothing_is_cleared(pool, monkeypatch):
@@ -290,10 +296,10 @@ def test_a_case_that_repeats_the_scan_of_its_label_map_is_named(pool):
     synthetic = take(pool, made)
     for part, source in zip(synthetic, pool):
         part[5] = source[training[2]]
-    own = torch.zeros(8, 24, dtype=torch.bool)
-    own[5, 2] = True
+    related = torch.zeros(8, 24, dtype=torch.bool)
+    related[5, 2] = True
     real = take(pool, torch.cat([training, decoys]))
-    report, pairs = audit.audit(synthetic, own, real, torch.arange(24) < 12, TUMOUR, 1,
+    report, pairs = audit.audit(synthetic, related, real, torch.arange(24) < 12, TUMOUR, 1,
                                 untrained(), SETTINGS, 6)
     assert report["copies"] == 1 and report["verdict"] == "leak"
     assert pairs[0][0] == 5 and pairs[0][2] == 2

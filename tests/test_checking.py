@@ -288,7 +288,7 @@ FAULTS = {(name, kind): fault for kind, faults in KINDS.items() for name, fault 
 
 
 @pytest.fixture
-def one(phantom_folder, tmp_path):
+def case_folder(phantom_folder, tmp_path):
     """A folder with a copy of phantom 0: 2023 names, RAS, all labels."""
     folder = tmp_path / "data"
     shutil.copytree(phantom_folder / "BraTS-PHA-00000-000", folder / "BraTS-PHA-00000-000")
@@ -303,17 +303,17 @@ def check(folder, labelled=True):
 
 
 @pytest.mark.parametrize("fault, kind", sorted(FAULTS))
-def test_no_fault_passes_in_silence(one, fault, kind):
+def test_no_fault_passes_in_silence(case_folder, fault, kind):
     """Each planted fault gives one finding of its kind, which names the file or folder and says
     what it is."""
     what, plant, words = FAULTS[fault, kind]
-    path = one / "BraTS-PHA-00000-000" / f"BraTS-PHA-00000-000-{what}.nii.gz"
-    before = nifti.read_case(nifti.find_cases(one)[0]) if kind == "normalised" else None
+    path = case_folder / "BraTS-PHA-00000-000" / f"BraTS-PHA-00000-000-{what}.nii.gz"
+    before = nifti.read_case(nifti.find_cases(case_folder)[0]) if kind == "normalised" else None
     plant(path)
-    findings, good = check(one)
+    findings, good = check(case_folder)
     found = [finding for finding in findings if finding.kind == kind]
     assert len(found) == 1 and words in found[0].text, findings
-    assert str(one) in found[0].where
+    assert str(case_folder) in found[0].where
     assert kind != "rejected" or "BraTS-PHA" in found[0].where or fault.startswith("name")
     rejected = [finding for finding in findings if finding.kind == "rejected"]
     assert bool(rejected) == (kind == "rejected")
@@ -324,9 +324,9 @@ def test_no_fault_passes_in_silence(one, fault, kind):
         assert np.allclose(affine, before[2])
 
 
-def test_a_sound_case_has_nothing_to_be_said_of(one):
+def test_a_sound_case_has_nothing_to_be_said_of(case_folder):
     """Phantom 0 is RAS, of 2023 names and little-endian: no finding at all."""
-    assert check(one) == ([], nifti.find_cases(one))
+    assert check(case_folder) == ([], nifti.find_cases(case_folder))
 
 
 def zscored(path):
@@ -363,12 +363,12 @@ CONTROLS = {"big-endian": big_endian, "plain, named .gz": content(gzip.decompres
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
-def test_sound_oddities_pass_with_the_right_voxels(one, name):
+def test_sound_oddities_pass_with_the_right_voxels(case_folder, name):
     """A checker that refuses what is right is no better than one that lets wrong things pass."""
-    path = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
-    before = nifti.read_case(nifti.find_cases(one)[0])
+    path = case_folder / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
+    before = nifti.read_case(nifti.find_cases(case_folder)[0])
     CONTROLS[name](path)
-    findings, good = check(one)
+    findings, good = check(case_folder)
     assert len(good) == 1 and not findings, findings
     scans, labels, _ = nifti.read_case(good[0])
     expected = before[0]
@@ -380,19 +380,19 @@ def test_sound_oddities_pass_with_the_right_voxels(one, name):
     assert np.allclose(scans, expected, atol=1e-4) and np.array_equal(labels, before[1])
 
 
-def test_a_file_that_vanishes_is_named(one):
+def test_a_file_that_vanishes_is_named(case_folder):
     """Deleted between listing and reading."""
-    cases = nifti.find_cases(one)
+    cases = nifti.find_cases(case_folder)
     cases[0].files["t2"].unlink()
     findings, good = checks.check_cases(cases)
     assert not good and "t2w" in findings[0].where and findings[0].kind == "rejected"
 
 
-def test_every_seventh_bit_of_a_header_is_read_rightly_or_refused(one):
+def test_every_seventh_bit_of_a_header_is_read_rightly_or_refused(case_folder):
     """One bit of an uncompressed header flipped, where no checksum helps: a file either reads with
     the same voxels (scaled as a whole at most, as its header then says) in the same place, or is
     refused, here or for its place, which read_case compares."""
-    path = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
+    path = case_folder / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-t2w.nii.gz"
     raw, silent, refused = gzip.decompress(path.read_bytes()), [], 0
     before, place = nifti.read_nifti(path)
     few = (slice(None, None, 3),) * 3
@@ -418,7 +418,7 @@ def test_many_findings_of_one_kind_are_one_line(tmp_path):
     bad = [nifti.Finding("rejected", f"file{i}", "is empty") for i in range(9)]
     lines = checks.findings_text(many + bad)
     assert len(lines) == 10 and "file0" in lines[0]
-    assert lines[-1] == "warned: 9 files (case0 for one): has no tumour"
+    assert lines[-1] == "warned: 9 files, such as case0: has no tumour"
     assert len(checks.findings_text(many[:3])) == 3
 
 
@@ -448,17 +448,17 @@ def test_real_cases_give_no_false_alarm(real_folder):
     assert len(good) == 10 and {finding.kind for finding in findings} <= {"normalised"}, findings
 
 
-def test_the_command_says_what_it_found(one, capsys):
+def test_the_command_says_what_it_found(case_folder, capsys):
     """`python brainsyn.py DIR`: one line a finding, a count, exit 1 if anything is rejected."""
-    desk.main([str(one)])
+    desk.main([str(case_folder)])
     assert capsys.readouterr().out.splitlines()[-1].endswith("0 rejected, 0 warned, 0 normalised")
     for fault in ("empty mask", "truncated"):
         what, plant, _ = {**REJECTED, **WARNED}[fault]
-        shutil.copytree(one / "BraTS-PHA-00000-000", one / fault)
-        for path in (one / fault).iterdir():
+        shutil.copytree(case_folder / "BraTS-PHA-00000-000", case_folder / fault)
+        for path in (case_folder / fault).iterdir():
             path.rename(path.with_name(path.name.replace("00000", fault[:5])))
-        plant(next((one / fault).glob(f"*-{what}.nii.gz")))
-    done = subprocess.run([sys.executable, ROOT / "brainsyn.py", one], text=True,
+        plant(next((case_folder / fault).glob(f"*-{what}.nii.gz")))
+    done = subprocess.run([sys.executable, ROOT / "brainsyn.py", case_folder], text=True,
                           capture_output=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -466,16 +466,16 @@ def test_the_command_says_what_it_found(one, capsys):
     assert lines[-1] == "1 cases can be used; findings: 2 rejected, 1 warned, 0 normalised"
 
 
-def test_scans_alone_are_checked_without_labels(one, capsys):
+def test_scans_alone_are_checked_without_labels(case_folder, capsys):
     """--no-labels: labels are neither wanted nor looked at; without it their absence is a fault."""
-    label = one / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-seg.nii.gz"
+    label = case_folder / "BraTS-PHA-00000-000" / "BraTS-PHA-00000-000-seg.nii.gz"
     label.write_bytes(b"rubbish")
-    desk.main([str(one), "--no-labels"])
+    desk.main([str(case_folder), "--no-labels"])
     label.unlink()
-    desk.main([str(one), "--no-labels"])
+    desk.main([str(case_folder), "--no-labels"])
     assert capsys.readouterr().out.count("1 cases can be used") == 2
     with pytest.raises(SystemExit) as left:
-        desk.main([str(one)])
+        desk.main([str(case_folder)])
     assert left.value.code == 1
 
 
@@ -508,10 +508,10 @@ def test_bad_cases_are_left_out_only_when_asked(phantom_folder, tmp_path, monkey
     assert len(reads) == 12 and reads[-1] in paths[1].name
 
 
-def test_what_was_found_is_remembered_whole(one, tmp_path):
+def test_what_was_found_is_remembered_whole(case_folder, tmp_path):
     """Findings come back from the file as they were; where a bit of it has flipped it is made anew,
     with a note."""
-    cases, said = nifti.find_cases(one), []
+    cases, said = nifti.find_cases(case_folder), []
     rewrite(cases[0].files["seg"], swapped)
     fresh = checks.check_cases(cases)
     assert len(fresh[0]) == 1
@@ -526,15 +526,15 @@ def test_what_was_found_is_remembered_whole(one, tmp_path):
 
 
 @pytest.mark.parametrize("mark", ["name", "header", "sidecar", "description"])
-def test_one_mark_of_synthetic_data_is_enough(one, mark):
+def test_one_mark_of_synthetic_data_is_enough(case_folder, mark):
     """Of name, header, sidecar and description of the set, any single one tells a synthetic case;
     none does not."""
-    folder = one / "BraTS-PHA-00000-000"
+    folder = case_folder / "BraTS-PHA-00000-000"
     file = folder / "BraTS-PHA-00000-000-t1n.nii.gz"
     assert not checks.is_synthetic(folder) and not checks.is_synthetic(file)
     if mark == "name":
         file = file.rename(folder / "BraTS-SYN-00000-000-t1n.nii.gz")
-        folder = folder.rename(one / "BraTS-SYN-00000-000")
+        folder = folder.rename(case_folder / "BraTS-SYN-00000-000")
         file = folder / file.name
     elif mark == "header":
         for path in folder.iterdir():
@@ -542,7 +542,8 @@ def test_one_mark_of_synthetic_data_is_enough(one, mark):
     elif mark == "sidecar":
         (folder / "BraTS-PHA-00000-000.json").write_text('{"SyntheticData": "YES"}')
     else:
-        (one / "dataset_description.json").write_text('{"GeneratedBy": [{"Name": "brainsyn"}]}')
+        description = case_folder / "dataset_description.json"
+        description.write_text('{"GeneratedBy": [{"Name": "brainsyn"}]}')
     assert checks.is_synthetic(folder) and checks.is_synthetic(file)
     with pytest.raises(bs.BadInput, match="synthetic"):
         checks.refuse_synthetic([nifti.Case("x", {"t1": folder / "x.nii.gz"}, True)])

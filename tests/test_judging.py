@@ -1,4 +1,6 @@
 """kit/judging.py: the figures a run closes with must be able to say no."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -67,12 +69,17 @@ def test_lost_contrast_is_noticed(held_out):
     assert 0.4 < judging.grey_white_contrast(flat, classes, "tumour") / real < 0.6
 
 
-def test_erosion_by_hand():
-    """A 3x3 block loses its rim; the picture's edge counts as outside only where the mask ends."""
-    mask = torch.zeros(1, 7, 7, dtype=torch.bool)
-    mask[0, 2:5, 2:5] = True
-    assert judging.erode(mask).sum() == 1 and judging.erode(mask)[0, 3, 3]
-    assert not judging.erode(mask, 2).any()
+def test_the_edge_of_the_brain_is_no_fine_detail():
+    """Signal counts from two pixels inside the outline on: of a block of five pixels a side in the
+    middle one alone. The picture's edge counts as outside only where the brain ends."""
+    classes = torch.zeros(1, 9, 11, dtype=torch.long)
+    classes[0, 2:7, 3:8] = 1
+    images = torch.randn(1, 4, 9, 11)
+    fine = images - torch.nn.functional.avg_pool2d(images, 3, 1, 1)
+    assert torch.allclose(judging.fine_power(images, classes), fine[0, :, 4, 5] ** 2)
+    assert not judging.fine_power(images, classes * (torch.arange(11) != 5)).any()
+    whole = judging.fine_power(images, classes * 0 + 1)
+    assert torch.allclose(whole, (fine ** 2).mean((0, 2, 3)))
 
 
 def test_roughness_rises_when_slices_disagree():
@@ -120,10 +127,15 @@ def slice_sets(phantom_folder):
     prepared = [slices.prepare_case(case, 32, 192.0, "tumour")
                 for case in nifti.find_cases(phantom_folder)]
     sets = {"real": prepared[:6], "training": prepared[6:], "synthetic": prepared[:1] * 6}
-    sets = {name: judging.slice_set(group, 20) for name, group in sets.items()}
-    for group in sets.values():
-        group["features"] = torch.nn.functional.avg_pool2d(group["images"], 8).flatten(1)
-    return sets
+    segmenter = SimpleNamespace(features=blurred)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "SLICES_A_CASE", 20)
+        return {name: judging.slice_set(segmenter, group) for name, group in sets.items()}
+
+
+def blurred(images):
+    """Pictures in blocks of 8 x 8 pixels, as features."""
+    return torch.nn.functional.avg_pool2d(images, 8).flatten(1)
 
 
 def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
@@ -164,17 +176,19 @@ def test_every_case_gives_equally_many_slices(slice_sets):
         assert group["position"].min() < -0.6 and group["position"].max() > 0.6
 
 
-def test_a_set_of_copies_is_found_far(slice_sets):
+def test_a_set_of_copies_is_found_far(slice_sets, monkeypatch):
     """One head six times over is further from the held-out heads than other heads are."""
-    mean, sd, cases = judging.compare_draws(slice_sets, draws=3)
+    monkeypatch.setattr(judging, "DRAWS", 3)
+    mean, sd, cases = judging.compare_draws(slice_sets)
     synthetic, real = mean["synthetic"], mean["real"]
     assert cases == 6 and set(sd["real"]) == set(real)
     assert synthetic["Frechet distance"] > 1.3 * real["Frechet distance"]
 
 
-def test_distances_are_between_equal_numbers_of_cases(slice_sets):
+def test_distances_are_between_equal_numbers_of_cases(slice_sets, monkeypatch):
     """A larger set is drawn down to the size of the smallest: otherwise more cases alone would look
     nearer."""
+    monkeypatch.setattr(judging, "DRAWS", 1)
     real = slice_sets["real"]
     two = {name: values[real["case"] < 2] for name, values in real.items()}
-    assert judging.compare_draws({**slice_sets, "real": two}, draws=1)[2] == 2
+    assert judging.compare_draws({**slice_sets, "real": two})[2] == 2

@@ -1,9 +1,9 @@
-"""Section 2: phantoms must look and measure like heads with gliomas."""
+"""Phantoms must look and measure like heads with gliomas."""
 import numpy as np
 import pytest
 
 import brainsyn as bs
-from kit import phantoms
+from kit import checks, nifti, phantoms
 
 # Median mL of NCR, ED, ET over the 368 expert label maps of the BraTS 2020 training set
 REAL_MEDIAN_ML = {"NCR": 10.5, "ED": 49.5, "ET": 14.8}
@@ -12,7 +12,7 @@ VOXEL_ML = float(np.prod(phantoms.PHANTOM_SPACING)) / 1000
 
 @pytest.fixture(scope="module")
 def heads():
-    """24 heads: images, labels, tissue shares."""
+    """24 heads: images, labels, tissue fractions."""
     return [phantoms.phantom(seed) for seed in range(100, 124)]
 
 
@@ -41,8 +41,8 @@ def test_enhancing_volumes_span_1_to_40_ml(heads):
     """Small and large enhancing tumours both occur: in the label maps of two dozen heads nearly so,
     in sixty plans (which are grown exactly, see below) from below 1.5 to above 40 mL."""
     et = volumes(heads, 3)
-    assert 0 < et[et
-                  > 0].min() <= 3 and et.max() >= 35, f"{et[et > 0].min():.1f} .. {et.max():.1f} mL"
+    least = et[et > 0].min()
+    assert 0 < least <= 3 and et.max() >= 35, f"{least:.1f} .. {et.max():.1f} mL"
     for first in (0, 100, 5000):
         et = [phantoms.phantom_plan(np.random.default_rng(seed), seed)[0][2]
               for seed in range(first, first + 60)]
@@ -75,8 +75,8 @@ def test_grades_vary():
 def test_tissue_brightness_is_in_the_order_of_life(scanner):
     """T1: white > grey > CSF. T2: CSF > grey > white. FLAIR: ED > grey > CSF. T1ce: ET > white."""
     for seed in range(4):
-        images, labels, share = phantoms.phantom(seed, scanner)
-        pure = {k: (part > 0.75) & (images[0] > 0) for k, part in share.items()}
+        images, labels, fractions = phantoms.phantom(seed, scanner)
+        pure = {k: (part > 0.75) & (images[0] > 0) for k, part in fractions.items()}
         mean = {m: {k: images[c][mask].mean() for k, mask in pure.items() if mask.sum() > 50}
                 for c, m in enumerate(bs.MODALITIES)}
         assert mean["t1"]["white"] > mean["t1"]["grey"] > mean["t1"]["CSF"]
@@ -91,46 +91,46 @@ def test_tissue_brightness_is_in_the_order_of_life(scanner):
 def test_signal_equations_by_hand():
     """Spin echo and inversion recovery, and what gadolinium does, against numbers worked by
     hand."""
-    assert np.isclose(phantoms.mr_signal("t1", (500, 10), 500, 100, 1.0), (1 - np.exp(-1))
-                      * np.exp(-0.1))
+    spin_echo = phantoms.mr_signal("t1", (500, 10), 500, 100, 1.0)
+    assert np.isclose(spin_echo, (1 - np.exp(-1)) * np.exp(-0.1))
     nulled = phantoms.mr_signal("flair", (1e9, 0, 1000 * np.log(2)), 1000, 100, 1.0)
     assert np.isclose(nulled, 0, atol=1e-9), "at TI = T1 ln 2 the signal is nulled"
-    assert np.isclose(phantoms.mr_signal("t1ce", (500, 0), 1000, 100, 1.0, leak=1.0), 1
-                      - np.exp(-1))
+    enhanced = phantoms.mr_signal("t1ce", (500, 0), 1000, 100, 1.0, leak=1.0)
+    assert np.isclose(enhanced, 1 - np.exp(-1))
 
 
 def test_heads_have_the_size_of_heads(heads):
     """Brain 1.2 to 1.8 litres, longer than wide, grey and white matter each a third of it or so."""
-    for images, _, share in heads[:8]:
+    for images, _, fractions in heads[:8]:
         brain = images[0] > 0
         assert 1200 < brain.sum() * VOXEL_ML < 1800
         extent = [np.ptp(np.where(brain.any(axis))[0]) * s for axis, s in
                   (((1, 2), 2.0), ((0, 2), 2.0), ((0, 1), 2.4))]
         assert 120 < extent[0] < 155 and 145 < extent[1] < 190 and 110 < extent[2] < 155
-        part = {k: share[k][brain].sum() / brain.sum() for k in ("CSF", "grey", "white")}
-        assert 0.08 < part["CSF"] < 0.32 and 0.25 < part["grey"] < 0.55 and 0.2 < part[
-            "white"] < 0.5, part
+        part = {k: fractions[k][brain].sum() / brain.sum() for k in ("CSF", "grey", "white")}
+        assert 0.08 < part["CSF"] < 0.32 and 0.25 < part["grey"] < 0.55, part
+        assert 0.2 < part["white"] < 0.5, part
 
 
 def test_cortex_is_folded(heads):
     """Sulci: CSF well below the brain's surface, away from ventricles, in every head."""
-    for images, _, share in heads[:6]:
+    for images, _, fractions in heads[:6]:
         brain = images[0] > 0
         inner = brain.copy()
         for _ in range(4):                      # 8 mm below the surface
             for axis in range(3):
                 inner &= np.roll(inner, 1, axis) & np.roll(inner, -1, axis)
         lateral = np.abs(np.arange(96) - 47.5)[:, None, None] * 2 > 40      # mm from the midline
-        assert ((share["CSF"] > 0.4) & inner & lateral).sum() * VOXEL_ML > 1.0
+        assert ((fractions["CSF"] > 0.4) & inner & lateral).sum() * VOXEL_ML > 1.0
 
 
 def test_tissue_has_texture(heads):
     """White matter is not one number: its spread exceeds noise and is spatially correlated."""
-    images, _, share = heads[0]
-    white = (share["white"] > 0.97)
+    images, _, fractions = heads[0]
+    white = (fractions["white"] > 0.97)
     t1 = images[0] / images[0][white].mean()
-    both = white[1:] & white[:-1]
-    a, b = t1[1:][both] - 1, t1[:-1][both] - 1
+    pairs = white[1:] & white[:-1]
+    a, b = t1[1:][pairs] - 1, t1[:-1][pairs] - 1
     assert t1[white].std() > 0.015 and np.corrcoef(a, b)[0, 1] > 0.3
 
 
@@ -148,6 +148,25 @@ def test_tumour_structure():
         ncr_d, ed_d, et_d = [np.linalg.norm(w - core, axis=1).mean() for w in where]
         right += ncr_d < et_d < ed_d
     assert counted == 8 and right >= 6, f"{right} of {counted}"
+
+
+def test_a_coarse_head_is_a_head(tmp_path):
+    """scale=2: voxels of 4 x 4 x 4.8 mm, the volumes that were planned, a brain of the same size,
+    and a case that the check has nothing against."""
+    phantoms.make_phantoms(tmp_path, 4, scale=2)
+    cases = nifti.find_cases(tmp_path)
+    for case in cases:
+        seed = phantoms.phantom_seed(case.case)
+        scans, labels, affine = nifti.read_case(case)
+        assert labels.shape == (48, 48, 32)
+        assert np.allclose(nifti.spacing_of(affine), (4, 4, 4.8))
+        voxel_ml = 8 * VOXEL_ML
+        plan, _ = phantoms.phantom_plan(np.random.default_rng(seed), seed)
+        for label, ml in enumerate(plan, 1):
+            assert abs((labels == label).sum() * voxel_ml - ml) <= voxel_ml
+        assert 1200 < (scans[0] > 0).sum() * voxel_ml < 1800
+    findings, good = checks.check_cases(cases)
+    assert len(good) == 4 and {finding.kind for finding in findings} <= {"normalised"}, findings
 
 
 def test_air_is_exactly_zero_and_scans_differ(heads):

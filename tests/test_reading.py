@@ -1,4 +1,4 @@
-"""Section 3: a reader that is wrong is wrong in silence, so most of these tests are about truth."""
+"""A reader that is wrong is wrong in silence, so most of these tests are about truth."""
 import gzip
 import json
 import os
@@ -39,12 +39,12 @@ def test_headers_lps_and_ras_agree_voxel_for_voxel(phantom_folder, seed, tmp_pat
     case = next(c for c in nifti.find_cases(phantom_folder) if c.case == name)
     scans, labels, affine = nifti.read_case(case)
     truth = phantoms.phantom(seed)
-    assert np.array_equal(labels, truth[1]) and np.corrcoef(scans[0].ravel(), truth[0][0].ravel())[
-        0, 1] > 0.9999
+    assert np.array_equal(labels, truth[1])
+    assert np.corrcoef(scans[0].ravel(), truth[0][0].ravel())[0, 1] > 0.9999
     other = copy_case(case, tmp_path, lambda n, image: nib.as_closest_canonical(image))
     again = nifti.read_case(other)
-    assert np.array_equal(scans, again[0]) and np.array_equal(labels, again[1]) and np.allclose(
-        affine, again[2])
+    assert np.array_equal(scans, again[0]) and np.array_equal(labels, again[1])
+    assert np.allclose(affine, again[2])
 
 
 def test_plain_nii_and_nii_gz_read_equal(phantom_folder, tmp_path):
@@ -151,13 +151,17 @@ def test_a_landmark_keeps_its_place_in_mm(resolution):
     ball = ((x - 30) * 1.1) ** 2 + ((y - 99) * 0.9) ** 2 + ((z - 24) * 2.0) ** 2 < 12 ** 2
     grid = slices.Grid.over(brain, affine, resolution, 192.0)
     small = slices.from_slices(grid.shrink(slices.to_slices(ball)))
-    centre = lambda volume, a: a @ [*(np.stack(np.nonzero(volume)) * volume[volume > 0]).sum(1)
-                                    / volume.sum(), 1]
+
+    def centre(volume, to_mm):
+        middle = (np.stack(np.nonzero(volume)) * volume[volume > 0]).sum(1) / volume.sum()
+        return to_mm @ [*middle, 1]
+
     assert small.shape == (resolution, resolution, 40)
     assert np.allclose(centre(ball.astype(float), affine), centre(small, grid.model_affine()),
                        atol=0.05)
-    assert np.isclose(small.sum() * np.linalg.det(grid.model_affine()[:3, :3]), ball.sum()
-                      * np.linalg.det(affine[:3, :3]), rtol=0.001), "volume in mm^3 is kept"
+    volumes = [volume.sum() * np.linalg.det(to_mm[:3, :3]) for volume, to_mm in
+               ((small, grid.model_affine()), (ball, affine))]
+    assert np.isclose(*volumes, rtol=0.001), "volume in mm^3 is kept"
 
 
 def test_growing_back_undoes_shrinking_where_images_are_smooth():
@@ -186,8 +190,8 @@ def test_prepared_slices_are_black_outside_and_labelled_inside(phantom_folder):
     roughly where it does not; position runs from -1 to 1."""
     for case in nifti.find_cases(phantom_folder)[:4]:
         got = slices.prepare_case(case, 96, 192.0, "tumour")
-        assert not got["images"].transpose(0, 2, 3, 1)[got["classes"] == 0].any() and got[
-            "cut"] < 0.002
+        assert not got["images"].transpose(0, 2, 3, 1)[got["classes"] == 0].any()
+        assert got["cut"] < 0.002
         for label in (1, 2, 3):
             before, after = (got["labels"] == label).sum(), (got["classes"] == label + 1).sum()
             assert abs(after - before) <= 0.15 * before + 5
@@ -198,19 +202,19 @@ def test_prepared_slices_are_black_outside_and_labelled_inside(phantom_folder):
 def test_tissue_clusters_find_the_phantoms_tissue(phantom_folder):
     """CSF, grey and white by k-means overlap what the phantom was built from, in that order."""
     for seed in (4, 5):
-        images, labels, share = phantoms.phantom(seed)
+        images, labels, fractions = phantoms.phantom(seed)
         brain = images[0] > 0
         found = slices.tissue_clusters(images, brain & (labels == 0))
         for value, name in ((1, "CSF"), (2, "grey"), (3, "white")):
-            pure = (share[name] > 0.75) & (labels == 0) & brain
-            assert (found[pure]
-                    == value).mean() > 0.8, f"{name}: {(found[pure] == value).mean():.2f}"
+            pure = (fractions[name] > 0.75) & (labels == 0) & brain
+            right = (found[pure] == value).mean()
+            assert right > 0.8, f"{name}: {right:.2f}"
         assert not found[~brain].any() and not found[labels > 0].any()
 
 
 def test_tissue_clusters_survive_bright_eyes():
     """Outliers left by a coarse skull strip must not become a cluster of their own."""
-    images, labels, share = phantoms.phantom(4)
+    images, labels, fractions = phantoms.phantom(4)
     brain = images[0] > 0
     plain = slices.tissue_clusters(images, brain & (labels == 0))
     for image in images:
@@ -222,7 +226,9 @@ def test_tissue_clusters_survive_bright_eyes():
 
 def test_patients_of_all_namings():
     """Time points belong together; case numbers do not."""
-    patient = lambda name: nifti.Case(name, {}, True).patient
+    def patient(name):
+        return nifti.Case(name, {}, True).patient
+
     assert patient("BraTS-GLI-00012-000") == patient("BraTS-GLI-00012-001") != patient(
         "BraTS-GLI-00013-000")
     assert patient("Brats18_TCIA01_201_1") == patient("Brats18_TCIA01_201_2")
@@ -293,7 +299,7 @@ def test_the_cache_is_reused_until_something_changes(phantom_folder, tmp_path, m
 
 def test_rows_of_the_cache_index_like_one_array(cache):
     """Numbers, slices, lists, a channel beside them, and nothing at all."""
-    whole = np.concatenate([block for block in np.split(np.array(cache.rows), [7])])
+    whole = np.array(cache.rows)
     assert whole.shape == cache.rows.shape and whole.dtype == np.uint8
     some = np.array([5, 3, len(whole) - 1, 3])
     for index in (4, -1, slice(90, 130), some, np.array([], int), (3, -1), (slice(50, 70), -1),
@@ -317,5 +323,5 @@ def test_the_cache_gives_back_the_slices(cache, phantom_folder):
 def test_parts_of_the_cache_do_not_meet(cache):
     """Train, val and test rows are disjoint and cover everything."""
     parts = [cache.part(p) for p in ("train", "val", "test")]
-    assert sorted(np.concatenate(parts)) == list(range(len(cache.rows))) and all(len(p)
-                                                                                 for p in parts)
+    assert sorted(np.concatenate(parts)) == list(range(len(cache.rows)))
+    assert all(len(part) for part in parts)

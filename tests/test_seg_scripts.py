@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import checks, desk, metrics, nifti, phantoms, runs, slices, study, writing
+from kit import desk, metrics, nifti, phantoms, runs, slices, study, writing
 import sample
 import train_ddpm
 import train_seg
@@ -300,8 +300,7 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
 
 def test_judging_writes_one_table_and_one_json(made):
     """Re-segmentation beside the ceiling, distances beside the floor and the number of images,
-    diversity, consistency, roughness; five segmenters ask how far Dice on synthetic cases can be
-    trusted."""
+    roughness; five segmenters ask how far Dice on synthetic cases can be trusted."""
     folder, _ = made
     state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
     # four weaker segmenters: the head's bias moved
@@ -323,7 +322,7 @@ def test_judging_writes_one_table_and_one_json(made):
     assert len(on_real) == 5 and on_synthetic == sorted(on_synthetic)
     expected = metrics.rank_correlation(on_synthetic, on_real)
     assert known["spearman"] == pytest.approx(expected)
-    assert "MS-SSIM of pairs" in text
+    assert f"as known truth: Spearman {expected:.2f}" in text
 
 
 def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path):
@@ -380,8 +379,7 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     assert first["training"] == victim.case and "00009" in first["synthetic"]
     assert report["training_cases"] == 7 and report["decoys"] == 3
     assert report["condition"] == "tumour"
-    assert {p.name for p in (tmp_path / "after").iterdir()} == {"audit.json", "audit.png",
-                                                                "pairs.png"}
+    assert {path.name for path in (tmp_path / "after").iterdir()} == {"audit.json", "pairs.png"}
     marked = facts_of(syn)
     assert {facts["Audit"]["verdict"] for facts in marked} == {"leak"}
     assert victim.case not in json.dumps(marked)
@@ -432,21 +430,22 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
 
 @pytest.mark.slow
 def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
-    """Table, CSV, JSON and plot for every arm and number of patients; generators are trained on
-    those patients alone; a second call trains nothing again; other settings are refused."""
+    """Table, JSON and plot for every arm and number of patients; generators are trained on those
+    patients alone; a second call trains nothing again; other settings are refused."""
     folder, _ = work
     command = ["--study", "--phantoms", "10", "--resolution", "32", "--batch", "2", "--steps", "2",
                "--patients", "1", "all", "--seeds", "2", "--generator-steps", "2", "--label-steps",
                "4", "--made", "2", "--calls", "2"]
     text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
-    rows = list(csv.DictReader((out / "study.csv").open()))
     summary = json.loads((out / "study.json").read_text())
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
-    # sizes, arms, seeds, regions, cases
-    assert len(rows) == 2 * len(study.ARMS) * 2 * 3 * len(split["test"])
-    assert {row["patients"] for row in rows} == {"1", str(len(split["train"]))}
-    assert {row["case"] for row in rows} == {c.case for c in split["test"]}
+    assert {row["patients"] for row in summary["rows"]} == {1, len(split["train"])}
+    cases = [case.case for case in split["test"]]
+    for path in out.glob("patients_*/*-*.json"):                # regions, cases
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["case"] for row in rows] == np.repeat(cases, 3).tolist()
+    assert (out / "study.png").stat().st_size > 1000
     state = runs.load_checkpoint(out / "patients_001/ddpm")
     assert len(state["trained_on"]) == 2                        # of a label map and of its outline
     trained_on = [digest[:16] for digest in state["trained_on"]]
@@ -455,7 +454,8 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
             assert facts["GeneratorTrainedOn"] == trained_on
     assert [row["arm"] for row in summary["rows"]] == list(study.ARMS) * 2
     pairs = {(row["arm"], row["against"]) for row in summary["differences"]}
-    assert pairs == set(study.AGAINST) and "too few to tell" in text
+    assert pairs == {(arm, base) for arm in study.ARMS for base in study.ARMS[arm][3]}
+    assert "too few to tell" in text
 
     def results():
         return {path: path.stat().st_mtime_ns for path in out.glob("patients_*/*-*.json")}
@@ -464,24 +464,8 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     again = run(folder, "train_seg.py", *command)
     assert before == results() and len(before) == 2 * len(study.ARMS) * 2
     assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
-    text = run(folder, "train_seg.py", *command, "--arms", "real", "generated")
-    summary = json.loads((out / "study.json").read_text())
-    assert [row["arm"] for row in summary["rows"]] == ["real", "generated"] * 2
     text = run(folder, "train_seg.py", *command, "--lr", "0.5", status=2)
     assert "other settings" in text and "Traceback" not in text
-
-
-def test_a_study_across_scanners_tests_on_the_other_one(work, monkeypatch):
-    """The same held-out heads, seen by scanner B; training data stay those of A."""
-    monkeypatch.chdir(work[0])
-    args = train_seg.parse_arguments(["--study", "--phantoms", "10", "--test-scanner", "B"])
-    _, split = checks.find_data(args)
-    other = study.study_test(args, split)
-    assert [case.case for case in other] == [case.case for case in split["test"]]
-    assert {case.folder.parent.name for case in other} == {"B"}
-    assert {case.folder.parent.name for case in split["train"]} == {"A"}
-    assert np.array_equal(nifti.read_labels(other[0])[0], nifti.read_labels(split["test"][0])[0])
-    assert not np.array_equal(nifti.read_case(other[0])[0], nifti.read_case(split["test"][0])[0])
 
 
 @pytest.mark.slow

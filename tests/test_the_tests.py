@@ -471,7 +471,7 @@ def test_the_commands_of_the_course_do_what_they_say(tmp_path):
     ignore = shutil.ignore_patterns("__pycache__", "*.ipynb", "pictures", "quality")
     for name in ("tests", "kit", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
-    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+    for path in ROOT.glob("[!.]*.*"):
         shutil.copy(path, tmp_path)
     (tmp_path / "HANDINS").mkdir()
     (tmp_path / "HANDINS/1234567.py").write_text(library_answer("v_target"))

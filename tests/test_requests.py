@@ -839,7 +839,7 @@ def test_networks_of_different_runs_are_refused(work, tmp_path):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--request", "et=12", "--labels", "runs/phantoms/A"],
-     "--request makes label maps of its own"),
+     "are three sources of label maps; name one"),
     (["--request", "ventricles=12"],
      "runs/labels was not trained with --condition ventricles"),
     (["--request", "volume=12"], "--request volume=12: cannot be asked for"),

@@ -350,7 +350,7 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
                         slices.linear_weights(size, have, -start / ratio, 1 / ratio))
     classes = resample(classes.numpy(), len(bs.CONDITIONS[wanted]), matrices)
     if not classes.any():
-        raise bs.BadInput("the generated label map shows no brain; train the label generator longer")
+        raise bs.BadInput("the generated labels show no brain; train the label generator longer")
     low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
     position = (2 * (np.arange(depth) - low) / max(high - low, 1) - 1).astype(np.float32)
     affine = np.diag([spacing, spacing, spacing, 1.0])

@@ -33,7 +33,7 @@ real cases never trained on: {copies} too near to a training case{bound}. Nearer
 than to the others: {share:.1%} of slices (50% is chance, p {share_p:.3f}). AUC of training cases \
 against others: by the denoising loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back \
 from their label maps {reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted \
-copies found: {planted}. Missed are copies under heavy noise or blur, of a tumour, of part of a slice."""
+copies found: {planted}. Missed are copies under noise or blur, of a tumour alone, of part of a slice"""
 
 
 def audit_slices(prepared):

@@ -67,8 +67,8 @@ def make_sets(args, cases, out):
     if not (out / "ddpm/closing.json").exists():
         run_command(f"{train} --steps {args.generator_steps} --out {here}/ddpm")
     if args.label_steps:
-        sets["generated"] = f"--label-checkpoint {here}/labels {chance} --request ''"
-        sets["flat"] = f"{sets['generated']} et=2..40"
+        generated = f"--label-checkpoint {here}/labels {chance} --request"
+        sets |= {"generated": f"{generated} ''", "flat": f"{generated} et=2..40"}
         if not (out / "labels/fine/closing.json").exists():
             run_command(f"{train} --generate labels --steps {args.label_steps} --out {here}/labels")
     for name, words in sets.items():

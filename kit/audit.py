@@ -29,13 +29,12 @@ CHANCE = 0.005                          # p below which a fraction or an AUC is 
 MARKED = "verdict", "words", "copies", "share", "canaries_found"    # what --mark writes
 # The audit for the screen, sidecars and datasheet: no names.
 WORDS = """{synthetic_cases} synthetic cases against {training_cases} training cases and {decoys} \
-real cases never trained on: {copies} too near to a training case (if 0, the fraction of such \
-copies is below {bound:.1%} with 95% confidence). Nearer to training cases than to the others: \
-{share:.1%} of slices (50% is chance, p {share_p:.3f}). AUC of training cases against others: by \
-the denoising loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back from their label \
-maps {reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted copies found: \
-{planted}. Missed are copies under heavy noise or blur, of a tumour alone, or of parts of a \
-slice."""
+real cases never trained on: {copies} too near to a training case (if 0, their fraction is below \
+{bound:.1%} with 95% confidence). Nearer to training cases than to the others: {share:.1%} of \
+slices (50% is chance, p {share_p:.3f}). AUC of training cases against others: by the denoising \
+loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back from their label maps \
+{reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted copies found: {planted}. \
+Missed are copies under heavy noise or blur, of a tumour alone, or of parts of a slice."""
 
 
 def audit_slices(prepared):

@@ -149,7 +149,7 @@ def study(args, split, device, fit, source):
                 tested = json.loads(path.read_text())["rows"]
                 dice = [row["dice"] for row in tested]
                 results.setdefault((size, arm), []).append(dice)
-                print(f"{size} patients | {arm}, seed {seed} | Dice {np.mean(dice):.3f}", flush=True)
+                print(f"{size} patients, {arm}, seed {seed}: Dice {np.mean(dice):.3f}", flush=True)
     et = np.array([row["true_ml"] for row in tested if row["region"] == "ET"])
     report(args, test, results, et, len(order))
 

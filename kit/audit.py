@@ -29,11 +29,12 @@ CHANCE = 0.005                          # p below which a fraction or an AUC is 
 MARKED = "verdict", "words", "copies", "share", "canaries_found"    # what --mark writes
 # The audit for the screen, sidecars and datasheet: no names.
 WORDS = """{synthetic_cases} synthetic cases against {training_cases} training cases and {decoys} \
-real cases never trained on: {copies} too near to a training case{bound}. Nearer to training cases \
-than to the others: {share:.1%} of slices (50% is chance, p {share_p:.3f}). AUC of training cases \
-against others: by the denoising loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back \
-from their label maps {reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted \
-copies found: {planted}. Missed are copies under heavy noise or blur, of a tumour, of part of a slice."""
+real cases never trained on: {copies} too near to a training case (if 0, their fraction is below \
+{bound:.1%} with 95% confidence). Nearer to training cases than to the others: {share:.1%} of \
+slices (50% is chance, p {share_p:.3f}). AUC of training cases against others: by the denoising \
+loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back from their label maps \
+{reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted copies found: {planted}. \
+Missed are copies under heavy noise or blur, of a tumour alone, or of parts of a slice."""
 
 
 def audit_slices(prepared):
@@ -317,10 +318,8 @@ def audit(synthetic, related, real, training, condition, canaries, denoiser, set
 
 def audit_words(report):
     """WORDS with the numbers of a report."""
-    limit = min(1, 3 / report["synthetic_cases"])
-    bound = f" (the fraction of such copies is below {limit:.1%} with 95% confidence)"
     found = [f"{kind} {fraction:.0%}" for kind, fraction in report["canaries_found"].items()]
-    return WORDS.format(**report, bound="" if report["copies"] else bound,
+    return WORDS.format(**report, bound=min(1, 3 / report["synthetic_cases"]),
                         planted=", ".join(found) or "none were planted")
 
 
@@ -368,31 +367,25 @@ def audit_folder(args, denoiser, state, settings):
                           args.canaries, denoiser, settings)
     rows, shown = [], []
     for i, p, j in pairs:
-        score = report["scores"][i]
-        rows.append({"synthetic": cases[i].case, "slice": AUDIT_POSITIONS[p],
-                     "training": real[j].case, "score": score, "named": score > LIMIT})
+        score, at = report["scores"][i], AUDIT_POSITIONS[p]
+        rows.append({"synthetic": cases[i].case, "slice": at, "training": real[j].case,
+                     "score": score, "named": score > LIMIT})
         shown.append([*synthetic[0][i, p], None, *pool[0][j, p]])
+        if score > LIMIT:
+            print(f"copy: {cases[i].case} at {at:+.1f} of the brain's height is too near to "
+                  f"{real[j].case} ({score:.1f} robust standard deviations)")
     report |= {"words": audit_words(report), "condition": state["condition"], "pairs": rows}
     files.write_json(out / "audit.json", report)
-    pictures.plot_rows(out / "pairs.png", shown[:max(3, min(12, report["copies"]))],
-                       [*bs.MODALITIES, "", *bs.MODALITIES], state["condition"],
+    titles, few = [*bs.MODALITIES, "", *bs.MODALITIES], max(3, min(12, report["copies"]))
+    pictures.plot_rows(out / "pairs.png", shown[:few], titles, state["condition"],
                        f"SYNTHETIC on the left, nearest training cases ({state['data']}) right")
-    for row in rows[:report["copies"]]:
-        print("copy: {synthetic} at {slice:+.1f} of the brain's height is too near to {training} "
-              "({score:.1f} robust standard deviations)".format(**row))
     print(report["words"].replace(". ", ".\n") + f"\nverdict: {report['verdict']}")
     if args.mark:
-        mark_set(args.audit, cases, report)
+        for case, row in zip(cases, facts):
+            row["Audit"] = {name: report[name] for name in MARKED}
+            files.write_json(case.folder / f"{case.case}.json", row)
+        writing.write_datasheet(args.audit)
+        print(f"wrote: the audit into {len(cases)} sidecars and {args.audit}/DATASHEET.md")
     print(f"wrote: {out / 'audit.json'}\nwrote: {out / 'pairs.png'}")
     if report["verdict"] == "leak":
         sys.exit(1)
-
-
-def mark_set(folder, cases, report):
-    """The audit, without names of training cases, into the sidecars and the datasheet of a set."""
-    marks = {name: report[name] for name in MARKED}
-    for case in cases:
-        facts = {**writing.synthetic_facts(case), "Audit": marks}
-        files.write_json(case.folder / f"{case.case}.json", facts)
-    writing.write_datasheet(folder)
-    print(f"wrote: the audit into {len(cases)} sidecars and {folder}/DATASHEET.md")

@@ -67,8 +67,8 @@ def make_sets(args, cases, out):
     if not (out / "ddpm/closing.json").exists():
         run_command(f"{train} --steps {args.generator_steps} --out {here}/ddpm")
     if args.label_steps:
-        sets["generated"] = f"--label-checkpoint {here}/labels {chance} --request ''"
-        sets["flat"] = f"{sets['generated']} et=2..40"
+        generated = f"--label-checkpoint {here}/labels {chance} --request"
+        sets |= {"generated": f"{generated} ''", "flat": f"{generated} et=2..40"}
         if not (out / "labels/fine/closing.json").exists():
             run_command(f"{train} --generate labels --steps {args.label_steps} --out {here}/labels")
     for name, words in sets.items():
@@ -120,7 +120,7 @@ def study(args, split, device, fit, source):
     order = np.random.default_rng(0).permutation(sorted({case.patient for case in train}))
     sizes = study_sizes(args, len(order), len(test))
     held = hashes_of_all([*split["val"], *test])
-    made, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
+    given, digests = synthetic_cache(args.synthetic, held, args) if args.synthetic else (None, [])
     require_settings(args, {"trained_on": hashes_of_all(train), "synthetic": digests,
                             "tested_on": hashes_of_all(test)})
     real = slices.build_cache(train, out.parent / "cache", args.resolution, args.fov, "tumour",
@@ -128,7 +128,7 @@ def study(args, split, device, fit, source):
     prepared, results = list(metrics.prepare_blind(test, args.resolution, args.fov)), {}
     for size in sizes:
         rows = np.where(np.isin(real.of_rows("patient"), order[:size]))[0]
-        caches, here = {"synthetic": made}, out / f"patients_{size:03d}"
+        caches, here = {"synthetic": given}, out / f"patients_{size:03d}"
         if not args.synthetic:
             cases = [case for case in train if case.patient in order[:size]]
             sets = make_sets(args, cases, here)
@@ -149,7 +149,7 @@ def study(args, split, device, fit, source):
                 tested = json.loads(path.read_text())["rows"]
                 dice = [row["dice"] for row in tested]
                 results.setdefault((size, arm), []).append(dice)
-                print(f"{size} patients | {arm} | seed {seed} | Dice {np.mean(dice):.3f}", flush=True)
+                print(f"{size} patients, {arm}, seed {seed}: Dice {np.mean(dice):.3f}", flush=True)
     et = np.array([row["true_ml"] for row in tested if row["region"] == "ET"])
     report(args, test, results, et, len(order))
 

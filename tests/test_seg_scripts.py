@@ -483,7 +483,7 @@ def test_generators_saw_all_is_said(made):
 @pytest.mark.parametrize("script, arguments, words", [("train_seg.py", ["--data", "nowhere"],
                                                        "no such folder"),
                                                       ("train_seg.py", ["--synthetic-share", "2"],
-                                                       "--synthetic-share: '2' is not a number from 0"),
+                                                       "--synthetic-share: '2' is not a number"),
                                                       ("train_seg.py", ["--batch", "1"],
                                                        "--batch 1"),
                                                       ("train_seg.py",

@@ -114,10 +114,10 @@ def heads_to_learn(args, cache):
     if args.label_maps:
         maps, names, map_hashes, lost = read_label_maps(args.label_maps, train, step_mm, args.seed)
         dice = requests.nearest_tumour(maps, held_out, args.condition)
-        keep = [i for i in range(len(maps)) if not dice[i] > 0.9]               # NaN: no other
+        keep = [i for i in range(len(maps)) if not dice[i] > 0.8]               # NaN: no other
         print(f"label maps: {len(maps)} in outlines of {len(train)} training cases, {lost:.1%} of "
               f"the tumours cut off; {len(maps) - len(keep)} show the tumour of a validation or "
-              "test case (Dice above 0.9): left out", flush=True)
+              "test case (Dice above 0.8): left out", flush=True)
         if not keep:
             raise bs.BadInput(f"{args.label_maps}: no map is left; add others")
         train, cases = maps[keep], [names[i] for i in keep]

@@ -390,7 +390,7 @@ def outside_the_network(steps):
               (runs, "save_checkpoint"): lambda *_: None,
               (torch.Tensor, "backward"): timed(torch.Tensor.backward),
               (nn.utils, "clip_grad_norm_"): timed(nn.utils.clip_grad_norm_),
-              (train_ddpm, "finish_report"): keep_seconds}
+              (train_ddpm.Images, "report"): keep_seconds}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as changed:
         for (where, name), its in places.items():
             changed.enter_context(mock.patch.object(where, name, its))

@@ -273,8 +273,8 @@ class MovedCache(slices.Cache):
 class PlacelessCache(slices.Cache):
     """Slices do not say where in the brain they lie, neither in training nor when looked at."""
 
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, *parts):
+        super().__init__(*parts)
         self.position = np.full_like(self.position, np.nan)
 
 
@@ -327,17 +327,17 @@ def run_ours(args, name, minutes, words="", names=None, loud=True):
     # a run of before would be resumed, that is, not run at all
     shutil.rmtree(out, ignore_errors=True)
 
-    def finish_report(task, denoiser, run):
+    def report(task, denoiser, run):
         picture = Path(args.out) / f"{name.replace(' ', '_')}_{minutes:g}.png"
         keep(args, name, run.seconds / 60, run.step,
              look(denoiser, task.cache, args, condition, picture=picture))
 
-    names = {**(names or {}), "finish_report": finish_report}
+    names = {**(names or {}), "report": report}
     if not loud:
         names["save_checkpoint"] = lambda *_: None
     with ExitStack() as replaced:
         for word, value in names.items():
-            home = next(place for place in (bs, devices, slices, runs, train_ddpm)
+            home = next(place for place in (train_ddpm.Images, bs, devices, slices, runs)
                         if hasattr(place, word))
             replaced.enter_context(mock.patch.object(home, word, value))
         train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes",

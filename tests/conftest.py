@@ -8,7 +8,7 @@ import torch
 
 from kit import nifti, phantoms, slices
 
-pytest_plugins = ["hand_ins"]                   # pytest --impl=student.py -m a1
+pytest_plugins = ["hand_ins", "halves"]         # pytest --impl=student.py -m a1; two processes
 
 # How many times coarser than a scan phantoms are where a test needs files and not anatomy.
 SCALE = 2
@@ -52,10 +52,10 @@ def lay_phantoms(coarse_folder):
 
 
 @pytest.fixture(scope="session")
-def many_phantoms(phantom_folder, tmp_path_factory):
-    """Forty-four, the twelve among them."""
-    folder = shutil.copytree(phantom_folder, tmp_path_factory.mktemp("many") / "A")
-    phantoms.make_phantoms(folder, 44)
+def many_phantoms(coarse_folder, tmp_path_factory):
+    """Forty-four of the coarse ones, the twelve among them."""
+    folder = shutil.copytree(coarse_folder, tmp_path_factory.mktemp("many") / "A")
+    phantoms.make_phantoms(folder, 44, scale=SCALE)
     return folder
 
 

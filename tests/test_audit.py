@@ -273,6 +273,7 @@ def audited(pool, training, masks, denoiser, canaries=8, few=12):
     return audit.audit(synthetic, related, pool, known, TUMOUR, canaries, denoiser, SETTINGS, few)
 
 
+@pytest.mark.slow
 def test_without_canaries_nothing_is_cleared(pool, monkeypatch):
     """An untrained generator leaks nothing; but only if planted copies were found is that called
     so; and a share above chance is a leak though no case is named."""
@@ -289,6 +290,7 @@ def test_without_canaries_nothing_is_cleared(pool, monkeypatch):
     assert report["verdict"] == "leak" and report["copies"] == 0
 
 
+@pytest.mark.slow
 def test_a_case_that_repeats_the_scan_of_its_label_map_is_named(pool):
     """Parts A and B leave that pair out, part C does not: its similarity is compared with that of
     decoys to samples from their label maps."""

@@ -13,6 +13,7 @@ def run(folder, script, *words):
     return text
 
 
+@pytest.mark.slow
 def test_speed_is_compared_with_a_plain_network_of_the_same_architecture(tmp_path):
     """The ratio that shows when a change makes our network slower than one written without care."""
     text = run(tmp_path, "bench_peers.py", "--rounds", 1, "--scale", 4, "--steps", 3, "--only",
@@ -32,6 +33,7 @@ def test_both_networks_of_that_ratio_do_the_same_work():
     assert ours.parameters == pytest.approx(plain.parameters, rel=0.05)
 
 
+@pytest.mark.slow
 def test_quality_is_measured_after_minutes(tmp_path, lay_phantoms):
     """Two runs, the second again, a change of another default, the table and the curve of all."""
     words = ["--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
@@ -48,6 +50,7 @@ def test_quality_is_measured_after_minutes(tmp_path, lay_phantoms):
                                                                         / "q/curves.png").exists()
 
 
+@pytest.mark.slow
 def test_costs_of_whole_volumes_are_measured(tmp_path):
     """Volumes, growth and the bill."""
     text = run(tmp_path, "bench_scale.py", "--tiny")

@@ -38,7 +38,9 @@ def readme_commands():
                 commands.setdefault(line, [])
     for line in re.findall(r"`((?:\w+=\w+ )?(?:python|pip|pytest|torchrun) [^`]+)`", README):
         commands.setdefault(line, [])
-    return [item for item in commands.items() if not item[0].startswith(ELSEWHERE)]
+    slow = {"python train_seg.py --study": [pytest.mark.slow]}
+    return [pytest.param(command, promised, id=command[:60], marks=slow.get(command, []))
+            for command, promised in commands.items() if not command.startswith(ELSEWHERE)]
 
 
 def shortened(command):
@@ -59,7 +61,7 @@ def work(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command, promised", readme_commands(), ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("command, promised", readme_commands())
 def test_a_readme_command_does_what_it_says(work, command, promised):
     """It ends well (an audit that finds a leak: status 1) and writes the files the table names."""
     for path in promised:

@@ -934,6 +934,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
+        """One step of all parameters, see above."""
         for group in self.param_groups[1:]:
             same_size, rate = {}, 5 * group["lr"]
             for p in group["params"]:

@@ -176,17 +176,17 @@ def volumes_text(facts):
                      for name, ml in facts["VolumesML"].items())
 
 
-def report_set(made):
-    """Print mean roughness, and how near volumes come to what was asked for. made: list of
+def report_set(written):
+    """Print mean roughness, and how near volumes come to what was asked for. written: list of
     (sidecar, roughness of the scans its labels come from, NaN without scans, roughness)."""
-    if not made:
+    if not written:
         return
-    before, after = np.mean([rough for _, *rough in made], 0)
+    before, after = np.mean([rough for _, *rough in written], 0)
     print(f"slice-to-slice roughness: {after:.3f}")
     if not math.isnan(before):
         print(f"slice-to-slice roughness of the source volumes: {before:.3f}")
-    for name in made[0][0].get("RequestedML", {}):
-        pairs = [(facts["RequestedML"][name], facts["VolumesML"][name]) for facts, *_ in made]
+    for name in written[0][0].get("RequestedML", {}):
+        pairs = [(facts["RequestedML"][name], facts["VolumesML"][name]) for facts, *_ in written]
         asked, measured = np.array(pairs).T
         error = np.abs(asked - measured).mean()
         rank = f", correlation {metrics.rank_correlation(asked, measured):.3f}"
@@ -197,7 +197,7 @@ def report_set(made):
 def make_set(args, device):
     """Make the cases of a set that are missing, and what stands beside them."""
     denoiser, state, common = generator_of(args, device)
-    made, rows, number = [], [], -1
+    written, rows, number = [], [], -1
     with tempfile.TemporaryDirectory() as scratch:
         for number, recipe in enumerate(recipes.recipes_of(args, device, state, scratch)):
             facts = {"Case": f"BraTS-SYN-{number:05d}-000", **common, **recipe.facts}
@@ -214,7 +214,7 @@ def make_set(args, device):
             classes, before = torch.from_numpy(prepared["classes"]), math.nan
             if recipe.case:
                 before = judging.roughness(bs.to_images(prepared["images"]), classes)
-            made.append((facts, before, judging.roughness(images, classes)))
+            written.append((facts, before, judging.roughness(images, classes)))
             print(f"{facts['Case']}: {time.time() - started:.0f} s, {volumes_text(facts)}",
                   flush=True)
     writing.finish_set(args.out)
@@ -222,8 +222,8 @@ def make_set(args, device):
         pictures.plot_rows(Path(args.out) / "loop.png", rows, bs.MODALITIES, "tumour",
                            "scan, predicted labels, SYNTHETIC")
         print(f"wrote: {Path(args.out) / 'loop.png'}")
-    print(f"made {len(made)} cases, {number + 1 - len(made)} were there already")
-    report_set(made)
+    print(f"made {len(written)} cases, {number + 1 - len(written)} were there already")
+    report_set(written)
     for name in ("", "contact_sheet.png", "dataset.json", "DATASHEET.md"):
         print(f"wrote: {Path(args.out) / name}")
 

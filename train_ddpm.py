@@ -99,7 +99,7 @@ class Images:
         self.args, self.cache = args, cache
         self.modalities, classes = cache.meta["modalities"], bs.CONDITIONS[args.condition]
         self.network = {"channels": len(self.modalities), "classes": len(classes)}
-        self.own = devices.slice_of_batch(args.batch)           # this process's part
+        self.slice = devices.slice_of_batch(args.batch)         # this process's part
         train, val, test = [cache.part(part) for part in ("train", "val", "test")]
         self.prior = bs.measure_prior(cache.batches(train), args.condition)
         self.first_lesion = classes.index(bs.LABELS[0])
@@ -113,7 +113,7 @@ class Images:
         """Cache rows of this process's part of the batch of step 0, 1, ...: int (B,)."""
         args = self.args
         return bs.batch_rows(self.tumour, self.other, args.tumour_share, args.seed, step,
-                             args.batch)[self.own]
+                             args.batch)[self.slice]
 
     def case_names(self, step):
         """Names of the cases in that batch."""
@@ -124,7 +124,7 @@ class Images:
         (B, 1), signal and sigma (B, 1, 1, 1), mean and std of the prior (B, C, R, R)."""
         shape = (self.args.batch, len(self.modalities), *self.cache.rows.shape[2:])
         noise = bs.training_noise(self.args.seed, step, shape, self.args.drop)
-        t, eps, keep, given, mirror = [part[self.own] for part in noise]
+        t, eps, keep, given, mirror = [part[self.slice] for part in noise]
         x0, classes, position = self.cache.batch(self.rows(step), mirror)
         onehot = bs.one_hot(classes, self.network["classes"]) * keep.view(-1, 1, 1, 1)
         scalars = torch.where(given, position, torch.nan).unsqueeze(1)

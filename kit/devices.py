@@ -5,6 +5,11 @@ There are two ways to use several. torchrun starts one process for each; every p
 part of the global batch and DistributedDataParallel averages the gradients. XLA on a TPU needs one
 process for all its cores: arrays are marked as split along the batch, and the compiler inserts the
 communication (GSPMD, Xu et al. 2021, arXiv 2105.04663).
+
+SOURCES
+    [BN]      batch normalisation: Ioffe & Szegedy 2015, arXiv 1502.03167
+              Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+              Shift
 """
 import gc
 import os

@@ -16,6 +16,7 @@ class Parser(argparse.ArgumentParser):
             add_flags(self, title, rows)
 
     def error(self, message):
+        """Raise argparse's message as a BadInput."""
         raise bs.BadInput(message.removeprefix("argument "))
 
     def parse_training(self, argv, flag, defaults):

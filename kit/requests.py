@@ -11,6 +11,11 @@ blocks. The blocks decide where the tumour lies and how large it is; the voxels 
             -> sample_labels   up to DRAFTS such label maps; the closest to the request is kept
 
 A request is a float tensor (len(ASKED),), NaN where an entry is left open.
+
+SOURCES
+    [LESION]  parts that count as lesions: Saluja et al. 2023,
+              github.com/rachitsaluja/BraTS-2023-Metrics
+              BraTS 2023 Metrics
 """
 import hashlib
 import itertools

@@ -296,9 +296,9 @@ class Run:
         print(f"step {self.step:05d} | loss or gradient not finite, nothing learned | cases "
               f"{', '.join(case_names(self.step - 1))}", flush=True)
         if self.bad_steps == 3:
-            raise bs.BadInput(f"step {self.step}: not finite in three steps in a row; look at those "
-                              "cases, try a lower --lr or --precision float32; the same command "
-                              "continues")
+            raise bs.BadInput(f"step {self.step}: not finite in three steps in a row; look at "
+                              "those cases, try a lower --lr or --precision float32; the same "
+                              "command continues")
 
     def record(self, val_dice=math.nan):
         """Write a line of the log every five seconds, after a validation and at the end; save every

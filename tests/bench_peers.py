@@ -472,8 +472,9 @@ def main():
             versions[name] = "missing"
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
                   if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else ""
+    fast = bs.uses_bf16(torch.device("cpu"))
     print(f"{platform.machine()} {model}, {torch.get_num_threads()} threads, "
-          f"{'bfloat16 is fast' if bs.uses_bf16(torch.device('cpu')) else 'bfloat16 is not fast: tuned is float32'}; "
+          f"{'bfloat16 is fast' if fast else 'bfloat16 is not fast: tuned is float32'}; "
           + ", ".join(f"{name} {its}" for name, its in versions.items()))
     unknown = set(args.only or ()) - {*CANDIDATES, *SEGMENTERS}
     if unknown:

@@ -153,7 +153,7 @@ def test_swapping_who_was_trained_on_mirrors_the_fraction(alike):
     values[:10, :, 3] = 0.9
     first, second = [audit.nearer_share(values, labels, permutations=1)[0]
                      for labels in (known, ~known)]
-    assert abs(first + second - 1) < 0.03 and first > 0.6
+    assert abs(first + second - 1) < 0.03 and first > 0.55
 
 
 def test_gain_and_offset_do_not_hide_a_copy(pool):

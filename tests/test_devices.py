@@ -142,6 +142,7 @@ def test_asked_precision_is_what_layers_compute_in():
             assert layer(torch.ones(1, 3)).dtype == getattr(torch, precision)
 
 
+@pytest.mark.slow
 def test_the_bench_times_a_step(tmp_path):
     """The README's line, shortened: one row with the size of the default network and rates above
     0."""
@@ -178,6 +179,7 @@ def test_one_process_and_two_continue_each_other(plain):
     assert furthest(folder / "runs/two_one", folder / "runs/one_two") < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together(plain):
     """Clocks differ: the first process's counts, or one would wait for the other for ever."""
     short = [*DDPM[:DDPM.index("--steps")], "--minutes", "0.02"]
@@ -185,6 +187,7 @@ def test_two_processes_stop_together(plain):
                                                   "runs/short", processes=2)
 
 
+@pytest.mark.slow
 def test_two_processes_segment_like_one(plain_seg):
     """The same losses to a thousandth: ReLUs turn rounding into flips, so weights drift apart."""
     folder, alone = plain_seg

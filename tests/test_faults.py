@@ -274,6 +274,7 @@ def test_a_full_disk_arrives_as_an_oserror():
         runs.save_state("/dev/full", {"a": torch.zeros(10 ** 6)})
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, capsys):
     """From step 2 on nothing can be written: it is said, training goes on, the checkpoint of before
     stays; the last save must succeed, and once there is room again the run ends with the bits of
@@ -298,6 +299,7 @@ def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, cap
     assert same_state(learned(straight / "runs/ddpm"), learned("runs/ddpm"))
 
 
+@pytest.mark.slow
 def test_a_segmenter_that_cannot_keep_its_best_goes_on(here, monkeypatch, capsys):
     """best.pt cannot be written in the first validation: it is said, and a later one writes it."""
     monkeypatch.setattr(train_seg, "finish_report", lambda *_: None)
@@ -318,6 +320,7 @@ def test_a_segmenter_that_cannot_keep_its_best_goes_on(here, monkeypatch, capsys
     assert runs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["damaged", "deleted"])
 def test_a_best_that_cannot_be_used_is_made_again(here, monkeypatch, how):
     """A run resumed at its end with best.pt damaged or gone validates again instead of failing."""
@@ -331,6 +334,7 @@ def test_a_best_that_cannot_be_used_is_made_again(here, monkeypatch, how):
     assert runs.load_checkpoint("runs/seg", "segmenter", names=("best.pt",))["step"] == 2
 
 
+@pytest.mark.slow
 def test_the_best_of_a_deleted_run_does_not_stay(here, monkeypatch):
     """A folder whose checkpoints were deleted is begun anew: an old best.pt, however good, is not
     taken for this run's."""
@@ -436,7 +440,8 @@ def test_a_batch_that_is_not_finite_is_named(here, monkeypatch, capsys):
     assert all(np.isfinite(row["loss"]) for row in runs.read_log("runs/ddpm/log.csv"))
 
 
-@pytest.mark.parametrize("script", [train_ddpm, train_seg])
+@pytest.mark.parametrize("script", [train_ddpm,
+                                    pytest.param(train_seg, marks=pytest.mark.slow)])
 def test_a_run_that_stays_bad_ends_with_advice(here, monkeypatch, script):
     """Nothing finite from step 6 on: after three such steps the run ends and says what to try. The
     checkpoint is sound, and none is written of a step that was not."""

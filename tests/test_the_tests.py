@@ -399,6 +399,7 @@ HIDDEN = inspect.cleandoc("""
     """)
 
 
+@pytest.mark.slow
 def test_a_folder_is_graded_whatever_is_in_it(tmp_path):
     """A right answer, one without one of its functions, one function alone, which is wrong, one
     that raises, one that never ends, one that ends the process, one that is not Python: a row for

@@ -96,7 +96,7 @@ __version__ = "0.1.0"
 
 # ================================================================================================
 # 1  NAMES
-# Modalities, labels and file names are those of [BRATS]. Everything takes its names from here.
+# Modalities and labels are those of [BRATS]; names of files are in kit/nifti.py.
 # ================================================================================================
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")      # in the order of axis C
@@ -263,8 +263,8 @@ def make_atlas(sums, class_mean, class_std):
 
     The sums are made symmetric (left and right added) and averaged over 3x3 pixels. The class's own
     mean and std (C, 1, 1) enter with the weight of one slice: they take over where few slices have
-    brain. A mean over few patients shows these patients: with a handful of them the atlas is no
-    secret.
+    brain (2 below, since a slice counts once more in its mirror image). A mean over few patients
+    shows these patients: with a handful of them the atlas is no secret.
     """
     count, value, square = F.avg_pool2d((sums + sums.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(sums)
     mean = (value + 2 * class_mean) / (count + 2)
@@ -421,7 +421,8 @@ class UNet(nn.Module):
 
     input    x_t, onehot, and row and column of every pixel (in [-1, 1]), padded with zeros at the
              right and below until all levels divide; patch x patch pixels are folded into channels
-             (pixel-unshuffle: H/patch x W/patch pixels, 3 to 4 times cheaper for 2 x 2), then 3x3
+             (pixel-unshuffle: H/patch x W/patch pixels; 2 x 2 makes all 3 to 4 times
+             cheaper), then 3x3
     down     a level i has width * mults[i] channels and `blocks` residual blocks, each of whose
              outputs is kept; between two levels a 3x3 convolution of stride 2 halves H and W
     middle   block, attention, block
@@ -717,10 +718,11 @@ class Denoiser:
     """A trained network with everything needed to predict v."""
     net: UNet
     prior: dict                                 # from measure_prior
-    alpha_bar: torch.Tensor                     # (T + 1,)
+    alpha_bar: torch.Tensor                     # (T + 1,), that of training
     device: torch.device
     batch: int = 32                             # slices a network call, for memory only
     to_device: callable = copy_to               # function (device, *tensors) -> tensors there
+    to_host: callable = torch.Tensor.cpu        # function of a tensor there -> on the CPU
 
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars):
@@ -729,13 +731,13 @@ class Denoiser:
         return in_parts(self.device, self.predict, self.batch, x_t, t, onehot, scalars)
 
     def predict(self, x_t, t, onehot, scalars):
-        """The same for a part that fits in memory; v_hat stays on the device."""
+        """The same for a part that fits in memory."""
         mean, std = expected(self.prior, onehot, scalars[:, 0])
         x_t, t, onehot, scalars, mean, std, signal, sigma = self.to_device(
             self.device, x_t, t, onehot, scalars, mean, std, *signal_sigma(self.alpha_bar, t))
         with fast_math(self.device):
             out = self.net(x_t, t, onehot, scalars)
-        return precondition(out, x_t, signal, sigma, mean, std)
+        return self.to_host(precondition(out, x_t, signal, sigma, mean, std))
 
 
 def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
@@ -860,8 +862,8 @@ def batch_rows(tumour, other, fraction, seed, step, batch):
 
 
 def training_noise(seed, step, shape, drop):
-    """All random numbers of one training step, on the CPU, for a batch of shape (B, C, H, W), drawn
-    in this order: t; keep, given and mirror; eps ->
+    """All random numbers of one training step, on the CPU, for a batch of shape (B, C, H, W). They
+    are drawn in the order t; keep, given and mirror; eps ->
 
     t       int64 (B,) in 1..T, one in each of B equal parts of the range, in random order
     eps     float32 (B, C, H, W)
@@ -953,8 +955,8 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(net, lr, device, precision="auto", hidden=()):
-    """The optimiser of both training scripts: Muon for the parameters in `hidden`, AdamW for all
-    others."""
+    """The optimiser of both training scripts: Muon for the parameters in `hidden` (a segmenter's
+    are none), AdamW for all others."""
     inside = {id(p) for p in hidden}
     return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden),
                 torch.bfloat16 if uses_bf16(device, precision) else torch.float32,
@@ -966,9 +968,10 @@ class EMA:
     sample better than the last ones.
 
     At a step the average becomes d * average + (1 - d) * weights, with d = min(decay, (1 + step) /
-    (10 + step)): a short run averages its last tenth instead of remembering its random start. To
-    save time that is done every `every` steps only, with d^every instead of d. Averaged are
-    parameters, nothing else; the statistics of a batch norm are taken from the network as they are.
+    (10 + step)): a short run averages its last tenth instead of remembering its random start;
+    decay 0.999 takes over after 9000 steps, 0.99 after 900. To save time that is done every
+    `every` steps only, with d^every instead of d. Averaged are parameters, nothing else; the
+    statistics of a batch norm are taken from the network as they are.
     It lives on the CPU to free the device's memory; the price is one transfer every `every` steps.
     """
 

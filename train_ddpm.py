@@ -217,7 +217,7 @@ def learn(args, device, kind, task, facts):
 
     def denoiser():
         return bs.Denoiser(ema.copy_of(net, run.step), task.prior, bs.cosine_alpha_bar(args.shift),
-                           device, to_device=devices.to_device)
+                           device, to_device=devices.to_device, to_host=devices.result_to_host)
 
     # Training in pseudo-code, repeated (keys as in brainsyn.py):
     #         x0, onehot, scalars ~ training slices, label maps, positions   a tenth without labels

@@ -48,10 +48,8 @@ FLAGS = {
         ("--study", bool, False, "compare training sets; 120 phantoms unless --phantoms is given"),
         ("--seeds", options.count, 3, "trainings of every kind"),
         ("--patients", str, None, "numbers of real patients: 2 10 all", {"nargs": "+"}),
-        ("--test-scanner", options.SCANNERS, None, "test on the same phantoms in this scanner"),
         ("--generator-steps", options.count, 400, "training steps of each generator"),
         ("--label-steps", options.natural, 0, "of a label generator; above 0 adds its sets"),
-        ("--arms", list(study.ARMS), None, "only these training sets", {"nargs": "+"}),
         ("--made", options.count, 24, "synthetic cases a set"),
         ("--calls", options.count, 10, "network calls a slice when they are sampled")]}
 

@@ -22,7 +22,8 @@ def is_synthetic(path):
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     texts = [*folder.glob("*.json"), *folder.parent.glob("dataset_description.json")]
-    if "BraTS-SYN-" in path.name or any(SYNTHETIC.search(text.read_bytes()) for text in texts):
+    if "BraTS-SYN-" in path.name or any(SYNTHETIC.search(text.read_bytes())
+                                          for text in texts if text.is_file()):
         return True
     try:
         volume = next(folder.glob("*.nii*")) if path.is_dir() else path
@@ -256,6 +257,7 @@ def find_data(args):
         print(f"phantoms: {new} cases made -> {folder}")
     cases = [case for case in nifti.find_cases(folder)      # there may be more than asked for
              if phantoms.phantom_seed(case.case) in range(args.phantoms)]
+    refuse_synthetic(cases)
     return cases, slices.split_patients(cases, args.split)
 
 

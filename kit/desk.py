@@ -23,7 +23,7 @@ def first_look():
     fullest = int((got["classes"] > 1).sum((1, 2)).argmax())
     x0 = bs.to_images(got["images"][fullest])[None]
     eps = torch.randn(x0.shape, generator=bs.generator(0, "ladder"))
-    alpha_bar = bs.cosine_alpha_bar()
+    alpha_bar = bs.cosine_alpha_bar(2.0)        # as in training
     rows = [[got["classes"][fullest], *x0[0]]]
     for t in (100, 300, 500, 700, 900, bs.T):
         x_t = bs.add_noise(x0, eps, *bs.signal_sigma(alpha_bar, torch.tensor([t])))

@@ -305,6 +305,12 @@ def end_step(device, *read):
         mark_whole(read)
 
 
+def result_to_host(tensor):
+    """A network's output, on the CPU; on XLA its graph ends here, the same graph in every call."""
+    end_step(tensor.device, tensor)
+    return tensor.cpu()
+
+
 def xla_report():
     """Print what XLA did so far; nothing where it was not used. Operations that it cannot compile
     run on the CPU instead and cut a graph in two."""

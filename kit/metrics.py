@@ -152,7 +152,8 @@ class Segmenter:
         time -> float (N, ...) on the CPU."""
         def on_device(part):
             with bs.fast_math(self.device):
-                return function(*devices.to_device(self.device, part)).float()
+                result = function(*devices.to_device(self.device, part)).float()
+                return devices.result_to_host(result)
 
         return bs.in_parts(self.device, on_device, 64, images)
 

@@ -69,12 +69,11 @@ natural = functools.partial(number, int, 0, float("inf"))
 positive = functools.partial(number, float, 1e-12, 1e12)
 fraction = functools.partial(number, float, 0, 1)
 
-SCANNERS = sorted(phantoms.SCANNERS)
 # Which real cases or phantoms a command works on.
 DATA = [
     ("--data", str, None, "folder of BraTS cases; without it phantoms are made"),
     ("--phantoms", count, 60, "how many phantom cases to make"),
-    ("--scanner", SCANNERS, "A", "centre the phantoms come from"),
+    ("--scanner", sorted(phantoms.SCANNERS), "A", "centre the phantoms come from"),
     ("--split", str, None, "JSON file with case or patient names for train, val, test"),
     ("--skip-bad", bool, False, "leave out cases of --data that the check rejects")]
 # Slices of both training scripts.

@@ -97,7 +97,7 @@ def edited_cases(args, scanner, scratch):
         low, high = args.range or (min(volumes), max(volumes))
     order = np.random.default_rng(args.seed).permutation(len(cases))
     for number in range(args.count):
-        case = cases[order[number % len(cases)]] if args.labels else fresh(number)
+        case = cases[order[number % len(cases)]] if cases else fresh(number)
         recipe = Recipe((args.seed, number), {"LabelMaps": "cases" if args.labels else "phantoms"},
                         case, args.edit)
         if args.edit == ["random"]:

@@ -89,16 +89,17 @@ def read_state(path, kinds):
         if archive.testzip():
             raise ValueError("a checksum does not match")
     if path.suffix != ".npz":
-        state, without = torch.load(path, map_location="cpu", weights_only=True), set()
+        state = torch.load(path, map_location="cpu", weights_only=True)
     else:
         with np.load(path, allow_pickle=False) as archive:
-            state, without = json.loads(archive["about"].item()), TRAINING
+            state = json.loads(archive["about"].item())
             for name in set(archive.files) - {"about"}:
                 group, key = name.split("/", 1)
                 state.setdefault(group, {})[key] = torch.from_numpy(archive[name])
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         raise ValueError(f"it is no checkpoint of kind {' or '.join(kinds)}")
-    missing = HOLDS[state["kind"]] - set(state) - without
+    published = path.suffix == ".npz" and state["kind"] != "segmenter"
+    missing = HOLDS[state["kind"]] - set(state) - (TRAINING if published else set())
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return state
@@ -114,7 +115,7 @@ def publish(run, path):
     kinds = ("ddpm", "labels", "segmenter")
     state = load_checkpoint(run, kinds, names=("best.pt", *NEWEST_FIRST))
     for name in {"file"} if state["kind"] == "segmenter" else {"file", *TRAINING}:
-        del state[name]
+        state.pop(name, None)
     arrays = {f"{group}/{key}": tensor.numpy() for group in ("ema", "prior", "weights")
               for key, tensor in state.pop(group, {}).items()}
     buffer = io.BytesIO()
@@ -137,7 +138,7 @@ def load_generator(path, device, batch=32, kind="ddpm"):
     state = load_checkpoint(path, kind)
     net = trained_network(bs.UNet, state, "ema", device)
     return bs.Denoiser(net, state["prior"], bs.cosine_alpha_bar(state["shift"]), device, batch,
-                       devices.to_device), state
+                       devices.to_device, devices.result_to_host), state
 
 
 def load_segmenter(path, device):
@@ -232,8 +233,7 @@ class Run:
         self.args, self.kind, self.facts, self.keep = args, kind, facts, keep
         self.net, self.ema, self.optimizer = net, ema, optimizer
         self.step, self.seconds = 0, 0.0
-        self.saved_step = None                  # of the newest checkpoint
-        self.bad_steps = 0                      # in a row
+        self.saved_step, self.bad_steps = None, 0       # of the newest checkpoint; in a row
         self.losses, self.levels = [], []       # since the last line of the log
         if keep and any(Path(args.out).glob("checkpoint*.pt")):
             self.resume()
@@ -254,7 +254,7 @@ class Run:
             for i, tensors in self.optimizer.state_dict()["state"].items():
                 for name, tensor in tensors.items():
                     tensor.copy_(state["optimizer"]["state"][i][name])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise bs.BadInput(f"{state['file']}: does not fit the network ({str(error)[:99]}); "
                               "delete the folder to begin anew") from error
         self.facts = {name: state[name] for name in self.facts}
@@ -283,7 +283,7 @@ class Run:
         """
         self.step += 1
         self.seconds = devices.broadcast_from_first(time.time() - self.start)
-        if finite:
+        if devices.to_host(finite):
             self.bad_steps = 0
             losses = devices.all_gather(losses.detach())
             t = t if t is None else devices.all_gather(t)
@@ -302,9 +302,8 @@ class Run:
 
     def record(self, val_dice=math.nan):
         """Write a line of the log every five seconds, after a validation and at the end; save every
-        minute, and after step 1, which finds a full or read-only disk at once. Nothing is saved
-        after a step that was not finite. val_dice: of a segmenter, NaN in a step without
-        validation."""
+        minute, unless the step was not finite, and after step 1, which finds a full or read-only
+        disk at once. val_dice: of a segmenter, NaN in a step without validation."""
         if not self.keep or not devices.first_process():
             return
         due = self.progress() >= 1 or time.time() - self.line_time >= LINE_EVERY

@@ -58,7 +58,7 @@ def brain_mask(scans, where="scans"):
 
 def fingerprint(case, *settings):
     """12 hexadecimal digits that change when a file of this Case (by name, size and time) or a
-    setting does."""
+    setting does, or the number 13: raise it with every change of what prepare_case makes."""
     stats = [(str(path), path.stat()) for path in case.files.values() if path.exists()]
     stamp = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return hashlib.sha256(json.dumps([13, *settings, stamp]).encode()).hexdigest()[:12]

@@ -1,9 +1,10 @@
-"""Section 11: edits move tumours in mm, on any grid, and keep them in the brain."""
+"""Edits move tumours in mm, on any grid, and keep them in the brain."""
 import numpy as np
 import pytest
 
 import brainsyn as bs
-from kit import edits, nifti, slices
+import sample
+from kit import edits, nifti, recipes, slices
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 AFFINE[:3, 3] = [-40, -30, -20]
@@ -153,3 +154,11 @@ def test_uncovered_tissue_is_that_of_the_other_side(phantom_folder):
     assert not any(tumour) and air < 0.05 and fluid < 0.35, fractions
     assert grey + white > 0.6 and white > 0.15, fractions
     assert before["hashes"] == after["hashes"] and not after["labels"].any()
+
+
+def test_phantoms_are_balanced_too(tmp_path):
+    """Without --labels the label maps are phantoms', each made once."""
+    args = sample.parse_arguments("--balance ET --count 3".split())
+    made = list(recipes.edited_cases(args, "A", tmp_path))
+    assert [recipe.target[0] for recipe in made] == ["ET"] * 3
+    assert len(list(tmp_path.iterdir())) == 3

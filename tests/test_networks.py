@@ -1,4 +1,4 @@
-"""Section 5: the U-Net and its preconditioning."""
+"""The U-Net and its preconditioning."""
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""Section 10: batches, EMA, checkpoints, log, and whether a network learns at all."""
+"""Batches, EMA, checkpoints, log, and whether a network learns at all."""
 import argparse
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Section 12: synthetic files say that they are synthetic and nothing about a patient."""
+"""Synthetic files say that they are synthetic and nothing about a patient."""
 import json
 import shutil
 

@@ -910,6 +910,7 @@ def test_label_maps_of_held_out_cases_are_left_out(phantom_folder, tmp_path, cap
     assert data.cases == ["new"] and "1 show the tumour" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_label_benchmarks_run(work):
     """All four ways and the requests, hardly trained."""
     folder, _ = work

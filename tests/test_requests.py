@@ -959,6 +959,7 @@ def test_ventricles_go_all_the_way(work):
     assert status == 2 and "train it with --generate labels --condition ventricles" in said, said
 
 
+@pytest.mark.slow
 def test_the_worth_of_chosen_ventricles_is_measured(tmp_path, lay_phantoms):
     """The study, hardly trained: every arm has its row."""
     folder = lay_phantoms(tmp_path, 6, "runs/ventricles")

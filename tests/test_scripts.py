@@ -284,7 +284,7 @@ def test_fresh_phantoms_were_never_trained_on(trained):
     ("sample.py", ["--checkpoint", "nowhere"], "no checkpoint there"),
     ("sample.py", ["--count", "0"], "--count"),
     ("sample.py", ["--steps", "1001"], "--steps"),
-    ("sample.py", ["--scan", "a", "--edit", "mirror"], "--scan makes label maps of its own"),
+    ("sample.py", ["--scan", "a", "--edit", "mirror"], "three sources of label maps"),
     ("train_ddpm.py", ["--minutes", "nan"], "--minutes"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):

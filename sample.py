@@ -30,54 +30,51 @@ from kit import (audit, devices, edits, files, judging, metrics, nifti, options,
                  requests, runs, slices, writing)
 
 VOLUMES = (*bs.LABELS, "TC", "WT")              # labels and regions whose mL a sidecar says
-FIXED = ("eta", "rescale", "interval")          # settings of bs.SAMPLING that are no flags
-LABEL_MAPS = [
-    ("--labels", str, None, "BraTS cases whose label maps are used, shuffled by --seed; without it "
-     "those of fresh phantoms"),
-    ("--part", ("train", "val", "test"), None, "of the split of --labels"),
-    ("--scan", str, None, "scans: all are segmented first, then synthesised"),
-    ("--request", str, None, "generate label maps, like et=12,ed=20..60 (a range is spread evenly "
-     "over --count): mL of et, ed, ncr, ventricles; x, y, z of the tumour in mm from the middle of "
-     "the brain to the right, front, top; sphericity; lesions; the rest is left open"),
-    ("--count", options.count, 4, "how many cases to make"),
-    ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) mirror, or "
-     "random alone", {"nargs": "+"}),
-    ("--balance", VOLUMES, None, "spread this volume evenly over the cases, by choice and scale"),
-    ("--range", options.positive, None, "mL that --balance spans, low and high (default: what the "
-     "label maps span)", {"nargs": 2})]
-MODEL = [
-    ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
-    ("--label-checkpoint", str, "runs/labels", "run of train_ddpm.py --generate labels"),
-    ("--segmenter", str, ["runs/seg"], "run of train_seg.py, for --scan and --judge (default "
-     "runs/seg); with five or more, --judge asks how well synthetic cases rank them",
-     {"nargs": "+"}),
-    ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
-    ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
-    ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
-    ("--coherence", float, bs.SAMPLING["coherence"], "mm along z over which noise agrees; 0: every "
-     "slice alone"),
-    ("--batch", options.count, 32, "slices a network call, for memory only")]
-JUDGING = [
-    ("--judge", str, None, "folder of synthetic cases to judge, instead of making some"),
-    ("--audit", str, None, "folder of synthetic cases to search for copies of training cases of "
-     "--checkpoint; exit 1 if it leaks"),
-    ("--canaries", options.natural, 8, "training cases planted as copies, to see whether they are "
-     "found; 0 for none"),
-    ("--mark", bool, False, "write the audit into the sidecars and the datasheet")]
+FLAGS = {
+    "label maps": [
+        ("--labels", str, None, "BraTS cases whose label maps are used, shuffled by --seed; "
+         "without it those of fresh phantoms"),
+        ("--part", ("train", "val", "test"), None, "of the split of --labels"),
+        ("--scan", str, None, "scans: all are segmented first, then synthesised"),
+        ("--request", str, None, "generate label maps, like et=12,ed=20..60 (a range is spread "
+         "evenly over --count): mL of et, ed, ncr, ventricles; x, y, z of the tumour in mm from "
+         "the middle of the brain to the right, front, top; sphericity; lesions; the rest is left "
+         "open"),
+        ("--count", options.count, 4, "how many cases to make"),
+        ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) "
+         "mirror, or random alone", {"nargs": "+"}),
+        ("--balance", VOLUMES, None, "spread this volume evenly, by choice of case and scale"),
+        ("--range", options.positive, None, "mL that --balance spans, low and high (default: what "
+         "the label maps span)", {"nargs": 2})],
+    "model": [
+        ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
+        ("--label-checkpoint", str, "runs/labels", "run of train_ddpm.py --generate labels"),
+        ("--segmenter", str, ["runs/seg"], "run of train_seg.py, for --scan and --judge (default "
+         "runs/seg); with five or more, --judge asks how well synthetic cases rank them",
+         {"nargs": "+"}),
+        ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
+        ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
+        ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
+        ("--coherence", float, bs.SAMPLING["coherence"], "mm along z over which noise agrees; 0: "
+         "every slice alone"),
+        ("--batch", options.count, 32, "slices a network call, for memory only")],
+    "judging and auditing": [
+        ("--judge", str, None, "folder of synthetic cases to judge, instead of making some"),
+        ("--audit", str, None, "folder of synthetic cases to search for copies of training cases "
+         "of --checkpoint; exit 1 if it leaks"),
+        ("--canaries", options.natural, 8, "training cases planted as copies, to see whether they "
+         "are found; 0 for none"),
+        ("--mark", bool, False, "write the audit into the sidecars and the datasheet")],
+    "real cases to judge or audit by; --split also for --labels": options.DATA,
+    "run": [
+        ("--out", str, None, "output folder (default synthetic, of --audit audit)"),
+        *options.RUN]}
 
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. request becomes a dict or stays
     None, edit becomes a dict or stays ["random"]. BadInput where flags do not go together."""
-    parser = options.Parser(__doc__)
-    options.add_flags(parser, "label maps", LABEL_MAPS)
-    options.add_flags(parser, "model", MODEL)
-    options.add_flags(parser, "judging and auditing", JUDGING)
-    options.add_flags(parser, "real cases to judge or audit by; --split also for --labels",
-                      options.DATA)
-    options.add_flags(parser, "run", [
-        ("--out", str, None, "output folder (default synthetic, of --audit audit)"), *options.RUN])
-    args = parser.parse_args(argv)
+    args = options.Parser(__doc__, FLAGS).parse_args(argv)
     finished = args.judge or args.audit
     sources = [args.request is not None, bool(args.scan),
                bool(args.labels or args.edit or args.balance)]
@@ -99,9 +96,9 @@ def parse_arguments(argv=None):
 
 
 def sampling(args):
-    """The settings of bs.sample_volume that these arguments ask for."""
-    asked = {name: getattr(args, name) for name in bs.SAMPLING if name not in FIXED}
-    return {**bs.SAMPLING, **asked}
+    """The settings of bs.sample_volume that these arguments ask for; the defaults where there is no
+    flag."""
+    return {name: getattr(args, name, value) for name, value in bs.SAMPLING.items()}
 
 
 def generator_of(args, device):

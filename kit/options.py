@@ -8,12 +8,31 @@ from kit import devices, phantoms
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a BadInput: one sentence. doc: the docstring of the command, whose
-    first paragraph --help shows; groups: {title: rows of add_flags}."""
+    first paragraph --help shows; groups: {title: rows}.
 
-    def __init__(self, doc, groups={}):
+    A row is (flag, kind, default, help). kind: a function of the text (str, count, ...); bool for a
+    flag without a value; or a list, tuple or dict of the only values. A fifth entry is a dict of
+    more keywords for argparse: nargs, metavar. --help shows a default that is a value.
+    """
+
+    def __init__(self, doc, groups):
         super().__init__(description=doc.split("\n\n")[0])
         for title, rows in groups.items():
-            add_flags(self, title, rows)
+            group = self.add_argument_group(title)
+            for row in rows:
+                self.add_flag(group, *row)
+
+    def add_flag(self, group, flag, kind, default, text, settings={}):
+        """Add one row to a group of argparse."""
+        if kind is bool:
+            return group.add_argument(flag, action="store_true", help=text)
+        if isinstance(kind, (list, tuple, dict)):
+            given = {"choices": list(kind), "type": type(next(iter(kind)))}
+        else:
+            given = {"type": kind}
+        if default not in (None, []):
+            text += " (default: %(default)s)"
+        group.add_argument(flag, default=default, help=text, **given, **settings)
 
     def error(self, message):
         """Raise argparse's message as a BadInput."""
@@ -27,28 +46,6 @@ class Parser(argparse.ArgumentParser):
         if args.minutes:
             self.set_defaults(steps=None)
         return self.parse_args(argv)
-
-
-def add_flags(parser, title, rows):
-    """Add a group of flags to a parser -> the group.
-
-    rows: (flag, kind, default, help) each. kind: a function of the text (str, count, ...); bool for
-    a flag without a value; or a list, tuple or dict of the only values. A fifth entry is a dict of
-    more keywords for argparse: nargs, metavar. --help shows a default that is a value.
-    """
-    group = parser.add_argument_group(title)
-    for flag, kind, default, text, *more in rows:
-        settings = dict(*more)
-        if kind is bool:
-            settings["action"] = "store_true"
-        elif isinstance(kind, (list, tuple, dict)):
-            settings |= {"choices": list(kind), "type": type(next(iter(kind)))}
-        else:
-            settings["type"] = kind
-        if kind is not bool and default not in (None, []):
-            text += " (default: %(default)s)"
-        group.add_argument(flag, default=default, help=text, **settings)
-    return group
 
 
 def number(kind, low, high, text):

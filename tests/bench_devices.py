@@ -71,7 +71,7 @@ def measure(name, make, device, args, resolution):
              torch.randint(1, bs.T, (args.batch,)), onehot, torch.zeros(args.batch, 1)]
     # shapes alone: costs nothing
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        call(make()[0], *(torch.empty_like(its, device="meta") for its in batch)).sum().backward()
+        call(make()[0], *(torch.empty_like(part, device="meta") for part in batch)).sum().backward()
     net = devices.place_network(net, device)
     optimizer = bs.make_optimizer(net, 1e-4, device, args.precision, hidden=net.hidden() if name
                                   == "ours" else ())

@@ -237,8 +237,8 @@ class Runner:
             self.calls]
         if self.tuned:
             self.net = devices.place_network(self.net, device)
-            self.inputs = [its.contiguous(memory_format=torch.channels_last) if its.ndim == 4
-                           else its for its in self.inputs]
+            self.inputs = [part.contiguous(memory_format=torch.channels_last) if part.ndim == 4
+                           else part for part in self.inputs]
             self.optimizer = bs.make_optimizer(self.net, 1e-4, device, hidden=self.net.hidden()
                                                if name.endswith("with Muon") else ())
         else:
@@ -353,8 +353,8 @@ def table(names, size, batch, args, memory):
     infer = take_turns(runners, "infer", args.rounds)
     rate = {limit.bf16: limit.flops / median(train[name]) for name, limit in limits.items()}
     print(f"\n{size}x{size} pixels, {batch} a batch; one 3x3 convolution reaches "
-          + ", ".join(f"{its / 1e9:.0f} GFLOP/s in {'bfloat16' if bf16 else 'float32'}" for bf16,
-                      its in rate.items()))
+          + ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {'bfloat16' if bf16 else 'float32'}"
+                      for bf16, flops in rate.items()))
     print("\n| network | M parameters | training step, ms | inference, ms | GFLOP a step | GFLOP/s "
           "| of the convolution | memory, MiB |\n" + "|---" * 8 + "|")
     shares = {}
@@ -392,8 +392,8 @@ def outside_the_network(steps):
               (nn.utils, "clip_grad_norm_"): timed(nn.utils.clip_grad_norm_),
               (train_ddpm.Images, "report"): keep_seconds}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as changed:
-        for (where, name), its in places.items():
-            changed.enter_context(mock.patch.object(where, name, its))
+        for (where, name), new in places.items():
+            changed.enter_context(mock.patch.object(where, name, new))
         os.chdir(scratch)
         try:
             train_ddpm.main(["--phantoms", "8", "--steps", str(steps), "--sample-every", "0",
@@ -445,8 +445,8 @@ def ratios(measured, scale):
     for words, slower, faster, what, size, least in GOALS:
         times = measured.get(size // scale, {})
         if slower in times and faster in times:
-            its = [a / b for a, b in zip(times[slower][what], times[faster][what])]
-            low, middle, high = quantiles(its, n=4) if len(its) > 1 else its * 3
+            ratio = [a / b for a, b in zip(times[slower][what], times[faster][what])]
+            low, middle, high = quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
             print(f"| {words} | {'training' if what == 'train' else 'inference'} | {size // scale} "
                   f"| {middle:.2f} ({low:.2f}-{high:.2f}) | {least or ''} | "
                   f"{'' if least is None else 'reached' if middle >= least else 'not reached'} |")
@@ -475,7 +475,7 @@ def main():
     fast = bs.uses_bf16(torch.device("cpu"))
     print(f"{platform.machine()} {model}, {torch.get_num_threads()} threads, "
           f"{'bfloat16 is fast' if fast else 'bfloat16 is not fast: tuned is float32'}; "
-          + ", ".join(f"{name} {its}" for name, its in versions.items()))
+          + ", ".join(f"{name} {number}" for name, number in versions.items()))
     unknown = set(args.only or ()) - {*CANDIDATES, *SEGMENTERS}
     if unknown:
         raise bs.BadInput(f"no network {sorted(unknown)[0]!r}; there are "

@@ -96,7 +96,7 @@ def look(denoiser, cache, args, condition="tumour", settings=None, picture=None)
     made = bs.sample_volume(denoiser, classes, position, 1.0, (0, "quality"), settings)
     segmenter = runs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
     labels = bs.tumour_labels(classes, condition)
-    real, ours = [segmenter.features(its) for its in (x0, made)]
+    real, ours = [segmenter.features(images) for images in (x0, made)]
     trained, trained_classes, _ = some_slices(cache, "train", args.held, condition)
     figures["Dice"] = float(np.mean(segmenter.slice_dice(made, labels)))
     figures["Dice on scans"] = float(np.mean(segmenter.slice_dice(x0, labels)))
@@ -247,8 +247,9 @@ def early(share, what):
     def halved(device, *tensors):
         # means, but for noise (the third): that keeps its spread
         if so_far[0] < share:
-            tensors = [its if its.ndim < 4 or its.shape[-1] == 1 else its[..., ::2, ::2] if i == 2
-                       else F.avg_pool2d(its, 2) for i, its in enumerate(tensors)]
+            tensors = [part if part.ndim < 4 or part.shape[-1] == 1
+                       else part[..., ::2, ::2] if i == 2 else F.avg_pool2d(part, 2)
+                       for i, part in enumerate(tensors)]
         return move(device, *tensors)
 
     def quarter(batch):
@@ -358,11 +359,11 @@ class PeerDenoiser:
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars, batch=32):
         out = []
-        for x, its_t, its_onehot, its_scalars in zip(*(its.split(batch)
-                                                       for its in (x_t, t, onehot, scalars))):
+        for x, part_t, part_onehot, part_scalars in zip(
+                *(tensor.split(batch) for tensor in (x_t, t, onehot, scalars))):
             with self.fast():
-                out.append(self.net(conditioned(x, its_onehot, its_scalars[:, 0]),
-                                    (its_t - 1).clamp(min=0)).float())
+                out.append(self.net(conditioned(x, part_onehot, part_scalars[:, 0]),
+                                    (part_t - 1).clamp(min=0)).float())
         out = torch.cat(out)
         if self.predicts == "v":
             return out
@@ -453,11 +454,11 @@ def run_peer(args, name, cache):
             optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99) if average
                                          else (0.9, 0.999))
         rows, seconds, step, left = cache.part("train"), 0.0, 0, list(minutes)
-        ill = slices.has_label(cache, rows, 2)
+        with_tumour = slices.has_label(cache, rows, 2)
         print(f"{name}: {bs.count_parameters(net) / 1e6:.1f} M parameters, lr {lr:g}", flush=True)
         while left:
             started = time.time()
-            drawn = bs.batch_rows(rows[ill], rows[~ill], 0.5, args.seed, step, 16)
+            drawn = bs.batch_rows(rows[with_tumour], rows[~with_tumour], 0.5, args.seed, step, 16)
             x0, classes, position = cache.batch(drawn, torch.rand(16) < 0.5)
             for group in optimizer.param_groups:
                 group["lr"] = bs.learning_rate(lr, seconds / (60 * left[-1]), step) if tuned else lr
@@ -494,7 +495,7 @@ def samplers(args, cache):
             for sampler in ("ddim", "dpmpp", "ddpm")]
     grid += [{"guidance": scale} for scale in (1.5, 2.0, 3.0)]
     for settings in grid:
-        name = "sampler " + " ".join(str(its) for its in settings.values() if its != 0.0)
+        name = "sampler " + " ".join(str(value) for value in settings.values() if value != 0.0)
         keep(args, name, state["seconds"] / 60, state["step"],
              look(denoiser, cache, args, settings=settings, picture=Path(args.out)
                   / f"{name.replace(' ', '_')}.png"))
@@ -522,20 +523,20 @@ def show(args):
         if row["name"] in ("ours", *RECIPES):
             curves.setdefault(row["name"], []).append(row)
     mine = curves.get("ours", [])
-    for who, line in curves.items():
-        if who != "ours" and mine:
-            best = line[-1]
-            print(f"{who} after {best['minutes']:.0f} minutes; the first run of ours that is no "
-                  "worse: " + ", ".join(f"{name}: {its[0]:.0f} minutes" if its else f"{name}: none"
-                                        for name, its in ((name,
-                                                           [row["minutes"] for row in mine if sign
-                                                            * row[name] <= sign * best[name]])
-                                                          for name, sign in SIGNS.items())))
-    curves = {who: line for who, line in curves.items() if len(line) > 1}
-    panels = [(name, "log" if sign > 0 else "linear", {who: ([its["minutes"] for its in line],
-                                                             [its[name] for its in line]) for who,
-                                                       line in curves.items()}) for name,
-              sign in SIGNS.items() if name in ("x0 at .5", "x0 at .1", "Dice", "Frechet")]
+    for run, line in curves.items():
+        if run == "ours" or not mine:
+            continue
+        best, reached = line[-1], []
+        for name, sign in SIGNS.items():
+            minutes = [row["minutes"] for row in mine if sign * row[name] <= sign * best[name]]
+            reached.append(f"{name}: {minutes[0]:.0f} minutes" if minutes else f"{name}: none")
+        print(f"{run} after {best['minutes']:.0f} minutes; the first run of ours that is no worse: "
+              + ", ".join(reached))
+    curves = {run: line for run, line in curves.items() if len(line) > 1}
+    panels = [(name, "log" if SIGNS[name] > 0 else "linear",
+               {run: ([row["minutes"] for row in line], [row[name] for row in line])
+                for run, line in curves.items()}) for name in ("x0 at .5", "x0 at .1", "Dice",
+                                                               "Frechet")]
     if curves:
         pictures.plot_lines(Path(args.out) / "curves.png", panels, "minutes")
         print(f"wrote: {Path(args.out) / 'curves.png'}")

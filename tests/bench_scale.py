@@ -80,7 +80,7 @@ def large_case(folder, size, n_slices):
     pick = np.ix_(*[np.linspace(0, n - 1, m).astype(int) for n,
                     m in zip(labels.shape, (size, size, n_slices))])
     writing.write_case(Path(folder) / "large", "BraTS-SYN-00000-000",
-                       np.stack([its[pick] for its in scans]).astype(np.int16), labels[pick],
+                       np.stack([scan[pick] for scan in scans]).astype(np.int16), labels[pick],
                        np.diag([192 / size, 192 / size, 154 / n_slices, 1.0]),
                        {"SyntheticData": "YES"})
     return nifti.find_cases(Path(folder) / "large")[0]
@@ -114,7 +114,7 @@ def step_time(size, batch, width, steps):
     batch_of = [torch.randn(batch, 4, size, size), torch.randint(1, bs.T, (batch,)),
                 torch.zeros(batch, 5, size, size), torch.zeros(batch, 1)]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        bs.UNet(width=width)(*(torch.empty_like(its, device="meta") for its in batch_of)).sum(
+        bs.UNet(width=width)(*(torch.empty_like(part, device="meta") for part in batch_of)).sum(
             ).backward()
     optimizer = bs.make_optimizer(net, 1e-4, CPU, hidden=net.hidden())
 
@@ -155,7 +155,7 @@ def main():
                   "|")
         print(f"| segmented, {large}x{large}, without reading | {segment_one(case, large):.1f} | |")
         plain, ready = [seconds_of(lambda: what(case)) for what in (
-            bench_check.plain, lambda its: slices.prepare_case(its, large, 240.0, "tumour"))]
+            bench_check.plain, lambda case: slices.prepare_case(case, large, 240.0, "tumour"))]
         print(f"| from files to slices for the cache, {large}x{large} | {ready:.2f} | |\n"
               f"| the same files through nibabel alone | {plain:.2f} | |\n| ratio | "
               f"{ready / plain:.2f} | |")
@@ -173,7 +173,7 @@ def main():
         for k, setting in points:
             seconds, flops[setting] = step_time(*setting, steps)
             times.append((k, seconds))
-        print(f"| {name} | " + ", ".join(f"{k}: {1e3 * its:.0f}" for k, its in times)
+        print(f"| {name} | " + ", ".join(f"{k}: {1e3 * value:.0f}" for k, value in times)
               + f" | {exponent(times):.2f} |", flush=True)
     largest = rows["pixels a side"][-1][1]
     per_slice, (cases, with_brain) = flops[largest] / largest[1], BRATS_2021

@@ -911,9 +911,9 @@ def test_label_maps_of_held_out_cases_are_left_out(phantom_folder, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_label_benchmarks_run(work):
+def test_label_benchmarks_run(work, lay_phantoms):
     """All four ways and the requests, hardly trained."""
-    folder, _ = work
+    folder = lay_phantoms(work[0], 7, "runs/bench_labels")      # those that the labels learned from
     status, said = run_script(folder, "tests/bench_labels.py", "ways", "--minutes", 0.01, "--words",
                               "--phantoms 6 --resolution 16 --width 16 --batch 8 --relatives 12")
     assert status == 0, said
@@ -960,10 +960,9 @@ def test_ventricles_go_all_the_way(work):
 
 
 @pytest.mark.slow
-def test_the_worth_of_chosen_ventricles_is_measured(tmp_path, lay_phantoms):
+def test_the_worth_of_chosen_ventricles_is_measured(tmp_path):
     """The study, hardly trained: every arm has its row."""
-    folder = lay_phantoms(tmp_path, 6, "runs/ventricles")
-    status, said = run_script(folder, "tests/bench_ventricles.py", "--phantoms", 6, "--resolution",
+    status, said = run_script(tmp_path, "tests/bench_ventricles.py", "--phantoms", 6, "--resolution",
                               32, "--count", 1, "--image-steps", 4, "--label-steps", 8, "--words",
                               "--width 16 --relatives 12 --batch 4", "--calls", 2, "--seg-steps", 3,
                               "--seeds", 1)

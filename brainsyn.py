@@ -421,8 +421,8 @@ class UNet(nn.Module):
 
     input    x_t, onehot, and row and column of every pixel (in [-1, 1]), padded with zeros at the
              right and below until all levels divide; patch x patch pixels are folded into channels
-             (pixel-unshuffle: H/patch x W/patch pixels; 2 x 2 makes all 3 to 4 times
-             cheaper), then 3x3
+             (pixel-unshuffle: H/patch x W/patch pixels; 2 x 2 is 3 to 4 times
+             cheaper than none), then 3x3
     down     a level i has width * mults[i] channels and `blocks` residual blocks, each of whose
              outputs is kept; between two levels a 3x3 convolution of stride 2 halves H and W
     middle   block, attention, block

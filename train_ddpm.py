@@ -84,7 +84,7 @@ def pick_rows(cache, rows, first_lesion, count):
     does): int array."""
     with_tumour = rows[slices.has_label(cache, rows, first_lesion)]
     rows = with_tumour if len(with_tumour) else rows
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
+    return rows[slices.evenly(len(rows), count)]
 
 
 class Images:
@@ -141,7 +141,7 @@ class Images:
         settings = {**bs.SAMPLING, "guidance": self.args.guidance, "coherence": 0.0}    # of slices
         seed = self.args.seed, seed
         sampled = bs.sample_volume(denoiser, classes, position, 1.0, seed, settings)
-        few = np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)
+        few = slices.evenly(len(rows), 6)
         titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
         pictures.plot_rows(Path(self.args.out) / name,
                            [[classes[i], *real[i], None, *sampled[i]] for i in few], titles,

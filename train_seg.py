@@ -219,7 +219,7 @@ def finish_report(args, segmenter, split, run):
     prepared = metrics.prepare_blind(split[part], args.resolution, args.fov)
     rows = segmenter.evaluate(prepared, keep_prediction)
     dice = np.reshape([row["dice"] for row in rows], (len(shown), -1)).mean(1)
-    few = np.linspace(0, len(dice) - 1, min(6, len(dice))).astype(int)
+    few = slices.evenly(len(dice), 6)
     pictures.plot_rows(out / "predictions.png",
                        [shown[i] for i in np.argsort(dice, kind="stable")[few]],
                        ["t1ce", "flair", "truth", "prediction"], "tumour", f"{title}, worst first")

@@ -252,7 +252,7 @@ def plant_canaries(synthetic, real, training, usual, views, head, condition, cou
     0. synthetic, real: from audit_slices; training, usual: of find_copies; views: from
     audit_views, of the real cases."""
     members, fractions = torch.where(training)[0], {}
-    victims = members[judging.evenly(len(members), count)]
+    victims = members[slices.evenly(len(members), count)]
     for kind in CANARIES if count else ():
         others = synthetic[0][np.arange(len(victims)) % len(synthetic[0])]
         copies = [canary(kind, real[0][i], real[1][i], others[n], n) for n, i in enumerate(victims)]
@@ -293,9 +293,9 @@ def audit(synthetic, related, real, training, condition, canaries, denoiser, set
     groups = torch.where(training)[0], torch.where(~training)[0]
     losses, samples = [], []                    # part C
     for group in groups:
-        some = [part[group[judging.evenly(len(group), 2 * few)]] for part in real]
+        some = [part[group[slices.evenly(len(group), 2 * few)]] for part in real]
         losses.append(-denoising_loss(denoiser, *some))
-        some = [part[group[judging.evenly(len(group), few)]] for part in real]
+        some = [part[group[slices.evenly(len(group), few)]] for part in real]
         samples.append(reproduction(denoiser, *some, condition, head, settings))
     (loss_auc, loss_p), (auc, p) = membership(*losses), membership(*samples)
     # a synthetic case and the training case that lent its label map: as alike as decoys are to

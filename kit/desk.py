@@ -20,7 +20,7 @@ def first_look():
     with tempfile.TemporaryDirectory() as folder:
         phantoms.write_phantom(folder, 0)
         got = slices.prepare_case(nifti.find_cases(folder)[0], 96, 192.0, "tumour")
-    fullest = int((got["classes"] > 1).sum((1, 2)).argmax())
+    fullest = pictures.fullest(got["classes"] > 1, got["classes"] > 0)
     x0 = bs.to_images(got["images"][fullest])[None]
     eps = torch.randn(x0.shape, generator=bs.generator(0, "ladder"))
     alpha_bar = bs.cosine_alpha_bar(2.0)        # as in training

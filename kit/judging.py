@@ -185,11 +185,6 @@ def texture_distance(a, b):
     return sum(distances) / 2
 
 
-def evenly(length, count):
-    """At most `count` of the numbers 0 .. length - 1, evenly spread: int array."""
-    return np.linspace(0, length - 1, min(count, length)).astype(int)
-
-
 def slice_set(segmenter, prepared):
     """Slices of cases as one dict of tensors: images (N, C, R, R) in [-1, 1], classes (N, R, R),
     position (N,), case (N,), features (N, F) of the segmenter: SLICES_A_CASE slices of each, evenly
@@ -299,7 +294,7 @@ def judge(args, device):
     synthetic, segmenter = nifti.find_cases(args.judge), segmenters[0]
     split, hashes = held_out_split(args, segmenters, synthetic)
     real, training = split["test"], split["train"]
-    some = [training[i] for i in evenly(len(training), 5 * len(real))]
+    some = [training[i] for i in slices.evenly(len(training), 5 * len(real))]
     prepared = {name: prepare(segmenter, cases) for name, cases in
                 (("synthetic", synthetic), ("real", real), ("training", some))}
     sets = {name: slice_set(segmenter, group) for name, group in prepared.items()}

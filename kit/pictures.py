@@ -105,21 +105,16 @@ def plot_planes(path, rows, titles, condition):
 def plot_lines(path, panels, xlabel="step", xscale="linear"):
     """A PNG of plots side by side; path None: for a notebook. panels: list of (title, style,
     {label: (x, y) or (x, y, error)}); style: the scale of y, "linear" or "log", for lines; "points"
-    for points and, where there is no error, a line; "bars"."""
+    for points and, where there is no error, a line."""
     figure = new_figure(path, 4.6 * len(panels) + 1, 3.6)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, style, lines) in zip(axes[0], panels):
         for label, (x, y, *error) in lines.items():
-            if style == "bars":
-                axis.bar(x, y, label=label, width=0.5)
-            else:
-                axis.errorbar(x, y, *error, label=label, lw=1, capsize=2, ms=3,
-                              marker="o" if error else None,
-                              ls="" if error and style == "points" else "-")
-        axis.set(xlabel=xlabel, yscale="log" if style == "log" else "linear")
+            axis.errorbar(x, y, *error, label=label, lw=1, capsize=2, ms=3,
+                          marker="o" if error else None,
+                          ls="" if error and style == "points" else "-")
+        axis.set(xlabel=xlabel, xscale=xscale, yscale="log" if style == "log" else "linear")
         axis.set_title(title, fontsize=9)
-        if xscale != "linear":                  # setting it takes the names off an axis of words
-            axis.set_xscale(xscale)
         if lines:
             axis.legend(fontsize=7)
     figure.tight_layout()

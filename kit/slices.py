@@ -467,6 +467,11 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
                                    "modalities": bs.MODALITIES, "resolution": resolution})
 
 
+def evenly(length, count):
+    """At most `count` of the numbers 0 .. length - 1, evenly spread: int array."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int)
+
+
 def has_label(cache, rows, first_label):
     """Which of these cache rows show a class value >= first_label: bool (len(rows),)."""
     return np.array([(cache.rows[r, -1] >= first_label).any() for r in rows], bool)

@@ -69,9 +69,10 @@ class Slices:
         self.rows = np.concatenate(rows)
 
     def batch(self, rows):
-        """See slices.Cache.batch; there is no position."""
+        """See slices.Cache.batch; positions are NaN."""
         block = torch.from_numpy(self.rows[rows])
-        return bs.to_images(block[:, :-1]), LIKE_ET[block[:, -1].long()], None
+        return (bs.to_images(block[:, :-1]), LIKE_ET[block[:, -1].long()],
+                torch.full((len(block),), torch.nan))
 
     def names(self, rows):
         """Names of the cases that these rows show, sorted."""

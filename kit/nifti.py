@@ -324,7 +324,6 @@ def write_labels(path, labels, case, affine):
     there = nib.load(case.files["t1"]).affine
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(there))
     stored = nib.apply_orientation(labels, turn).astype(np.uint8)
-
     words = f"brainsyn {bs.__version__} prediction 1 NCR 2 ED 3 ET"
 
     def write(temporary):                       # nibabel goes by the ending of a name

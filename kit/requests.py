@@ -174,8 +174,7 @@ def resample(classes, n_classes, matrices):
     fractions = np.stack([classes == k for k in range(n_classes)]).astype(np.float32)
     for axis, matrix in enumerate(matrices, 1):
         fractions = np.moveaxis(np.tensordot(matrix, fractions, (1, axis)), 0, axis)
-    fractions[0] += 1 - fractions.sum(0)
-    return fractions.argmax(0).astype(np.uint8)
+    return slices.majority(fractions)
 
 
 def label_volumes(cache, parts, depth):
@@ -354,10 +353,8 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
         matrices.append(slices.area_weights(have, size, start, ratio) if ratio >= 1 else
                         slices.linear_weights(size, have, -start / ratio, 1 / ratio))
     classes = resample(classes.numpy(), len(bs.CONDITIONS[wanted]), matrices)
-    if not classes.any():
-        raise bs.BadInput("the generated labels show no brain; train the label generator longer")
-    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
-    position = (2 * (np.arange(depth) - low) / max(high - low, 1) - 1).astype(np.float32)
+    position = slices.brain_position(classes, "the generated labels show no brain; train the label "
+                                     "generator longer")
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = -np.array([resolution - 1, resolution - 1, depth - 1]) / 2 * spacing
     labels = slices.from_slices(bs.tumour_labels(classes, wanted)).astype(np.uint8)

@@ -253,8 +253,8 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
 
 
 def majority(fractions):
-    """Class fractions float (K, D, H, W) -> class map uint8 (D, H, W): the class with the largest
-    one. Class 0 is air; what is missing from a sum of 1 is added to it, in place."""
+    """Class fractions float (K, ...) -> class map uint8 (...): the class with the largest one.
+    Class 0 is air; what is missing from a sum of 1 is added to it, in place."""
     fractions[0] += 1 - fractions.sum(0)
     return fractions.argmax(0).astype(np.uint8)
 

@@ -52,7 +52,7 @@ def test_a_short_training_and_sampling_on_real_cases(few, tmp_path):
     run(tmp_path, "sample.py", "--checkpoint", "runs/real", "--labels", few, "--count", "1",
         "--steps", "2")
     case = nifti.find_cases(tmp_path / "synthetic")[0]
-    source = sources_of(tmp_path / "synthetic", few)[0]
+    source = sources_of(tmp_path, few)[0]
     ml = [edits.volume_ml(*nifti.read_labels(labelled), "WT") for labelled in (case, source)]
     assert 0.7 < ml[0] / ml[1] < 1.3, ml
     facts = json.loads((case.folder / f"{case.case}.json").read_text())

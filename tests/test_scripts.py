@@ -185,10 +185,9 @@ def synthetic(trained):
                        "runs/phantoms/A", "--count", "2", "--steps", "3", "--out", "synthetic")
 
 
-def sources_of(folder):
-    """The training phantoms whose label maps the synthetic cases in `folder` carry, by hash."""
-    known = {slices.hashes_of(case)[0]: case
-             for case in nifti.find_cases(folder / "runs/phantoms/A")}
+def sources_of(folder, cases="runs/phantoms/A"):
+    """The cases in folder/`cases` whose label maps the synthetic cases there carry, by hash."""
+    known = {slices.hashes_of(case)[0]: case for case in nifti.find_cases(folder / cases)}
     return [known[writing.synthetic_facts(case)["LabelMapSHA256"]]
             for case in nifti.find_cases(folder / "synthetic")]
 

@@ -16,7 +16,6 @@ import os
 import sys
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -36,11 +35,9 @@ def pick_device(name="auto", several=False):
     several: whether the command can share its work with other processes; without, it is a BadInput
     to start it with torchrun.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True, "xla": True}      # pick_xla looks for it
-    if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
+    there = [k for k in ("cuda", "mps", "cpu") if torch.get_device_module(k).is_available()]
+    name = there[0] if name == "auto" else name
+    if name not in (*there, "xla"):             # pick_xla looks for that
         raise bs.BadInput(f"--device {name}: PyTorch finds none here; use --device auto")
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if not alone and (not several or name in ("mps", "xla")):
@@ -61,8 +58,7 @@ def join_processes(name):
     if few or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
         raise bs.BadInput("let torchrun start one process a GPU, all on one machine")
     device = torch.device(f"cuda:{rank}" if name == "cuda" else "cpu")
-    if name == "cuda":
-        torch.cuda.set_device(device)
+    torch.get_device_module(name).set_device(device)
     # phantoms, a cache or pictures of the first process take as long as they take: the others wait
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=7))
@@ -79,16 +75,12 @@ def pick_xla():
         import torch_xla
         import torch_xla.runtime as xr
         xr.use_spmd()
-        device = torch_xla.device()
-        xla_devices()                           # looks for the devices: fails where there are none
+        if xr.process_count() > 1 or xr.device_type() == "CPU" != asked:
+            raise RuntimeError("there is no TPU that one machine drives")
+        return torch_xla.device()
     except (ImportError, RuntimeError, OSError) as error:
-        raise bs.BadInput(f"--device xla: XLA cannot use a {asked} here "
-                          f"({str(error).splitlines()[0]}); on a TPU machine pip install -r "
-                          "requirements-tpu.txt") from error
-    if xr.process_count() > 1 or xr.device_type() == "CPU" != asked:
-        raise bs.BadInput("--device xla: there is no TPU here that a single machine drives; "
-                          "PJRT_DEVICE=CPU in front of the command runs XLA on the CPU")
-    return device
+        fault = str(error).splitlines()[0]
+        raise bs.BadInput(f"--device xla on {asked}: {fault}; see requirements-tpu.txt") from error
 
 
 def describe(device, precision="auto"):
@@ -130,8 +122,7 @@ def first_process_first(make):
     """make() in the first process and then in all others, which find on disk what it wrote ->
     what make() returns."""
     result = make() if first_process() else None
-    if bs.processes() > 1:
-        dist.barrier()
+    broadcast_from_first(0)                     # the others wait for it
     return result if first_process() else make()
 
 
@@ -146,11 +137,7 @@ def broadcast_from_first(value):
 
 def all_gather(tensor):
     """tensor (B / processes, ...) of every process -> (B, ...) in the order of the global batch."""
-    if bs.processes() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(bs.processes())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    return torch.cat(dist.nn.functional.all_gather(tensor)) if bs.processes() > 1 else tensor
 
 
 def leave_processes():
@@ -199,26 +186,23 @@ def xla_devices():
     return xr.global_runtime_device_count()
 
 
-def xla_sharding(tensor, whole=False):
-    """How XLA lays out a tensor: whole on every device; or split along the first axis, where the
-    number of devices divides it -> (mesh of all devices, the mesh's axis or None for each axis)."""
+def lay_out(tensors, split=False):
+    """Tell XLA how tensors lie on its devices: whole on each; or split along the first axis, where
+    their number divides it."""
     import torch_xla.distributed.spmd as xs
-    count = xla_devices()
-    first = None if whole or len(tensor) % count else "batch"
-    axes = [first, *[None] * tensor.ndim][:tensor.ndim]
-    return xs.Mesh(np.arange(count), (count,), ("batch",)), tuple(axes)
+    mesh = xs.get_1d_mesh("batch")              # all devices, in a row
+    for tensor in tensors:
+        first = "batch" if split and len(tensor) % mesh.size() == 0 else None
+        xs.mark_sharding(tensor, mesh, (first, *[None] * tensor.ndim)[:tensor.ndim])
 
 
 def to_device(device, *tensors):
     """The tensors (B, ...), on the device; on XLA split along the batch over all devices, or whole
     on each where their number does not divide B."""
-    if device.type != "xla":
-        return bs.copy_to(device, *tensors)
-    import torch_xla.core.xla_model as xm
-    import torch_xla.distributed.spmd as xs
-    specs = [xs.ShardingSpec(*xla_sharding(tensor)) for tensor in tensors]
-    return [xm.send_cpu_data_to_device([tensor], device, spec)[0]
-            for tensor, spec in zip(tensors, specs)]
+    moved = bs.copy_to(device, *tensors)
+    if device.type == "xla":
+        lay_out(moved, split=True)
+    return moved
 
 
 def to_host(tree):
@@ -239,21 +223,10 @@ def to_host(tree):
 def place_network(net, device):
     """net on the device: weights laid out channels last, which convolutions prefer; on XLA whole on
     every device."""
-    if device.type != "xla":
-        return net.to(device, memory_format=torch.channels_last)
-    net = net.to(device)
-    mark_whole([*net.parameters(), *net.buffers()])
+    form = torch.preserve_format if device.type == "xla" else torch.channels_last
+    net = net.to(device, memory_format=form)
+    end_step(device, *net.parameters(), *net.buffers())
     return net
-
-
-def mark_whole(tensors):
-    """Tell XLA that every device holds these tensors whole, before it compiles a graph that
-    guesses."""
-    import torch_xla
-    import torch_xla.distributed.spmd as xs
-    for tensor in tensors:
-        xs.mark_sharding(tensor, *xla_sharding(tensor, whole=True))
-    torch_xla.sync()
 
 
 # ------------------------------------------------------------------------------ training step ---
@@ -266,8 +239,7 @@ def prepare_training(net, optimizer, device):
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = BatchNorm
-    if device.type == "xla":
-        mark_whole(state_of(optimizer))
+    end_step(device, *state_of(optimizer))
     return nn.parallel.DistributedDataParallel(net) if bs.processes() > 1 else net
 
 
@@ -281,28 +253,24 @@ def step_if_finite(device, optimizer, losses, norm):
     are: bool tensor (). If not, weights and the optimiser's state stay as they are, in every
     process.
 
-    On XLA both outcomes are computed and one is chosen, so that the graph is the same.
+    On XLA a step is two graphs: losses, gradients and norm; then, if they are finite, the weights.
     """
     finite = losses.isfinite().all() & norm.isfinite()
     finite = bs.all_sum((~finite).float()) == 0
-    if device.type != "xla":
-        if finite:
-            optimizer.step()
-        return finite
-    kept = [p for group in optimizer.param_groups for p in group["params"]] + state_of(optimizer)
-    with torch.no_grad():
-        before = [tensor.clone() for tensor in kept]
+    end_step(device, losses, finite)
+    if to_host(finite):
         optimizer.step()
-        for tensor, old in zip(kept, before):
-            tensor.copy_(torch.where(finite, tensor, old))
     return finite
 
 
 def end_step(device, *read):
     """On XLA: compile and run all operations since the last call as one graph. read: tensors that
-    will be looked at later, which the graph gathers from all devices. Elsewhere: nothing."""
+    will be used later, which from then on every device holds whole, lest the compiler guess.
+    Elsewhere: nothing."""
     if device.type == "xla":
-        mark_whole(read)
+        import torch_xla
+        lay_out(read)
+        torch_xla.sync()
 
 
 def result_to_host(tensor):
@@ -317,7 +285,6 @@ def xla_report():
     if "torch_xla" not in sys.modules:
         return
     import torch_xla.debug.metrics as met
-    count, nanoseconds, *_ = met.metric_data("CompileTime") or (0, 0)
-    on_cpu = sorted(name for name in met.counter_names() if name.startswith("aten::"))
-    print(f"XLA compiled {count} graphs in {nanoseconds / 1e9:.1f} s; run on the CPU instead: "
-          f"{', '.join(on_cpu) or 'nothing'}")
+    count, ns, *_ = met.metric_data("CompileTime") or (0, 0)
+    slow = ", ".join(name for name in met.counter_names() if name.startswith("aten::"))
+    print(f"XLA compiled {count} graphs in {ns / 1e9:.1f} s; run on the CPU: {slow or 'nothing'}")

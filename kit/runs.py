@@ -30,9 +30,6 @@ GENERATOR = ALL | TRAINING | {"ema", "prior", "condition", "classes", "modalitie
 HOLDS = {"ddpm": GENERATOR, "labels": GENERATOR | {"measured"},
          "seg": ALL | TRAINING | {"ema", "trained_on"},
          "segmenter": ALL | {"weights", "resolution", "fov", "seen", "dice"}}
-# The script that writes each kind.
-SCRIPT = {"ddpm": "train_ddpm.py", "labels": "train_ddpm.py --generate labels",
-          "seg": "train_seg.py", "segmenter": "train_seg.py"}
 NEWEST_FIRST = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
@@ -77,9 +74,8 @@ def load_checkpoint(path, kind="ddpm", say=print, names=NEWEST_FIRST):
         if faults:
             say(f"note: {faults[0]}; continuing from {candidate.name}, step {state['step']}")
         return {**state, "file": str(candidate)}
-    if not faults:
-        faults = [f"{path}: no checkpoint there; train one first with python {SCRIPT[kinds[0]]}"]
-    raise bs.BadInput("; ".join(faults))
+    nothing = f"{path}: no checkpoint there; train one first with train_ddpm.py or train_seg.py"
+    raise bs.BadInput("; ".join(faults) or nothing)
 
 
 def read_state(path, kinds):
@@ -112,8 +108,7 @@ def publish(run, path):
     takes it as --checkpoint or --segmenter; two of them in a folder, "coarse.npz" and "fine.npz",
     as --label-checkpoint.
     """
-    kinds = ("ddpm", "labels", "segmenter")
-    state = load_checkpoint(run, kinds, names=("best.pt", *NEWEST_FIRST))
+    state = load_checkpoint(run, ("ddpm", "labels", "segmenter"), names=("best.pt", *NEWEST_FIRST))
     for name in {"file"} if state["kind"] == "segmenter" else {"file", *TRAINING}:
         state.pop(name, None)
     arrays = {f"{group}/{key}": tensor.numpy() for group in ("ema", "prior", "weights")
@@ -208,8 +203,7 @@ def require_same_run(state, args, trained_on):
     if state["trained_on"] != trained_on:
         differ.append("other training cases")
     if differ:
-        raise bs.BadInput(f"{args.out} holds a run with {', '.join(differ)}; choose another --out, "
-                          "or delete the folder")
+        raise bs.BadInput(f"{args.out} holds a run with {', '.join(differ)}; choose another --out")
 
 
 class Run:
@@ -232,11 +226,11 @@ class Run:
     def __init__(self, args, kind, net, ema, optimizer, facts, keep=True):
         self.args, self.kind, self.facts, self.keep = args, kind, facts, keep
         self.net, self.ema, self.optimizer = net, ema, optimizer
-        self.step, self.seconds = 0, 0.0
-        self.saved_step, self.bad_steps = None, 0       # of the newest checkpoint; in a row
+        self.step, self.seconds, self.bad_steps = 0, 0.0, 0     # bad steps: in a row
         self.losses, self.levels = [], []       # since the last line of the log
         if keep and any(Path(args.out).glob("checkpoint*.pt")):
             self.resume()
+        self.saved_step = self.step             # of the newest checkpoint
         self.log_path = Path(args.out) / "log.csv"
         self.rows = [row for row in read_log(self.log_path) if row["step"] <= self.step]
         self.signals = files.catch_signals() if keep else []
@@ -255,25 +249,22 @@ class Run:
                 for name, tensor in tensors.items():
                     tensor.copy_(state["optimizer"]["state"][i][name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise bs.BadInput(f"{state['file']}: does not fit the network ({str(error)[:99]}); "
-                              "delete the folder to begin anew") from error
+            raise bs.BadInput(f"{state['file']} does not fit ({error!s:.99}); delete it") from error
         self.facts = {name: state[name] for name in self.facts}
         self.step, self.seconds = state["step"], state["seconds"]
-        self.saved_step = self.step
         print(f"resumed: {self.args.out} at step {self.step}")
 
     def progress(self):
         """The fraction of the run that is over, 0..1 and beyond."""
-        by_steps = self.step / self.args.steps if self.args.steps else 0.0
-        by_time = self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
-        return max(by_steps, by_time)
+        bounds = (self.step, self.args.steps), (self.seconds / 60, self.args.minutes)
+        return max(done / bound for done, bound in bounds if bound)
 
     def going(self):
         """True until the run has all its steps or minutes, or a signal came; the same in every
         process."""
         return self.progress() < 1 and not devices.broadcast_from_first(len(self.signals))
 
-    def after_step(self, finite, losses, case_names, t=None):
+    def after_step(self, finite, losses, case_names, t=torch.ones(1)):
         """Count a step, average the weights, keep the losses for the log. For every process.
 
         finite: from step_if_finite; losses float (B,) or (1,) and t int (B,), this process's, on
@@ -285,8 +276,7 @@ class Run:
         self.seconds = devices.broadcast_from_first(time.time() - self.start)
         if devices.to_host(finite):
             self.bad_steps = 0
-            losses = devices.all_gather(losses.detach())
-            t = t if t is None else devices.all_gather(t)
+            losses, t = [devices.all_gather(values.detach()) for values in (losses, t)]
             if devices.first_process():
                 self.ema.update(self.net, self.step)
                 self.losses.append(losses)
@@ -296,15 +286,14 @@ class Run:
         print(f"step {self.step:05d} | loss or gradient not finite, nothing learned | cases "
               f"{', '.join(case_names(self.step - 1))}", flush=True)
         if self.bad_steps == 3:
-            raise bs.BadInput(f"step {self.step}: not finite in three steps in a row; look at "
-                              "those cases, try a lower --lr or --precision float32; the same "
-                              "command continues")
+            raise bs.BadInput(f"step {self.step}: three in a row not finite; look at the cases, "
+                              "lower --lr, or try --precision float32; the same command continues")
 
     def record(self, val_dice=math.nan):
         """Write a line of the log every five seconds, after a validation and at the end; save every
         minute, unless the step was not finite, and after step 1, which finds a full or read-only
         disk at once. val_dice: of a segmenter, NaN in a step without validation."""
-        if not self.keep or not devices.first_process():
+        if not devices.first_process():
             return
         due = self.progress() >= 1 or time.time() - self.line_time >= LINE_EVERY
         if due or not math.isnan(val_dice):
@@ -319,12 +308,13 @@ class Run:
         """One line on the screen and in log.csv, about the steps since the last one. A generator's
         loss is also given in quarters of t, clean to noisy: the mean alone hides which noise levels
         still learn. NaN where there was no loss."""
-        losses = joined(self.losses)
+        losses, t = [torch.cat([torch.zeros(0), *devices.to_host(values)])
+                     for values in (self.losses, self.levels)]
         row = {"step": self.step, "loss": losses.mean().item()}
         if self.kind == "seg":
             row["val_dice"] = val_dice
         else:
-            quarter = (joined(self.levels) - 1) * 4 // bs.T
+            quarter = (t - 1) * 4 // bs.T
             row |= {name: losses[quarter == q].mean().item() for q, name in enumerate(QUARTERS)}
         rate = len(self.losses) * self.args.batch / (time.time() - self.line_time + 1e-6)
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": rate,
@@ -365,17 +355,10 @@ class Run:
             sys.exit(128 + self.signals[0])
 
 
-def joined(tensors):
-    """Tensors (B,) -> one float32 tensor on the CPU, empty where there are none."""
-    return torch.cat([torch.zeros(0), *devices.to_host(tensors)])
-
-
 def read_log(path):
     """log.csv -> list of dicts of numbers, empty when there is no file yet."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as handle:
-        rows = list(csv.DictReader(handle))
+    text = Path(path).read_text() if Path(path).exists() else ""
+    rows = csv.DictReader(text.splitlines())
     return [{name: float(row[name]) for name in row} | {"step": int(row["step"])} for row in rows]
 
 

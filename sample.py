@@ -138,7 +138,7 @@ def write_sample(args, recipe, prepared, images, state, facts):
     trained_on = {*state["trained_on"], *(recipe.model.trained_on if recipe.model else ())}
     data = state["data"], recipe.model.data if recipe.model else "phantoms"
     facts = {**facts, **dict(zip(("LabelMapSHA256", "BrainSHA256"), prepared["hashes"])),
-             "EditsApplied": recipe.applied,
+             "EditsApplied": recipe.edit,
              "UsedInTraining": not trained_on.isdisjoint(prepared["hashes"]),
              "VolumesML": {name: round(ml, 3) for name, ml in volumes.items()},
              "GeneratorTrainedOn": [digest[:16] for digest in sorted(trained_on)],
@@ -198,7 +198,7 @@ def make_set(args, device):
     with tempfile.TemporaryDirectory() as scratch:
         for number, recipe in enumerate(recipes.recipes_of(args, device, state, scratch)):
             facts = {"Case": f"BraTS-SYN-{number:05d}-000", **common, **recipe.facts}
-            if writing.already_there(args.out, facts, recipe.hashes):
+            if writing.already_there(args.out, facts, recipe.case):
                 continue
             started = time.time()
             # first: a set that is cut short is marked as well

@@ -77,7 +77,7 @@ def edit_labels(labels, affine, brain, edit, rng):
     Every voxel of the result looks up where it comes from: fractions of labels, linear between
     voxels; a tumour voxel where they sum to more than one half, with the largest label.
     """
-    if not labels.any():
+    if not edit or not labels.any():
         return labels
     centre = to_mm(np.argwhere(labels > 0), affine).mean(0)
     outline = to_mm(np.argwhere(brain), affine)
@@ -112,7 +112,7 @@ def balanced_target(number, count, low, high):
 def pick_for_volume(volumes, target, rng):
     """Which of these volumes (N,) in mL is scaled to `target` mL: an index, by lot of those that
     need a factor of 0.7 to 1.4 on lengths; if there are none, the one that needs least."""
-    factors = (target / np.asarray(volumes)) ** (1 / 3)
+    factors = (target / np.maximum(volumes, 1e-9)) ** (1 / 3)
     near = np.flatnonzero((factors > 0.7) & (factors < 1.4))
     return int(near[rng.integers(len(near))] if len(near) else np.abs(np.log(factors)).argmin())
 

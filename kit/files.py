@@ -3,6 +3,7 @@ ends.
 """
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -34,30 +35,37 @@ def run_script(main):
 
 
 def replace_file(path, write):
-    """Write a file such that, whatever happens, it is either the old one or the whole new one.
+    """Write a file such that, whatever happens, it is either the old one or the whole new one; or a
+    new folder, which is there as a whole or not at all.
 
     write: function that writes to the path it is given, a temporary one in the same folder.
-    A crash leaves at most a file ending in .tmp behind, never half a file under the real name.
+    A crash leaves at most something ending in .tmp behind, never a half under the real name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
-def sync_folder(folder):
-    """Write a folder's list of names to disk, so that new names survive a power cut."""
-    if hasattr(os, "O_DIRECTORY"):              # not on Windows, which syncs folders by itself
-        handle = os.open(folder, os.O_DIRECTORY)
-        os.fsync(handle)
-        os.close(handle)
+def sync(path):
+    """Write a file, or a folder's list of names, to disk, so that it survives a power cut."""
+    if fcntl:                                   # not on Windows, where no folder can be opened
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def file_hash(path):
@@ -89,7 +97,7 @@ def sole_writer(folder):
     except OSError:                             # a file system without locks
         pass
     for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove(leftover)
     try:
         yield
     finally:
@@ -124,15 +132,13 @@ def catch_signals():
 
 def write_csv(path, rows):
     """Write dicts with the same keys as a CSV file; floats with six digits."""
-    def write(temporary):
-        with open(temporary, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
-                                 for key, value in row.items()})
-
-    replace_file(path, write)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(rows[0])
+    for row in rows:
+        values = [f"{x:.6g}" if isinstance(x, float) else x for x in row.values()]
+        writer.writerow(values)
+    replace_file(path, lambda temporary: temporary.write_bytes(text.getvalue().encode()))
 
 
 def write_json(path, facts):

@@ -2,7 +2,6 @@
 edited; a label generator; scans without labels, which a segmenter labels. Each source gives
 Recipes.
 """
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from kit import checks, edits, nifti, phantoms, requests, runs, slices
 
 FRESH = 500_000                 # phantoms whose label maps are used have seeds from this one on
 LABEL_GUIDANCE = 2.0            # guidance scale of the label generator
+VOLUMES = (*bs.LABELS, "ventricles")            # of requests.ASKED, in mL
 
 
 @dataclass
@@ -24,11 +24,10 @@ class Recipe:
     key      (seed, number of the case), from which all random numbers follow
     facts    what its sidecar says of the label map
     case     the Case that gives scans, brain and tumour
-    edit     how the tumour is changed, see edits.edit_labels
+    edit     how the tumour is changed, see edits.edit_labels; prepare sets the scale for `target`
     target   (label or region, mL): the tumour is scaled until this volume is right
     model    the LabelGenerator that makes the label map, in place of a case
     request  what it is asked for, float (len(requests.ASKED),)
-    applied  the edit as it was carried out; prepare sets it
     """
     key: tuple
     facts: dict
@@ -37,15 +36,12 @@ class Recipe:
     target: tuple = ()
     model: requests.LabelGenerator | None = None
     request: torch.Tensor | None = None
-    applied: dict = field(default_factory=dict)
 
     def prepare(self, resolution, fov, condition):
         """Label map, outline and scans on the model's grid, as slices.prepare_case returns them;
         without scans (images None) where the label map is generated."""
-        self.applied = self.edit
         if self.case:
-            relabel = self.relabel if self.edit or self.target else None
-            return slices.prepare_case(self.case, resolution, fov, condition, relabel)
+            return slices.prepare_case(self.case, resolution, fov, condition, self.relabel)
         classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
                                          {**bs.SAMPLING, "guidance": LABEL_GUIDANCE})
         return requests.prepare_labels(classes, self.model.condition, self.model.step, resolution,
@@ -56,15 +52,9 @@ class Recipe:
         seed = [*self.key, 3]
         if not self.target:
             return edits.edit_labels(labels, affine, brain, self.edit, np.random.default_rng(seed))
-        labels, self.applied = edits.edit_to_volume(labels, affine, brain, *self.target, self.edit,
-                                                    seed)
+        labels, self.edit = edits.edit_to_volume(labels, affine, brain, *self.target, self.edit,
+                                                 seed)
         return labels
-
-    def hashes(self):
-        """What a sidecar says of the files of `case`; empty where the label map is generated."""
-        if not self.case:
-            return {}
-        return dict(zip(("LabelMapSHA256", "BrainSHA256"), slices.hashes_of(self.case)))
 
 
 def cases_of_part(args, folder):
@@ -74,8 +64,7 @@ def cases_of_part(args, folder):
     if args.part:
         cases = slices.split_patients(cases, args.split)[args.part]
     if not cases:
-        raise bs.BadInput(f"{folder}: no case is in part {args.part}; choose another --part or "
-                          "--split")
+        raise bs.BadInput(f"{folder}: no case is in part {args.part}; choose another --part")
     return cases
 
 
@@ -90,11 +79,10 @@ def edited_cases(args, scanner, scratch):
     if args.balance:
         cases = cases or [fresh(number) for number in range(args.count)]
         volumes = [edits.volume_ml(*nifti.read_labels(case), args.balance) for case in cases]
-        cases = [case for case, ml in zip(cases, volumes) if ml > 0]
-        volumes = [ml for ml in volumes if ml > 0]
-        if not cases:
+        shown = [ml for ml in volumes if ml > 0]
+        if not shown:
             raise bs.BadInput(f"no label map shows {args.balance} (--balance); use other cases")
-        low, high = args.range or (min(volumes), max(volumes))
+        low, high = args.range or (min(shown), max(shown))
     order = np.random.default_rng(args.seed).permutation(len(cases))
     for number in range(args.count):
         case = cases[order[number % len(cases)]] if cases else fresh(number)
@@ -118,15 +106,13 @@ def requested_labels(args, device, state):
     model = requests.load_label_generator(args.label_checkpoint, device)
     requests.require_condition(model.condition, state["condition"])
     if "ventricles" in args.request and state["condition"] != "ventricles":
-        raise bs.BadInput(f"--request ventricles: {args.label_checkpoint} was not trained with "
-                          f"--condition ventricles, or {args.checkpoint} was not")
-    names = (*bs.LABELS, "ventricles")          # what is a volume in mL
+        raise bs.BadInput("--request ventricles: train both networks with --condition ventricles")
     for number in range(args.count):
         request = requests.requested(args.request, number, args.count, args.seed)
-        asked = {name: round(value, 2) for name, value in zip(requests.ASKED, request.tolist())
-                 if not math.isnan(value)}
+        wanted = dict(zip(requests.ASKED, request.tolist()))
+        asked = {name: round(wanted[name], 2) for name in args.request}
         facts = {"LabelMaps": "generated", "Edits": {}, "Requested": asked,
-                 "RequestedML": {name: asked[name] for name in names if name in asked},
+                 "RequestedML": {name: ml for name, ml in asked.items() if name in VOLUMES},
                  "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.patients,
                  "LabelCheckpointSHA256": model.digest}
         yield Recipe((args.seed, number), facts, model=model, request=request)

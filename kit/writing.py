@@ -2,9 +2,8 @@
 """
 import hashlib
 import json
-import os
-import shutil
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,10 @@ from kit import files, nifti, pictures, slices
 
 # beside a synthetic case: all classes of its condition, where those are more than tumour labels
 CLASSES_NAME = "{}-classes.nii.gz"
-# with {entries} of the sidecars, see write_datasheet
-DATASHEET = Path(__file__).with_name("datasheet.md")
+# What stands beside synthetic cases begins with the file of its name here; in datasheet.md are
+# {entries} of sidecars, see write_datasheet.
+HERE = Path(__file__).parent
+ORIGIN = "LabelMapSHA256", "BrainSHA256"        # in a sidecar: case_hashes
 
 
 def image_counts(images, classes):
@@ -36,94 +37,67 @@ def write_case(folder, case, images, labels, affine, facts, classes=None):
     (4, 4). facts: what goes into the JSON sidecar beside the volumes. classes: uint8 (X, Y, Z),
     values index the condition; written as CLASSES_NAME. Every file says SYNTHETIC.
     """
-    target, building = Path(folder) / case, Path(folder) / f".{case}.{os.getpid()}.tmp"
     volumes = {f"{case}-{nifti.NAMES_2023[name]}.nii.gz": image
                for name, image in zip(bs.MODALITIES, images)}
     volumes[f"{case}-seg.nii.gz"] = labels
     if classes is not None:
         volumes[CLASSES_NAME.format(case)] = classes
-    building.mkdir(parents=True, exist_ok=True)
-    try:
+    words = f"SYNTHETIC brainsyn {bs.__version__}"
+
+    def write(building):
+        building.mkdir()
         for name, volume in volumes.items():
-            nifti.write_nifti(building / name, volume, affine,
-                              f"SYNTHETIC brainsyn {bs.__version__}", 2)
+            nifti.write_nifti(building / name, volume, affine, words, 2)
         files.write_json(building / f"{case}.json", facts)
-        os.replace(building, target)
-        files.sync_folder(folder)
-    finally:
-        if building.exists():
-            shutil.rmtree(building)
-    return target
+
+    files.replace_file(Path(folder) / case, write)
+    return Path(folder) / case
 
 
 def write_description(folder):
     """dataset_description.json of a set of synthetic cases, as BIDS wants it for derived data: the
     mark that stands above all its cases."""
-    words = "diffusion model, label map -> T1, T1ce, T2, FLAIR; see DATASHEET.md"
-    software = {"Name": "brainsyn", "Version": bs.__version__, "Description": words}
-    files.write_json(Path(folder) / "dataset_description.json",
-                     {"Name": "SYNTHETIC brain MRI with tumour labels, made by brainsyn",
-                      "BIDSVersion": "1.9.0", "DatasetType": "derivative", "SyntheticData": "YES",
-                      "GeneratedBy": [software]})
+    facts = json.loads((HERE / "dataset_description.json").read_text())
+    facts["GeneratedBy"][0]["Version"] = bs.__version__
+    files.write_json(Path(folder) / "dataset_description.json", facts)
 
 
 def write_dataset_json(folder):
     """dataset.json of all cases in a folder, for nnU-Net (`dataset`; training on regions) and MONAI
-    (`training`)."""
-    entries = {}
+    (`training`). regions_class_order: what is WT and nothing more is ED (2), and so on."""
+    facts = json.loads((HERE / "dataset.json").read_text())
     for case in nifti.find_cases(folder):
         paths = {name: path.relative_to(folder).as_posix() for name, path in case.files.items()}
-        entries[case.case] = {"images": [paths[name] for name in bs.MODALITIES],
-                              "label": paths["seg"]}
-    files.write_json(Path(folder) / "dataset.json", {
-        "name": "SYNTHETIC brain MRI made by brainsyn",
-        "channel_names": dict(zip("0123", ("T1", "T1ce", "T2", "FLAIR"))),
-        "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [1, 3],
-                   "enhancing_tumor": [3]},
-        "regions_class_order": [2, 1, 3],       # what is WT and nothing more is ED, and so on
-        "numTraining": len(entries), "file_ending": ".nii.gz", "dataset": entries,
-        "training": [{"image": entry["images"], "label": entry["label"]}
-                     for entry in entries.values()]})
-
-
-def judged_text(folder):
-    """What judge.json of a set says, as a table in Markdown; or that there is none."""
-    try:
-        report = json.loads((Path(folder) / "judge.json").read_text())
-        rows = [f"| {name} | {report['synthetic'][name]} | {value} |"
-                for name, value in report["real"].items()]
-        return "\n".join([f"Judged against {report['held_out_cases']} held-out cases:", "",
-                          "| figure | synthetic | real |", "|---|---|---|", *rows])
-    except (OSError, ValueError, KeyError):
-        return "Not judged: `python sample.py --judge` compares them with held-out cases."
-
-
-def audited_text(sidecars):
-    """What the audit of a set says, from its sidecars; that there is none unless all hold the
-    same."""
-    audits = [sidecar.get("Audit") for sidecar in sidecars]
-    if audits[0] and all(audit == audits[0] for audit in audits):
-        return "Audited for copies of training cases: **{verdict}**. {words}".format(**audits[0])
-    return "Not audited for copies of training cases: `python sample.py --audit` does that."
+        images = [paths[name] for name in bs.MODALITIES]
+        facts["dataset"][case.case] = {"images": images, "label": paths["seg"]}
+        facts["training"].append({"image": images, "label": paths["seg"]})
+    facts["numTraining"] = len(facts["training"])
+    files.write_json(Path(folder) / "dataset.json", facts)
 
 
 def write_datasheet(folder):
     """DATASHEET.md of a set of synthetic cases: what they are, how they were made, what they must
-    not be used for. Made from their sidecars and judge.json, where it is there: an entry that
-    differs between sidecars is written as all its values."""
-    sidecars = [synthetic_facts(case) for case in nifti.find_cases(folder)]
-    values = defaultdict(lambda: "none")        # of an entry that no sidecar has
+    not be used for. Made from their sidecars with the marks of an audit, and from judge.json: an
+    entry that differs between sidecars is written as all its values, "missing" among them."""
+    facts = [synthetic_facts(case) for case in nifti.find_cases(folder)]
+    sidecars = [row | row.get("Audit", {}) for row in facts]
+    values = defaultdict(lambda: "missing")     # of an entry that no sidecar has
     for name in set().union(*sidecars):
-        texts = {str(sidecar[name]) for sidecar in sidecars if name in sidecar}
+        texts = {str(sidecar.get(name, "missing")) for sidecar in sidecars}
         values[name] = ", ".join(sorted(texts))
     rows = []
     for name in (*bs.LABELS, "WT"):
         ml = [sidecar["VolumesML"][name] for sidecar in sidecars]
         rows.append(f"| {name} | {min(ml):.1f} | {np.median(ml):.1f} | {max(ml):.1f} |")
-    values |= {"cases": len(sidecars), "volumes": "\n".join(rows),
-               "used": sum(sidecar["UsedInTraining"] for sidecar in sidecars),
-               "judged": judged_text(folder), "audited": audited_text(sidecars)}
-    text = DATASHEET.read_text().format_map(values)
+    judged = {"synthetic": {}, "real": {}}
+    with suppress(OSError, ValueError):         # there is no judge.json yet
+        judged |= json.loads((Path(folder) / "judge.json").read_text())
+    figures = [f"| {name} | {judged['synthetic'].get(name)} | {value} |"
+               for name, value in judged["real"].items()]
+    values |= judged | {
+        "cases": len(sidecars), "volumes": "\n".join(rows), "figures": "\n".join(figures),
+        "used": sum(sidecar["UsedInTraining"] for sidecar in sidecars)}
+    text = (HERE / "datasheet.md").read_text().format_map(values)
     files.replace_file(Path(folder) / "DATASHEET.md", lambda path: path.write_text(text))
 
 
@@ -150,15 +124,11 @@ def finish_set(folder):
 def read_sidecar(path):
     """The sidecar of a synthetic case as a dict. BadInput where there is none, or it does not say
     where the case comes from."""
-    origin = {"LabelMapSHA256", "BrainSHA256", "GeneratorTrainedOn"}
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         facts = json.loads(path.read_text())
-        if facts["SyntheticData"] != "YES" or not origin <= set(facts):
-            raise ValueError("it does not say SyntheticData YES and where it comes from")
-        return facts
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise bs.BadInput(f"{path}: no sidecar of a synthetic case ({error}); delete the case's "
-                          "folder and make it again with sample.py") from error
+        if facts["SyntheticData"] == "YES" and {*ORIGIN, "GeneratorTrainedOn"} <= set(facts):
+            return facts
+    raise bs.BadInput(f"{path}: no sidecar of a synthetic case; delete the folder, make it again")
 
 
 def synthetic_facts(case):
@@ -166,15 +136,16 @@ def synthetic_facts(case):
     return read_sidecar(case.folder / f"{case.case}.json")
 
 
-def already_there(folder, facts, origin):
-    """True if case facts["Case"] is in `folder` and its sidecar says what `facts` and origin() say;
-    origin is called only if it is there, as it reads files. BadInput where the sidecar says
-    otherwise, or there is none."""
+def already_there(folder, facts, source):
+    """True if case facts["Case"] is in `folder` and its sidecar says what `facts` say, and that its
+    label map and outline are those of `source`, a Case or None, which is read only if it is there.
+    BadInput where the sidecar says otherwise, or there is none."""
     case = Path(folder) / facts["Case"]
     if not case.exists():
         return False
     found = read_sidecar(case / f"{case.name}.json")
-    for name, wanted in json.loads(json.dumps({**facts, **origin()})).items():
+    hashes = slices.hashes_of(source) if source else ()
+    for name, wanted in json.loads(json.dumps(facts | dict(zip(ORIGIN, hashes)))).items():
         if found.get(name) != wanted:
             raise bs.BadInput(f"{case} was made with {name} {found.get(name)}, you ask for "
                               f"{wanted}; choose another --out")

@@ -841,7 +841,7 @@ def test_networks_of_different_runs_are_refused(work, tmp_path):
     (["--request", "et=12", "--labels", "runs/phantoms/A"],
      "are three sources of label maps; name one"),
     (["--request", "ventricles=12"],
-     "runs/labels was not trained with --condition ventricles"),
+     "train both networks with --condition ventricles"),
     (["--request", "volume=12"], "--request volume=12: cannot be asked for"),
     (["--request", "et=12", "--label-checkpoint", "nowhere"], "nowhere"),
     (["--request", "et=12", "--label-checkpoint", "runs/ddpm"], "runs/ddpm")])

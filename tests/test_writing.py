@@ -200,15 +200,20 @@ def test_the_datasheet_says_what_must_not_be_done(tmp_path):
     folder = small_set(tmp_path)
     text = (folder / "DATASHEET.md").read_text()
     for words in ("SYNTHETIC", "3 cases", "24 cases (phantoms)", "Nothing clinical",
-                  "No validation of a clinical claim", "Not judged", "Not audited", "Known limits",
-                  "| ET | 1.5 | 1.5 | 1.5 |"):
+                  "No validation of a clinical claim", "their number: missing",
+                  "the verdict: **missing**", "Known limits", "| ET | 1.5 | 1.5 | 1.5 |"):
         assert words in text, words
     files.write_json(folder / "judge.json", {"held_out_cases": 12, "synthetic": {"Dice WT": 0.81},
                                              "real": {"Dice WT": 0.9}})
     writing.write_datasheet(folder)
     text = (folder / "DATASHEET.md").read_text()
-    assert "against 12 held-out cases" in text and "| Dice WT | 0.81 | 0.9 |" in text
-    assert "Not judged" not in text
+    assert "their number: 12\n" in text and "| Dice WT | 0.81 | 0.9 |" in text
+    sidecar = folder / "BraTS-SYN-00001-000/BraTS-SYN-00001-000.json"
+    facts = json.loads(sidecar.read_text()) | {"Audit": {"verdict": "none found", "words": "So."}}
+    files.write_json(sidecar, facts)
+    writing.write_datasheet(folder)
+    text = (folder / "DATASHEET.md").read_text()
+    assert "**missing, none found**" in text, "one of three is audited"
 
 
 def test_labels_survive_the_way_through_regions(tmp_path):

@@ -27,8 +27,8 @@ FILE_NAME = re.compile(r"(?P<case>.+?)[-_](?P<what>t1(ce|n|c)?|t2[wf]?|flair|seg
 PERSON = re.compile(rb"[A-Za-z]{2,}\^[A-Za-z]|patient|birth", re.IGNORECASE)
 KINDS = ("rejected", "warned", "normalised")
 COMMENTS = ("descrip", "intent_name", "aux_file", "db_name")    # header fields of free text
-DICOM = 2                               # code of a header extension
 LINK = "is a link that leads out of the folder; copy the files, or name the folder they lie in"
+spacing_of = nib.affines.voxel_sizes    # affine (4, 4) -> mm a voxel along each axis (3,)
 
 
 def in_threads(function, items):
@@ -45,30 +45,22 @@ class Finding(NamedTuple):
     text: str
 
 
-def spacing_of(affine):
-    """Affine (4, 4) -> mm a voxel along each axis (3,)."""
-    return np.linalg.norm(affine[:3, :3], axis=0)
-
-
 def parse_header(raw):
     """The first bytes of a NIfTI-1 or -2 file, of either byte order -> (nibabel's image class, how
     many bytes the whole file must have). ValueError or nibabel's errors where they make no sense.
     """
     kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}                # by size of the header
-    claimed = [int.from_bytes(raw[:4], order) for order in ("little", "big")]
-    found = [size for size in claimed if size in kinds]
-    if not found:                               # a web page, a pointer of Git LFS, nothing
+    claimed = {int.from_bytes(raw[:4], order) for order in ("little", "big")} & set(kinds)
+    if not claimed:                             # a web page, a pointer of Git LFS, nothing
         raise ValueError(f"it begins with {raw[:24]}, not like a NIfTI file")
-    image_class = kinds[found[0]]
-    header = image_class.header_class(raw[:found[0]], check=False)
-    shape = [int(n) for n in header["dim"][1:1 + int(header["dim"][0])]]
-    dtype = header.get_data_dtype()
+    image_class = kinds[max(claimed)]
+    header = image_class.header_class(raw[:max(claimed)], check=False)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
     offset = float(header["vox_offset"])
     size = int(offset) + math.prod(shape) * dtype.itemsize
     if not (header["magic"].item()[:3] in (b"n+1", b"n+2")          # one file, not a pair
             and {int(header["sform_code"]), int(header["qform_code"])} <= set(range(6))
-            and int(header["bitpix"]) == 8 * dtype.itemsize
-            and 1 <= len(shape) <= 7 and min(shape) >= 1
+            and header["bitpix"] == 8 * dtype.itemsize and shape and min(shape) >= 1
             and 348 <= int(offset) == offset <= size <= MAX_BYTES):
         raise ValueError(f"its header claims {size} bytes for {dtype} voxels in shape {shape}")
     return image_class, size
@@ -94,19 +86,6 @@ def unpack(path):
     return content, image_class
 
 
-def fault_of_volume(volume, affine, header):
-    """Why this is not one volume of finite numbers in a known place: text, or None. volume, affine:
-    as read; header: as stored."""
-    spacing = spacing_of(affine)
-    known = header["sform_code"] > 0 or header["qform_code"] > 0
-    if not (known and np.isfinite(affine).all() and 0.05 < spacing.min() <= spacing.max() < 50):
-        return f"its header does not say where it lies (voxels of {spacing} mm); export it again"
-    if volume.ndim != 3 or min(volume.shape) < 2 or volume.dtype.kind not in "biuf":
-        return f"{volume.dtype} in shape {volume.shape}; give plain numbers, one file per modality"
-    finite = np.isfinite(volume).all()
-    return None if finite else "contains NaN or infinite voxels; export it again or repair it"
-
-
 def oddities(path, image):
     """What is to be said of a NIfTI file that is read rightly all the same: [Finding]. image: as
     stored."""
@@ -116,7 +95,7 @@ def oddities(path, image):
         findings.append(Finding("normalised", str(path), f"axes stored as {axes}: turned to RAS"))
     comments = [header[name].item() for name in COMMENTS if name in header.keys()]
     comments += [bytes(str(extension.get_content()), "utf8") for extension in extensions]
-    if PERSON.search(b" ".join(comments)) or DICOM in extensions.get_codes():
+    if PERSON.search(b" ".join(comments)) or 2 in extensions.get_codes():       # 2 is DICOM
         findings.append(Finding("warned", str(path), "its header seems to name a person; clean it"))
     return findings
 
@@ -131,18 +110,22 @@ def read_nifti(path, notes=None):
     try:
         raw, image_class = unpack(path)
         image = image_class.from_bytes(raw)
-        canonical = nib.as_closest_canonical(image)
-        volume = np.asanyarray(canonical.dataobj)
+        canonical = nib.as_closest_canonical(nib.squeeze_image(image))
+        volume, affine = np.asanyarray(canonical.dataobj), canonical.affine
     except Exception as error:                  # nibabel raises what it likes on damaged headers
         raise bs.BadInput(f"{path}: cannot be read ({error}); copy or download it again") from error
-    while volume.ndim > 3 and volume.shape[-1] == 1:
-        volume = volume[..., 0]
-    fault = fault_of_volume(volume, canonical.affine, image.header)
-    if fault:
-        raise bs.BadInput(f"{path}: {fault}")
+    spacing = spacing_of(affine)
+    placed = max(image.header["sform_code"], image.header["qform_code"]) > 0
+    if not (placed and np.isfinite(affine).all() and 0.05 < spacing.min() <= spacing.max() < 50):
+        raise bs.BadInput(f"{path}: does not say where it is ({spacing} mm a voxel); export again")
+    if volume.ndim != 3 or min(volume.shape) < 2 or volume.dtype.kind not in "biuf":
+        given = f"{volume.dtype} in shape {volume.shape}"
+        raise bs.BadInput(f"{path}: {given}; give plain numbers, one file per modality")
+    if not np.isfinite(volume).all():
+        raise bs.BadInput(f"{path}: contains NaN or infinite voxels; repair it or export it again")
     if notes is not None:
         notes += oddities(path, image)
-    return volume, canonical.affine
+    return volume, affine
 
 
 @dataclass
@@ -217,8 +200,7 @@ def find_cases(folder, labelled=True, findings=None):
     cases = []
     listed, noted = list_files(folder, labelled)
     if not listed:
-        raise bs.BadInput(f"{folder}: no such folder, or no BraTS case in it; expected files like "
-                          "CASE/CASE_t1ce.nii.gz or CASE/CASE-t1c.nii.gz")
+        raise bs.BadInput(f"{folder}: no such folder, or no BraTS case like X/X-t1c.nii.gz in it")
     for case, found in sorted(listed.items()):
         fault = fault_of_case(case, found, folder, labelled)
         if fault:
@@ -237,13 +219,12 @@ def find_cases(folder, labelled=True, findings=None):
 def standard_labels(labels, modern, path="labels"):
     """Any BraTS label map -> uint8 with 0, 1 NCR, 2 ED, 3 ET. ET is 4 up to BraTS 2021 and 3 since
     2023; since 2024, 4 is a resection cavity, which has no place here and is refused."""
-    rounded = np.rint(labels) if labels.dtype.kind == "f" else labels
+    rounded = labels.round()
     if np.abs(labels - rounded).max() > 0.05:   # files written from floats read as 1.992
         raise bs.BadInput(f"{path}: labels are fractional; resample labels by nearest neighbour")
     low, high = rounded.min(), rounded.max()
     if low < 0 or high > 4:
-        raise bs.BadInput(f"{path}: label values from {low:.0f} to {high:.0f}; expected 0, 1 NCR, "
-                          "2 ED and 3 or 4 ET")
+        raise bs.BadInput(f"{path}: labels {low:.0f} to {high:.0f}; use 0, 1 NCR, 2 ED, 3 or 4 ET")
     if high == 4 and (modern or (rounded == 3).any()):
         raise bs.BadInput(f"{path}: label 4 is a cavity here; relabel it, or move the case away")
     return np.where(rounded == 4, 3, rounded).astype(np.uint8)
@@ -256,18 +237,6 @@ def read_labels(case, notes=None):
     if notes is not None and 3.5 < labels.max() < 4.5:
         notes.append(Finding("normalised", str(case.files["seg"]), "ET is 4: read as 3"))
     return standard_labels(labels, case.modern, case.files["seg"]), affine
-
-
-def fault_of_scan(scan, affine, shape, case_affine):
-    """Why this is no scan of a case whose other files have `shape` and `case_affine`: text, or
-    None."""
-    if scan.shape != shape or not np.allclose(affine, case_affine, atol=0.02):
-        return "shapes or affines differ from the case's other files; register it to one grid"
-    low, high = float(scan.min()), float(scan.max())
-    wrapped = scan.dtype.type is np.int16 and min(-low, high) > 29490   # 0.9 of what it can hold
-    if wrapped or low == high or not 1e-6 < max(-low, high) < 1e9:
-        return f"{scan.dtype} voxels from {low:.3g} to {high:.3g}, which no scan has; export again"
-    return None
 
 
 def read_case(case, notes=None):
@@ -283,11 +252,14 @@ def read_case(case, notes=None):
             labels, affine = np.zeros(scan.shape, np.uint8), place
         if c == 0:
             # x runs fastest in memory, as in the files: a third faster than the other way round
-            scans = np.empty((len(bs.MODALITIES), *labels.shape[::-1]), np.float32)
-            scans = scans.transpose(0, 3, 2, 1)
-        fault = fault_of_scan(scan, place, labels.shape, affine)
-        if fault:
-            raise bs.BadInput(f"{path}: {fault}")
+            scans = np.empty((len(bs.MODALITIES), *labels.shape[::-1]), np.float32).swapaxes(1, 3)
+        if scan.shape != labels.shape or not np.allclose(place, affine, atol=0.02):
+            raise bs.BadInput(f"{path}: shapes or affines differ; register the case to one grid")
+        low, high = float(scan.min()), float(scan.max())
+        wrapped = scan.dtype.type is np.int16 and min(-low, high) > 29490       # 0.9 of its range
+        if wrapped or low == high or not 1e-6 < max(-low, high) < 1e9:
+            seen = f"{scan.dtype} voxels from {low:.3g} to {high:.3g}"
+            raise bs.BadInput(f"{path}: {seen}, which no scan has; export it again")
         scans[c] = scan
         for earlier in range(c):
             if np.array_equal(scans[c], scans[earlier]):
@@ -296,8 +268,8 @@ def read_case(case, notes=None):
 
 
 def write_nifti(path, volume, affine, words, code):
-    """Write a volume (X, Y, Z) as .nii.gz and read it back: OSError where other bytes come back
-    than were sent.
+    """Write a volume (X, Y, Z) as a packed NIfTI file, whatever its name, and read it back: OSError
+    where other bytes come back than were sent.
 
     The header is fresh: nothing of a source file (names, comments, extensions) can travel along.
     words: what it says of itself, 79 letters at most; code: NIfTI's code for what the affine refers
@@ -307,15 +279,15 @@ def write_nifti(path, volume, affine, words, code):
     image.header["descrip"] = words.encode()
     image.set_sform(affine, code)
     image.set_qform(affine, code)
-    nib.save(image, path)
+    with open(path, "wb") as handle, gzip.GzipFile("", "wb", 1, handle, 0) as packed:
+        packed.write(image.to_bytes())
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
     try:
-        content, _ = unpack(path)
+        if unpack(path)[0] != image.to_bytes():
+            raise ValueError("other bytes than were sent")
     except Exception as error:
         raise OSError(f"{path} cannot be read back ({error})") from error
-    if content != image.to_bytes():
-        raise OSError(f"{path} does not read back as it was written")
 
 
 def write_labels(path, labels, case, affine):
@@ -325,10 +297,4 @@ def write_labels(path, labels, case, affine):
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(there))
     stored = nib.apply_orientation(labels, turn).astype(np.uint8)
     words = f"brainsyn {bs.__version__} prediction 1 NCR 2 ED 3 ET"
-
-    def write(temporary):                       # nibabel goes by the ending of a name
-        whole = temporary.with_suffix(".nii.gz")
-        write_nifti(whole, stored, there, words, 1)
-        os.replace(whole, temporary)
-
-    files.replace_file(path, write)
+    files.replace_file(path, lambda temporary: write_nifti(temporary, stored, there, words, 1))

@@ -231,7 +231,7 @@ REJECTED = {
     "label of another header": ("seg", mirrored_header, "affines differ"),
     "spacing differs": ("t2w", spaced, "affines differ"),
     "fractional labels": ("seg", voxels(lambda d: d * np.float32(0.7)), "fractional"),
-    "negative labels": ("seg", replaced(2, -1, np.int16), "from -1"),
+    "negative labels": ("seg", replaced(2, -1, np.int16), "labels -1 to"),
     "unknown labels": ("seg", replaced(2, 7), "to 7"),
     "0/255 mask": ("seg", voxels(lambda d: (d > 0).astype(np.uint8) * 255), "to 255"),
     "cavity": ("seg", replaced(1, 4), "cavity"),

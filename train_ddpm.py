@@ -122,7 +122,7 @@ class Images:
     def batch(self, step):
         """That batch, on the CPU: t (B,), x0 and eps (B, C, R, R), onehot (B, K, R, R), scalars
         (B, 1), signal and sigma (B, 1, 1, 1), mean and std of the prior (B, C, R, R)."""
-        shape = (self.args.batch, len(self.modalities), *self.cache.rows.shape[2:])
+        shape = (self.args.batch, len(self.modalities), *self.cache.rows[0].shape[1:])
         noise = bs.training_noise(self.args.seed, step, shape, self.args.drop)
         t, eps, keep, given, mirror = [part[self.slice] for part in noise]
         x0, classes, position = self.cache.batch(self.rows(step), mirror)

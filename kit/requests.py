@@ -185,7 +185,8 @@ def label_volumes(cache, parts, depth):
     size, n_classes = cache.meta["resolution"], len(cache.meta["classes"])
     volumes = torch.zeros(len(cases), depth, size, size, dtype=torch.uint8)
     for volume, case in zip(volumes, cases):
-        classes = cache.rows[case["first"]:case["first"] + case["count"], -1]
+        rows = cache.rows[case["first"]:case["first"] + case["count"]]
+        classes = np.reshape([row[-1] for row in rows], (-1, size, size))
         ratio = cache.meta["fov"] / size / case["thickness"]
         start = (len(classes) - depth * ratio) / 2
         weights = slices.area_weights(len(classes), depth, start, ratio)

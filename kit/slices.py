@@ -3,7 +3,6 @@ cache.
 """
 import hashlib
 import json
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,26 +33,21 @@ def case_hashes(labels, brain):
     return (of_labels if np.any(labels) else of_brain), of_brain
 
 
-def air_value(scan):
-    """The commonest value on the six faces of a scan (X, Y, Z); NaN where no value holds a fifth of
-    them."""
+def air_value(scan, where="scans"):
+    """The commonest value on the six faces of a scan (X, Y, Z), such as 0 in BraTS or some negative
+    number after z-scoring. BadInput where no value holds a fifth of them."""
     faces = np.concatenate([np.moveaxis(scan, axis, 0)[i].ravel() for axis in range(3)
                             for i in (0, -1)])
     values, counts = np.unique(faces, return_counts=True)
-    return values[counts.argmax()] if counts.max() >= 0.2 * faces.size else math.nan
+    if counts.max() < 0.2 * faces.size:
+        raise bs.BadInput(f"{where}: air is not one value; strip the skull with a tool first")
+    return values[counts.argmax()]
 
 
 def brain_mask(scans, where="scans"):
     """Voxels inside the brain, bool (X, Y, Z), of skull-stripped scans (C, X, Y, Z): those that
-    differ from the air value in any modality. The air value of a scan is the commonest one on the
-    six faces of the volume (0 in BraTS, some negative number after z-scoring)."""
-    brain = np.zeros(scans.shape[1:], bool)
-    for scan in scans:
-        air = air_value(scan)
-        if math.isnan(air):
-            raise bs.BadInput(f"{where}: air is not one value; strip the skull with a tool first")
-        brain |= scan != air
-    return brain
+    differ from the air value in any modality."""
+    return np.any([scan != air_value(scan, where) for scan in scans], axis=0)
 
 
 def fingerprint(case, *settings):
@@ -131,31 +125,19 @@ class Grid:
     start: tuple
     step: tuple
 
-    @staticmethod
-    def over(brain, affine, resolution, fov):
-        """brain: bool (X, Y, Z); affine (4, 4) -> Grid."""
-        rows, columns = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
-        spacing = nifti.spacing_of(affine)
-        step = tuple(float(fov / resolution / spacing[axis]) for axis in (1, 0))
-        # whole source pixels: where one step is one pixel (or two), nothing is blurred
-        start = tuple(float(round((at[0] + at[-1] + 1 - resolution * s) / 2))
-                      for at, s in zip((rows, columns), step))
-        return Grid(brain.shape, affine, resolution, start, step)
-
-    def weights(self, matrix):
-        """matrix: area_weights or linear_weights -> (for H, for W)."""
-        return [matrix(self.shape[axis], self.resolution, start, step)
-                for axis, start, step in zip((1, 0), self.start, self.step)]
+    def resample(self, volume, weights):
+        """A volume (..., D, H, W), resampled along H and W by area_weights or linear_weights."""
+        rows, columns = [weights(self.shape[axis], self.resolution, start, step)
+                         for axis, start, step in zip((1, 0), self.start, self.step)]
+        return rows @ volume @ columns.T
 
     def shrink(self, volume):
         """(D, H, W) on the source grid -> (D, resolution, resolution), by area."""
-        rows, columns = self.weights(area_weights)
-        return rows @ volume.astype(np.float32) @ columns.T
+        return self.resample(volume.astype(np.float32), area_weights)
 
     def grow(self, volume):
         """(..., D, R, R) on the model's grid -> (..., D, H, W) on the source grid, linear."""
-        rows, columns = self.weights(linear_weights)
-        return rows @ volume @ columns.T
+        return self.resample(volume, linear_weights)
 
     def model_affine(self):
         """Affine (4, 4) of from_slices(volume on the model's grid), canonical, voxel -> mm.
@@ -168,6 +150,16 @@ class Grid:
             change[axis, axis] = step
             change[axis, 3] = self.shape[axis] - start - step * self.resolution + step / 2 - 0.5
         return self.affine @ change
+
+
+def grid_over(brain, affine, resolution, fov):
+    """The Grid over a brain, bool (X, Y, Z), with affine (4, 4); fov in mm."""
+    rows, columns = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
+    step = tuple(float(fov / resolution / mm) for mm in nifti.spacing_of(affine)[[1, 0]])
+    # whole source pixels: where one step is one pixel (or two), nothing is blurred
+    start = tuple(float(round((at[0] + at[-1] + 1 - resolution * s) / 2))
+                  for at, s in zip((rows, columns), step))
+    return Grid(brain.shape, affine, resolution, start, step)
 
 
 def two_means(first, second, third):
@@ -238,7 +230,6 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     side of the brain.
     """
     names = bs.CONDITIONS[condition]
-    first_label = names.index(bs.LABELS[0])
     tissue = brain
     if condition != "tumour":
         tissue = tissue_clusters(scans, brain & (labels == 0) & ~replaced)
@@ -249,7 +240,7 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
         tissue = np.where(replaced, tissue[opposite], tissue)
         rest = names.index("grey" if condition == "tissue" else "brain")
         tissue = np.where(brain & (tissue == 0), rest, tissue)
-    return np.where(labels > 0, labels + (first_label - 1), tissue).astype(np.uint8)
+    return np.where(labels > 0, labels + names.index(bs.LABELS[0]) - 1, tissue).astype(np.uint8)
 
 
 def majority(fractions):
@@ -285,7 +276,7 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     if relabel is not None:
         labels = relabel(labels, brain, affine)
     full = to_slices(classes_of(scans, labels, brain, nifti.spacing_of(affine), condition, tumour))
-    grid = Grid.over(brain, affine, resolution, fov)
+    grid = grid_over(brain, affine, resolution, fov)
     # labels by majority of area; images as the mean over the brain part of each pixel, so that
     # the edge of the brain is not darkened by air
     n_classes = len(bs.CONDITIONS[condition])
@@ -348,37 +339,15 @@ def remember(path, make, say=print):
             return torch.load(path, mmap=True, weights_only=True)
         except Exception as error:              # a damaged archive raises all kinds of errors
             say(f"note: {path} cannot be used ({error}); made anew")
-    contents = make()
-    files.replace_file(path, lambda temporary: torch.save(contents, temporary))
+    files.replace_file(path, lambda temporary: torch.save(make(), temporary))
     return torch.load(path, mmap=True, weights_only=True)
-
-
-class Rows:
-    """Slices of several cases, each a memory-mapped uint8 array (n, C + 1, R, R), used like one
-    array (N, C + 1, R, R): rows[i], rows[i:j], rows[[i, j]], rows[i:j, c]. Only what is indexed is
-    read."""
-
-    def __init__(self, blocks):
-        self.views = np.fromiter((view for block in blocks for view in block), object)
-        self.shape = (len(self.views), *blocks[0].shape[1:])
-
-    def __len__(self):
-        return len(self.views)
-
-    def __getitem__(self, index):
-        rows, *rest = index if isinstance(index, tuple) else (index,)
-        numbers = np.arange(len(self))[rows]
-        picked = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
-        for at in np.ndindex(numbers.shape):
-            picked[at] = self.views[numbers[at]]
-        return picked[(*[slice(None)] * numbers.ndim, *rest)]
 
 
 class Cache:
     """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
 
-    rows      uint8 (N, C + 1, R, R), see Rows: C modalities, then the class map; slices without
-              brain left out
+    rows      list of N arrays uint8 (C + 1, R, R): C modalities, then the class map; slices without
+              brain left out; read from the files when used
     position  float32 (N,)
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
               case_hashes), first, count (its rows), thickness (mm between slices),
@@ -387,7 +356,7 @@ class Cache:
     """
 
     def __init__(self, blocks, cases, meta):
-        self.rows = Rows([block["rows"].numpy() for block in blocks])
+        self.rows = [row for block in blocks for row in block["rows"].numpy()]
         self.position = np.concatenate([block["position"].numpy() for block in blocks])
         self.cases = cases
         self.meta = meta
@@ -413,8 +382,8 @@ class Cache:
         """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R),
         position float32 (B,), all torch tensors on the CPU. mirror: bool (B,), left and right are
         swapped where it is True."""
-        rows = np.asarray(rows)
-        block = torch.from_numpy(self.rows[rows])
+        block = [self.rows[row] for row in rows]
+        block = torch.from_numpy(np.array(block, np.uint8).reshape(-1, *self.rows[0].shape))
         if mirror is not None:
             block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
         position = torch.from_numpy(self.position[rows])
@@ -474,4 +443,4 @@ def evenly(length, count):
 
 def has_label(cache, rows, first_label):
     """Which of these cache rows show a class value >= first_label: bool (len(rows),)."""
-    return np.array([(cache.rows[r, -1] >= first_label).any() for r in rows], bool)
+    return np.array([(cache.rows[row][-1] >= first_label).any() for row in rows], bool)

@@ -476,7 +476,7 @@ def test_a_flipped_bit_in_the_cache_is_noticed(phantom_folder, tmp_path):
     cases, said = nifti.find_cases(phantom_folder)[:6], []
     cache = slices.build_cache(cases, tmp_path, 16, 192.0, "tumour", say=said.append)
     path = next(tmp_path.rglob("*-tumour-*"))
-    rows, raw = cache.rows[:], bytearray(path.read_bytes())
+    rows, raw = np.array(cache.rows), bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 8
     path.write_bytes(raw)
     again = slices.build_cache(cases, tmp_path, 16, 192.0, "tumour", say=said.append)

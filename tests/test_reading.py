@@ -149,7 +149,7 @@ def test_a_landmark_keeps_its_place_in_mm(resolution):
     x, y, z = np.meshgrid(*map(np.arange, (110, 150, 40)), indexing="ij")
     brain = ((x - 52) / 45) ** 2 + ((y - 77) / 68) ** 2 + ((z - 20) / 18) ** 2 < 1
     ball = ((x - 30) * 1.1) ** 2 + ((y - 99) * 0.9) ** 2 + ((z - 24) * 2.0) ** 2 < 12 ** 2
-    grid = slices.Grid.over(brain, affine, resolution, 192.0)
+    grid = slices.grid_over(brain, affine, resolution, 192.0)
     small = slices.from_slices(grid.shrink(slices.to_slices(ball)))
 
     def centre(volume, to_mm):
@@ -168,7 +168,7 @@ def test_growing_back_undoes_shrinking_where_images_are_smooth():
     """A smooth volume survives the way to the model's grid and back."""
     x, y, z = np.meshgrid(*map(np.arange, (96, 96, 5)), indexing="ij")
     brain = (x - 48) ** 2 + (y - 48) ** 2 < 40 ** 2
-    grid = slices.Grid.over(brain, np.diag([2.0, 2.0, 2.4, 1.0]), 64, 192.0)
+    grid = slices.grid_over(brain, np.diag([2.0, 2.0, 2.4, 1.0]), 64, 192.0)
     smooth = slices.to_slices(np.sin(x / 15) + np.cos(y / 12))
     inside = slices.to_slices(brain)
     assert np.abs(grid.grow(grid.shrink(smooth)) - smooth)[inside].max() < 0.05
@@ -295,16 +295,6 @@ def test_the_cache_is_reused_until_something_changes(phantom_folder, tmp_path, m
     os.utime(cases[1].files["t1"], (1, 1))
     assert build()[1] == [cases[1].case] and len(build(size=20)[1]) == 6
     assert not list((tmp_path / "cache").glob("*.tmp"))
-
-
-def test_rows_of_the_cache_index_like_one_array(cache):
-    """Numbers, slices, lists, a channel beside them, and nothing at all."""
-    whole = np.array(cache.rows)
-    assert whole.shape == cache.rows.shape and whole.dtype == np.uint8
-    some = np.array([5, 3, len(whole) - 1, 3])
-    for index in (4, -1, slice(90, 130), some, np.array([], int), (3, -1), (slice(50, 70), -1),
-                  (some, slice(0, 2))):
-        assert np.array_equal(cache.rows[index], whole[index]), index
 
 
 def test_the_cache_gives_back_the_slices(cache, phantom_folder):

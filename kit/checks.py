@@ -1,7 +1,6 @@
 """What `python brainsyn.py DIR` says of a folder of cases, and what training refuses.
 """
 import re
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -16,18 +15,15 @@ from kit import devices, nifti, phantoms, slices
 SYNTHETIC = re.compile(rb'"SyntheticData"\s*:\s*"YES"|"Name"\s*:\s*"brainsyn"')
 
 
-def is_synthetic(path):
-    """True if a NIfTI file, or the folder of a case, was made by sample.py. Any mark is enough: its
-    name, its header, a sidecar or dataset_description.json beside it, or that one folder up."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
+def is_synthetic(folder):
+    """True if the case in a folder was made by sample.py. Any mark is enough: its name, its header,
+    a sidecar or dataset_description.json beside it, or that one folder up."""
     texts = [*folder.glob("*.json"), *folder.parent.glob("dataset_description.json")]
-    if "BraTS-SYN-" in path.name or any(SYNTHETIC.search(text.read_bytes())
+    if "BraTS-SYN-" in folder.name or any(SYNTHETIC.search(text.read_bytes())
                                           for text in texts if text.is_file()):
         return True
     try:
-        volume = next(folder.glob("*.nii*")) if path.is_dir() else path
-        return b"SYNTHETIC" in nib.load(volume).header["descrip"].item()
+        return b"SYNTHETIC" in nib.load(next(folder.glob("*.nii*"))).header["descrip"].item()
     except Exception:                           # none, or unreadable: the reader will say so
         return False
 
@@ -35,10 +31,9 @@ def is_synthetic(path):
 def refuse_synthetic(cases):
     """BadInput if any of these Cases was made by sample.py: its own hash does not tell which
     patients it was made from, and a figure on it says nothing about real scans."""
-    synthetic = [case for case in cases if is_synthetic(case.folder)]
-    if synthetic:
-        raise bs.BadInput(f"{synthetic[0].folder}: {len(synthetic)} of {len(cases)} cases are "
-                          "synthetic; use real cases, and pass synthetic ones with --synthetic")
+    for case in cases:
+        if is_synthetic(case.folder):
+            raise bs.BadInput(f"{case.folder}: synthetic; use real cases, and this by --synthetic")
 
 
 def fit_of_labels(scans, tumour, brain, spacing):
@@ -59,35 +54,12 @@ def fit_of_labels(scans, tumour, brain, spacing):
         scan = scans[bs.MODALITIES.index(name)][coarse]
         scaled = (scan - np.median(scan[inside])) / (scan[inside].std() + 1e-6)
         bright += np.where(inside, scaled, 0)
-    transform = np.fft.rfftn(tumour).conj()
-
-    def mean_under(volume):                     # under the tumour, at every shift
-        spectrum = np.fft.rfftn(volume) * transform
-        return np.fft.irfftn(spectrum, inside.shape, axes=(0, 1, 2)) / tumour.sum()
-
-    brightness = mean_under(bright)
-    best = np.where(mean_under(inside.astype(np.float32)) > 0.95, brightness, 0).max()
+    # means under the tumour, at every shift: of brightness, of what is brain
+    spectra = np.fft.rfftn([bright, inside.astype(np.float32)], axes=(1, 2, 3))
+    spectra *= np.fft.rfftn(tumour).conj()
+    brightness, brains = np.fft.irfftn(spectra, inside.shape, axes=(1, 2, 3)) / tumour.sum()
+    best = np.where(brains > 0.95, brightness, 0).max()
     return float(brightness[0, 0, 0] / best) if best > 0.5 else 1.0
-
-
-def touching(labels, value, inside):
-    """Fraction of the voxels of a label that touch healthy brain: labels (X, Y, Z); inside bool
-    (X, Y, Z), brain or tumour."""
-    healthy = inside & (labels == 0)
-    near = np.zeros(labels.shape, bool)
-    for axis in range(3):
-        near |= np.roll(healthy, 1, axis) | np.roll(healthy, -1, axis)
-    return float(near[labels == value].sum() / max((labels == value).sum(), 1))
-
-
-def part_means(volume, parts=16):
-    """Mean of a volume (..., X, Y, Z) in parts^3 equal boxes -> (..., parts, parts, parts)."""
-    for axis in (-3, -2, -1):
-        size = volume.shape[axis]
-        edges = np.linspace(0, size, parts + 1).astype(int)
-        widths = np.maximum(np.diff(edges), 1).reshape(-1, *[1] * (-1 - axis))
-        volume = np.add.reduceat(volume, edges[:-1].clip(max=size - 1), axis) / widths
-    return volume
 
 
 def signature(scans, brain):
@@ -95,13 +67,16 @@ def signature(scans, brain):
     16^3 equal parts of the box around the brain, each modality to mean 0 and spread 1; float32 (C,
     16, 16, 16), 0 where a part is mostly air. scans float (C, X, Y, Z); brain bool (X, Y, Z)."""
     box = (..., *[slice(along.min(), along.max() + 1) for along in np.nonzero(brain)])
-    brain, scans = brain[box], scans[box]
-    filled = part_means(brain.astype(np.float32))
-    mean = part_means(scans * brain) / np.maximum(filled, 0.05)
-    inside = filled > 0.3
-    level = mean[:, inside].mean(1).reshape(-1, 1, 1, 1)
-    spread = mean[:, inside].std(1).reshape(-1, 1, 1, 1)
-    return np.where(inside, (mean - level) / (spread + 1e-6), 0).astype(np.float32)
+    means = np.stack([brain, *(scans * brain)])[box]
+    for axis in (1, 2, 3):
+        edges = np.linspace(0, means.shape[axis], 17).astype(int)
+        widths = np.maximum(np.diff(edges), 1).reshape(-1, *[1] * (3 - axis))
+        means = np.add.reduceat(means, edges[:-1].clip(max=edges[-1] - 1), axis) / widths
+    inside = means[0] > 0.3
+    parts = means[1:, inside] / means[0, inside]
+    head = np.zeros((len(scans), 16, 16, 16), np.float32)
+    head[:, inside] = (parts - parts.mean(1, keepdims=True)) / (parts.std(1, keepdims=True) + 1e-6)
+    return head
 
 
 def check_labels(path, scans, labels, brain, spacing):
@@ -112,8 +87,11 @@ def check_labels(path, scans, labels, brain, spacing):
     if fit < 0.5:                               # 0.82 to 1 in all; below 0.6 in all when shifted
         raise bs.BadInput(f"{path}: the tumour is shifted or mirrored, or another case's")
     outside = (tumour & ~brain).sum() / tumour.sum()                        # 0.000 in all
+    healthy, near = brain & ~tumour, np.zeros(labels.shape, bool)
+    for axis in range(3):
+        near |= np.roll(healthy, 1, axis) | np.roll(healthy, -1, axis)
     # NCR lies inside ED in all: 0 to 0.38 of it touches healthy brain, 0.18 to 0.6 of ED does
-    inner, outer = [touching(labels, value, brain | tumour) for value in (1, 2)]
+    inner, outer = [near[labels == k].sum() / max((labels == k).sum(), 1) for k in (1, 2)]
     swapped = inner > outer and (labels == 1).mean() > 1e-4 and (labels == 2).any()
     facts = {f"{outside:.0%} of the tumour lies outside the brain": outside > 0.05,
              "NCR touches healthy brain more than ED; are labels 1 and 2 swapped?": swapped,
@@ -121,14 +99,15 @@ def check_labels(path, scans, labels, brain, spacing):
     return [nifti.Finding("warned", str(path), text) for text, holds in facts.items() if holds]
 
 
-def look_at(case, notes):
-    """Read a Case and add to `notes`, a list, Findings on what is odd about it -> its signature.
-    BadInput where it cannot be used."""
+def look_at(case):
+    """Read a Case -> ([Finding] on what is odd about it, its signature). BadInput where it cannot
+    be used."""
+    notes = []
     scans, labels, affine = nifti.read_case(case, notes)
     if "seg" in case.files and not labels.any():
-        where = str(case.files["seg"])
-        notes.append(nifti.Finding("warned", where, "has no tumour; trained on as healthy"))
-    step = np.maximum(1, np.rint(3 / nifti.spacing_of(affine))).astype(int)
+        notes.append(nifti.Finding("warned", str(case.files["seg"]), "no tumour; taken as healthy"))
+    spacing = nifti.spacing_of(affine)
+    step = np.maximum(1, np.rint(3 / spacing)).astype(int)
     coarse = (..., *[slice(None, None, int(k)) for k in step])              # voxels of 3 mm
     scans, labels = scans[coarse].copy(order="K"), labels[coarse]
     brain = slices.brain_mask(scans, case.folder)
@@ -140,22 +119,19 @@ def look_at(case, notes):
             text = f"shows {shown:.0%} of the brain the other scans show; cut or badly stripped"
             notes.append(nifti.Finding("warned", str(case.files[name]), text))
     if labels.any():                            # a few voxels may lie between those looked at
-        spacing = step * nifti.spacing_of(affine)
-        notes += check_labels(case.files["seg"], scans, labels, brain, spacing)
-    return signature(scans, brain)
+        notes += check_labels(case.files["seg"], scans, labels, brain, step * spacing)
+    return notes, signature(scans, brain)
 
 
 def check_case(case):
     """Read a Case and look at what reading alone does not show -> a dict: findings, [[kind, where,
     text]]; signature, float tensor, empty where the case is rejected. All thresholds were set on 60
     real cases and 30 phantoms: see the numbers beside them."""
-    notes = []
     try:
-        head = torch.from_numpy(look_at(case, notes))
+        notes, head = look_at(case)
     except bs.BadInput as error:
-        where, _, text = str(error).partition(": ")
-        notes, head = [("rejected", where, text)], torch.zeros(0)
-    return {"findings": [list(note) for note in notes], "signature": head}
+        notes, head = [("rejected", *str(error).split(": ", 1))], np.zeros(0, np.float32)
+    return {"findings": [list(note) for note in notes], "signature": torch.from_numpy(head)}
 
 
 # Correlation of signatures: up to 0.47 between 60 real heads, 0.60 and 0.67 between two pairs of
@@ -163,8 +139,9 @@ def check_case(case):
 ALIKE = 0.53
 
 
-def check_cases(cases, memory=None, say=print):
-    """Check Cases by reading every one -> ([Finding], [Case] that can be used).
+def check_cases(cases, findings, memory=None):
+    """Check Cases by reading every one -> [Case] that can be used. findings: list that takes what
+    was found.
 
     Across cases: the same scans under two names (the second is rejected), and heads that look like
     one patient (warned): signatures, less their mean over all cases, that correlate above ALIKE.
@@ -172,12 +149,9 @@ def check_cases(cases, memory=None, say=print):
     files changes, by name, size and time.
     """
     def check(case):
-        if memory is None:
-            return check_case(case)
-        path = Path(memory) / f"{case.case}-check-{slices.fingerprint(case)}"
-        return slices.remember(path, lambda: check_case(case), say)
+        return slices.remember(memory, "check", check_case, case) if memory else check_case(case)
 
-    findings, first = [], {}                    # first: {signature: the first case that has it}
+    first = {}                                  # {signature: the first case that has it}
     for case, result in zip(cases, nifti.in_threads(check, cases)):
         findings += [nifti.Finding(*note) for note in result["findings"]]
         head = result["signature"].numpy().tobytes()
@@ -188,7 +162,7 @@ def check_cases(cases, memory=None, say=print):
     if len(good) >= 10:
         heads = np.stack([np.frombuffer(head, np.float32) for head in first])
         findings += same_patients(good, heads)
-    return findings, good
+    return good
 
 
 def same_patients(cases, heads):
@@ -201,35 +175,33 @@ def same_patients(cases, heads):
             for first, second in pairs if first.patient != second.patient]
 
 
-def findings_text(findings):
-    """Findings as lines of text: one each; what is not rejected and comes more than three times
-    is one line."""
-    groups, lines = {}, []
+def print_findings(findings):
+    """Print findings, one line each, but one line for what is not rejected and comes more than
+    three times -> how many are rejected."""
+    groups = {}
     for finding in sorted(findings, key=lambda finding: nifti.KINDS.index(finding.kind)):
         groups.setdefault((finding.kind, finding.text), []).append(finding.where)
     for (kind, text), places in groups.items():
         if len(places) > 3 and kind != "rejected":
             places = [f"{len(places)} files, such as {places[0]}"]
-        lines += [f"{kind}: {place}: {text}" for place in places]
-    return lines
+        print(*[f"{kind}: {place}: {text}" for place in places], sep="\n", flush=True)
+    return sum(finding.kind == "rejected" for finding in findings)
 
 
-def usable_cases(folder, skip_bad=False, memory=None, say=print):
-    """The real cases below `folder`, all read and checked: [Case]. What was found is said. BadInput
-    if any is synthetic or, unless skip_bad leaves those out, rejected. memory: see check_cases."""
+def usable_cases(folder, skip_bad=False, memory=None):
+    """The real cases below `folder`, all read and checked: [Case]. What was found is printed.
+    BadInput if any is synthetic or, unless skip_bad leaves those out, rejected. memory: see
+    check_cases."""
     findings = []
     cases = nifti.find_cases(folder, True, findings)
     refuse_synthetic(cases)
-    say(f"checking {len(cases)} cases")
-    found, good = check_cases(cases, memory, say)
-    findings += found
-    for line in findings_text(findings):
-        say(line)
-    bad = sum(finding.kind == "rejected" for finding in findings)
+    print(f"checking {len(cases)} cases", flush=True)
+    good = check_cases(cases, findings, memory)
+    bad = print_findings(findings)
     if bad and not skip_bad:
         raise bs.BadInput(f"{folder}: {bad} rejected, see above; mend them or add --skip-bad")
     if bad:
-        say(f"left out: {bad} rejected, {len(good)} cases are used")
+        print(f"left out: {bad} rejected, {len(good)} cases are used", flush=True)
     return good
 
 
@@ -242,22 +214,17 @@ def find_data(args):
     beside the output folder; those already there are used again.
     """
     home = Path(args.out).parent
-
-    def say(text):
-        if devices.first_process():
-            print(text, flush=True)
-
     once = devices.first_process_first
     if args.data:
-        cases = once(lambda: usable_cases(args.data, args.skip_bad, home / "cache", say))
-        return cases, slices.split_patients(cases, args.split)
-    folder = home / "phantoms" / args.scanner
-    new = once(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
-    if new:
-        print(f"phantoms: {new} cases made -> {folder}")
-    cases = [case for case in nifti.find_cases(folder)      # there may be more than asked for
-             if phantoms.phantom_seed(case.case) in range(args.phantoms)]
-    refuse_synthetic(cases)
+        cases = once(lambda: usable_cases(args.data, args.skip_bad, home / "cache"))
+    else:
+        folder = home / "phantoms" / args.scanner
+        new = once(lambda: phantoms.make_phantoms(folder, args.phantoms, args.scanner))
+        if new:
+            print(f"phantoms: {new} cases made -> {folder}")
+        cases = [case for case in nifti.find_cases(folder)      # there may be more than asked for
+                 if phantoms.phantom_seed(case.case) in range(args.phantoms)]
+        refuse_synthetic(cases)
     return cases, slices.split_patients(cases, args.split)
 
 
@@ -265,11 +232,10 @@ def check_folder(folder, labelled=True):
     """Print what is to be said of a folder of cases, one line a finding, and a count; exit 1 if any
     is rejected."""
     findings = []
-    found, good = check_cases(nifti.find_cases(folder, labelled, findings))
-    findings += found
-    print(*findings_text(findings), sep="\n")
+    good = check_cases(nifti.find_cases(folder, labelled, findings), findings)
+    print_findings(findings)
     kinds = [finding.kind for finding in findings]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in nifti.KINDS)
     print(f"{len(good)} cases can be used; findings: {counts}")
     if "rejected" in kinds:
-        sys.exit(1)
+        raise SystemExit(1)

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,9 +73,8 @@ def unpack(path):
     without end. Then the whole stream is, to its end, where gzip compares checksums: readers that
     stop at the last voxel return wrong values in silence when a bit has flipped.
     """
-    raw = Path(path).read_bytes()
-    stream = io.BytesIO(raw)
-    if raw[:2] == b"\x1f\x8b":
+    stream = io.BytesIO(Path(path).read_bytes())
+    if stream.getbuffer()[:2] == b"\x1f\x8b":
         stream = gzip.GzipFile(fileobj=stream)
     content = stream.read(540)                  # a NIfTI-2 header
     image_class, size = parse_header(content)
@@ -86,18 +84,17 @@ def unpack(path):
     return content, image_class
 
 
-def oddities(path, image):
-    """What is to be said of a NIfTI file that is read rightly all the same: [Finding]. image: as
+def note_oddities(path, image, notes):
+    """Add to `notes`, a list, Findings on a NIfTI file that is read rightly all the same. image: as
     stored."""
-    findings, header, extensions = [], image.header, image.header.extensions
+    header, extensions = image.header, image.header.extensions
     axes = "".join(nib.aff2axcodes(image.affine))
     if axes != "RAS":
-        findings.append(Finding("normalised", str(path), f"axes stored as {axes}: turned to RAS"))
+        notes.append(Finding("normalised", str(path), f"axes stored as {axes}: turned to RAS"))
     comments = [header[name].item() for name in COMMENTS if name in header.keys()]
     comments += [bytes(str(extension.get_content()), "utf8") for extension in extensions]
     if PERSON.search(b" ".join(comments)) or 2 in extensions.get_codes():       # 2 is DICOM
-        findings.append(Finding("warned", str(path), "its header seems to name a person; clean it"))
-    return findings
+        notes.append(Finding("warned", str(path), "its header seems to name a person; clean it"))
 
 
 def read_nifti(path, notes=None):
@@ -119,17 +116,15 @@ def read_nifti(path, notes=None):
     if not (placed and np.isfinite(affine).all() and 0.05 < spacing.min() <= spacing.max() < 50):
         raise bs.BadInput(f"{path}: does not say where it is ({spacing} mm a voxel); export again")
     if volume.ndim != 3 or min(volume.shape) < 2 or volume.dtype.kind not in "biuf":
-        given = f"{volume.dtype} in shape {volume.shape}"
-        raise bs.BadInput(f"{path}: {given}; give plain numbers, one file per modality")
+        raise bs.BadInput(f"{path}: {volume.dtype} {volume.shape}; give plain numbers in 3-D")
     if not np.isfinite(volume).all():
         raise bs.BadInput(f"{path}: contains NaN or infinite voxels; repair it or export it again")
     if notes is not None:
-        notes += oddities(path, image)
+        note_oddities(path, image, notes)
     return volume, affine
 
 
-@dataclass
-class Case:
+class Case(NamedTuple):
     """A case on disk: nothing is read yet. files: {"t1": path, ..., "seg": path}; seg may be
     missing."""
     case: str                                   # as in the file names
@@ -174,15 +169,14 @@ def list_files(folder, labelled):
 
 def fault_of_case(case, found, folder, labelled):
     """What is wrong with the files of a case, see list_files: (path, text), or None."""
-    kinds = [kind for kind, _ in found]
     links = [path for _, path in found if leads_out(path, folder)]
-    missing = [kind for kind in (*bs.MODALITIES, *["seg"] * labelled) if kind not in kinds]
+    missing = [kind for kind in (*bs.MODALITIES, *["seg"] * labelled) if kind not in dict(found)]
     first, last = found[0][1].parent, found[-1][1].parent
     if links:
         return links[0], LINK
     if not CASE_NAME.fullmatch(case):
         return first, f"case {case!r}: use letters, digits, dot, _ and - only, 64 at most"
-    if first != last or len(set(kinds)) < len(kinds):
+    if first != last or len(dict(found)) < len(found):
         return last, f"files of case {case} are there twice, here or in {first}; keep one of each"
     text = f"case {case} has no {' and no '.join(missing)}; add files or move it away"
     return (first, text) if missing else None
@@ -196,13 +190,12 @@ def find_cases(folder, labelled=True, findings=None):
 
     findings: list that takes these as Findings instead; cases they concern are left out.
     """
-    folder = Path(folder)
     cases = []
-    listed, noted = list_files(folder, labelled)
+    listed, noted = list_files(Path(folder), labelled)
     if not listed:
         raise bs.BadInput(f"{folder}: no such folder, or no BraTS case like X/X-t1c.nii.gz in it")
     for case, found in sorted(listed.items()):
-        fault = fault_of_case(case, found, folder, labelled)
+        fault = fault_of_case(case, found, Path(folder), labelled)
         if fault:
             noted.append(Finding("rejected", str(fault[0]), fault[1]))
         else:
@@ -258,8 +251,7 @@ def read_case(case, notes=None):
         low, high = float(scan.min()), float(scan.max())
         wrapped = scan.dtype.type is np.int16 and min(-low, high) > 29490       # 0.9 of its range
         if wrapped or low == high or not 1e-6 < max(-low, high) < 1e9:
-            seen = f"{scan.dtype} voxels from {low:.3g} to {high:.3g}"
-            raise bs.BadInput(f"{path}: {seen}, which no scan has; export it again")
+            raise bs.BadInput(f"{path}: from {low:g} to {high:g}, which no scan has; export again")
         scans[c] = scan
         for earlier in range(c):
             if np.array_equal(scans[c], scans[earlier]):

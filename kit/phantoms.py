@@ -217,16 +217,14 @@ def phantom_scans(rng, fractions, brain, scanner):
     longer = (scanner["field"] / 1.5) ** 0.33               # T1 grows with the field
     images = []
     for modality in bs.MODALITIES:
-        sequence = scanner["t1" if modality == "t1ce" else modality]
-        times = [t * rng.uniform(0.94, 1.06) for t in sequence]
+        times = [t * rng.uniform(0.94, 1.06) for t in scanner[modality.removesuffix("ce")]]
         image = 0
         for name, fraction in fractions.items():
             t1, t2, density = TISSUES[name]
             signal = mr_signal(modality, times, t1 * longer, t2, density, GADOLINIUM.get(name, 0))
             image = image + fraction * texture.get(name, 1) * signal
-        shading = scanner["shading"] * rng.uniform(0.5, 1.5)
-        shading = 1 + shading * smooth_noise(rng, 160, brain.shape)
-        image = image / image[brain].mean() * shading
+        shading = scanner["shading"] * rng.uniform(0.5, 1.5) * smooth_noise(rng, 160, brain.shape)
+        image = image / image[brain].mean() * (1 + shading)
         noise = scanner["noise"] * rng.uniform(0.7, 1.3) * rng.standard_normal((2, *brain.shape))
         images.append(np.hypot(image + noise[0], noise[1]) * brain)     # Rician: a magnitude
     return np.stack(images).astype(np.float32)
@@ -300,8 +298,7 @@ def write_phantom(folder, seed, scanner="A", scale=1):
             image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
         image.header["descrip"] = f"brainsyn phantom {seed} scanner {scanner}".encode()
         nib.save(image, building / f"{case}{'-' if modern else '_'}{name}.nii.gz")
-    os.replace(building, Path(folder) / case)
-    return Path(folder) / case
+    return building.replace(Path(folder) / case)
 
 
 def phantom_seed(name):

@@ -27,8 +27,7 @@ def case_hashes(labels, brain):
     there the outline's hash stands for both. Only the same files give the same hashes: a patient
     resampled to another grid, or scanned a second time, is not recognised.
     """
-    contents = [repr(volume.shape).encode() + volume.astype(np.uint8).tobytes()
-                for volume in (labels, brain)]
+    contents = [repr(v.shape).encode() + v.astype(np.uint8).tobytes() for v in (labels, brain)]
     of_labels, of_brain = [hashlib.sha256(content).hexdigest() for content in contents]
     return (of_labels if np.any(labels) else of_brain), of_brain
 
@@ -36,8 +35,7 @@ def case_hashes(labels, brain):
 def air_value(scan, where="scans"):
     """The commonest value on the six faces of a scan (X, Y, Z), such as 0 in BraTS or some negative
     number after z-scoring. BadInput where no value holds a fifth of them."""
-    faces = np.concatenate([np.moveaxis(scan, axis, 0)[i].ravel() for axis in range(3)
-                            for i in (0, -1)])
+    faces = np.concatenate([scan.take((0, -1), axis).ravel() for axis in range(3)])
     values, counts = np.unique(faces, return_counts=True)
     if counts.max() < 0.2 * faces.size:
         raise bs.BadInput(f"{where}: air is not one value; strip the skull with a tool first")
@@ -80,8 +78,7 @@ def scale_to_bytes(scan, brain, middle):
     percentile takes its place.
     """
     inside = scan[brain]
-    some = inside[:: max(1, inside.size // 200_000)]
-    low, median, high = np.percentile(some, (0.5, 50, 99.8))
+    low, median, high = np.percentile(inside[:: max(1, inside.size // 200_000)], (0.5, 50, 99.8))
     low = 0.0 if inside.min() >= 0 else low
     median = max(median, low + 1e-6)
     landmarks = low, median, max(high, median + 1e-6)
@@ -154,12 +151,12 @@ class Grid:
 
 def grid_over(brain, affine, resolution, fov):
     """The Grid over a brain, bool (X, Y, Z), with affine (4, 4); fov in mm."""
-    rows, columns = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
-    step = tuple(float(fov / resolution / mm) for mm in nifti.spacing_of(affine)[[1, 0]])
+    # rows and columns that show brain
+    shown = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
+    step = fov / resolution / nifti.spacing_of(affine)[[1, 0]]
     # whole source pixels: where one step is one pixel (or two), nothing is blurred
-    start = tuple(float(round((at[0] + at[-1] + 1 - resolution * s) / 2))
-                  for at, s in zip((rows, columns), step))
-    return Grid(brain.shape, affine, resolution, start, step)
+    start = np.round(([at[0] + at[-1] + 1 for at in shown] - resolution * step) / 2)
+    return Grid(brain.shape, affine, resolution, tuple(start), tuple(step))
 
 
 def two_means(first, second, third):
@@ -327,10 +324,12 @@ def split_patients(cases, split_file=None):
     return split
 
 
-def remember(path, make, say=print):
-    """The dict make(), of numbers, texts, lists and tensors, kept in a file: made where there is no
+def remember(folder, what, make, case, *settings):
+    """The dict make(case, *settings), of numbers, texts, lists and tensors, kept in a file of
+    `folder` whose name has the case, a word (what) and the fingerprint: made where there is no such
     file or a damaged one. What is returned is read from the file, its tensors memory-mapped; first
     every byte of an old file is compared with the checksums in it, a zip archive."""
+    path = Path(folder) / f"{case.case}-{what}-{fingerprint(case, *settings)}"
     if path.exists():
         try:
             with zipfile.ZipFile(path) as archive:
@@ -338,17 +337,17 @@ def remember(path, make, say=print):
                     raise ValueError("a bit has flipped")
             return torch.load(path, mmap=True, weights_only=True)
         except Exception as error:              # a damaged archive raises all kinds of errors
-            say(f"note: {path} cannot be used ({error}); made anew")
-    files.replace_file(path, lambda temporary: torch.save(make(), temporary))
+            print(f"note: {path} cannot be used ({error}); made anew")
+    files.replace_file(path, lambda temporary: torch.save(make(case, *settings), temporary))
     return torch.load(path, mmap=True, weights_only=True)
 
 
 class Cache:
     """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
 
-    rows      list of N arrays uint8 (C + 1, R, R): C modalities, then the class map; slices without
-              brain left out; read from the files when used
-    position  float32 (N,)
+    rows      list of N arrays uint8 (C + 1, R, R), read from the files when used: C modalities,
+              then the class map; slices without brain left out
+    position  float32 (N,), a tensor
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
               case_hashes), first, count (its rows), thickness (mm between slices),
               cut (fraction of the brain outside the field of view)
@@ -357,7 +356,7 @@ class Cache:
 
     def __init__(self, blocks, cases, meta):
         self.rows = [row for block in blocks for row in block["rows"].numpy()]
-        self.position = np.concatenate([block["position"].numpy() for block in blocks])
+        self.position = torch.cat([block["position"] for block in blocks])
         self.cases = cases
         self.meta = meta
 
@@ -386,8 +385,7 @@ class Cache:
         block = torch.from_numpy(np.array(block, np.uint8).reshape(-1, *self.rows[0].shape))
         if mirror is not None:
             block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
-        position = torch.from_numpy(self.position[rows])
-        return bs.to_images(block[:, :-1]), block[:, -1].long(), position
+        return bs.to_images(block[:, :-1]), block[:, -1].long(), self.position[rows]
 
     def batches(self, rows, size=128):
         """These rows in turn, as batches of `size` or fewer."""
@@ -407,7 +405,7 @@ def cached_case(case, resolution, fov, condition):
             "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"]}}
 
 
-def build_cache(cases, folder, resolution, fov, condition, split=None, say=print):
+def build_cache(cases, folder, resolution, fov, condition, split=None):
     """The Cache of `cases`: one file a case below `folder`, see remember. Its name holds a
     fingerprint of the case's files and of the settings: it is made once, by whichever command comes
     first, and again when any of these changes. split: from split_patients, its default split if
@@ -416,11 +414,9 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     split = split or split_patients(cases)
     part_of = {case.case: part for part in split for case in split[part]}
     cases = [case for case in cases if case.case in part_of]
-    settings = resolution, fov, condition
 
     def load(case):
-        path = Path(folder) / f"{case.case}-{condition}-{fingerprint(case, *settings)}"
-        return remember(path, lambda: cached_case(case, *settings), say)
+        return remember(folder, condition, cached_case, case, resolution, fov, condition)
 
     blocks = nifti.in_threads(load, cases)
     entries, first = [], 0
@@ -431,7 +427,7 @@ def build_cache(cases, folder, resolution, fov, condition, split=None, say=print
     if not first:
         raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
     wide = sum(entry["cut"] > 0.002 for entry in entries)
-    say(f"cache: {len(cases)} cases ({wide} wider than --fov), {first} slices -> {folder}")
+    print(f"cache: {len(cases)} cases ({wide} wider than --fov), {first} slices -> {folder}")
     return Cache(blocks, entries, {"classes": bs.CONDITIONS[condition], "fov": fov,
                                    "modalities": bs.MODALITIES, "resolution": resolution})
 

@@ -276,7 +276,7 @@ class PlacelessCache(slices.Cache):
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        self.position = np.full_like(self.position, np.nan)
+        self.position = torch.full_like(self.position, torch.nan)
 
 
 # A change of the default: (words added to the command line, names of brainsyn.py and the kit

@@ -170,23 +170,24 @@ def test_any_one_mark_may_be_lost(tmp_path):
     Without any one of the four a program can read, a file is still known for what it is."""
     folder = small_set(tmp_path / "set", 1)
     case = folder / "BraTS-SYN-00000-000"
-    file = case / "BraTS-SYN-00000-000-t2w.nii.gz"
     for lost in ("header", "name", "sidecar", "description"):
         copy = tmp_path / lost
         shutil.copytree(folder, copy)
-        scan = copy / case.name / file.name
+        here = copy / case.name
         if lost == "header":
-            image = nib.load(scan)
-            nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), scan)
+            for scan in here.glob("*.nii.gz"):
+                image = nib.load(scan)
+                nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine), scan)
         elif lost == "name":
-            scan = scan.rename(scan.with_name("x-t2w.nii.gz"))
+            here = here.rename(copy / "x")
         elif lost == "sidecar":
-            scan.with_name(f"{case.name}.json").unlink()
+            (here / f"{case.name}.json").unlink()
         else:
             (copy / "dataset_description.json").unlink()
-        assert checks.is_synthetic(scan), lost
-    alone = tmp_path / "alone.nii.gz"
-    shutil.copy(file, alone)
+        assert checks.is_synthetic(here), lost
+    alone = tmp_path / "alone" / "x"
+    alone.mkdir(parents=True)
+    shutil.copy(case / "BraTS-SYN-00000-000-t2w.nii.gz", alone / "x-t2w.nii.gz")
     assert checks.is_synthetic(alone), "moved and renamed, its header still says it"
 
 

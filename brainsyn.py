@@ -104,11 +104,9 @@ LABELS = ("NCR", "ED", "ET")                    # stored as 1, 2, 3; 0 is all el
 # A network is conditioned on a label map in which every voxel has exactly one of these classes.
 # "brain" is healthy brain. Scans come without skull, so the brain's outline costs no annotation;
 # it fixes the shape and place of the head.
-CONDITIONS = {
-    "tumour": ("air", "brain", *LABELS),
-    "tissue": ("air", "CSF", "grey", "white", *LABELS),
-    "ventricles": ("air", "brain", "ventricles", *LABELS),
-}
+CONDITIONS = {"tumour": ("air", "brain", *LABELS),
+              "tissue": ("air", "CSF", "grey", "white", *LABELS),
+              "ventricles": ("air", "brain", "ventricles", *LABELS)}
 
 
 class BadInput(Exception):
@@ -449,32 +447,28 @@ class UNet(nn.Module):
                                     zero_init(nn.Linear(emb, emb)))
         self.conv_in = nn.Conv2d(c_in * patch ** 2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, kept = width, []                                     # channels: at this point, of kept
+        c = width                                               # channels at this point
         for i, w in enumerate(widths):
             level = nn.ModuleDict({"blocks": nn.ModuleList()})
             for _ in range(blocks):
                 level["blocks"].append(ResBlock(c, w, emb))
                 c = w
-                kept.append(c)
             if i + 1 < len(widths):
-                level["shrink"] = nn.Conv2d(c, c, 3, stride=2, padding=1)
+                level["shrink"] = nn.Conv2d(w, w, 3, stride=2, padding=1)
             self.down.append(level)
         self.middle1 = ResBlock(c, c, emb)
         self.attention = Attention(c)
         self.middle2 = ResBlock(c, c, emb)
         for i, w in reversed(list(enumerate(widths))):
-            level = nn.ModuleDict({"blocks": nn.ModuleList()})
-            for _ in range(blocks):
-                level["blocks"].append(ResBlock(c + kept.pop(), w, emb))
-                c = w
+            stack = nn.ModuleList(ResBlock(2 * w, w, emb) for _ in range(blocks))
+            level = nn.ModuleDict({"blocks": stack})            # w channels come up, w were kept
             if i > 0:
-                level["grow"] = nn.ConvTranspose2d(c, widths[i - 1], 2, stride=2)
-                c = widths[i - 1]
+                level["grow"] = nn.ConvTranspose2d(w, widths[i - 1], 2, stride=2)
             self.up.append(level)
         # The last block works at full resolution: noise is fine-grained, and learning to remove it
         # through folded pixels takes several times as many steps.
-        self.norm_coarse = norm(c)
-        self.unfold = nn.Conv2d(c, fine * patch ** 2, 1)
+        self.norm_coarse = norm(widths[0])
+        self.unfold = nn.Conv2d(widths[0], fine * patch ** 2, 1)
         self.fine_in = nn.Conv2d(c_in, fine, 3, padding=1)
         self.fine = ResBlock(fine, fine, emb)
         self.norm_out = norm(fine)
@@ -550,8 +544,7 @@ def in_parts(device, function, batch, *tensors):
     for parts in zip(*(tensor.split(batch) for tensor in tensors)):
         n = len(parts[0])
         if n < batch and device.type == "xla":
-            parts = [torch.cat([part, part[-1:].expand(batch - n, *part.shape[1:])])
-                     for part in parts]
+            parts = [part[torch.arange(batch).clamp(max=n - 1)] for part in parts]
         out.append(function(*parts).cpu()[:n])
     return torch.cat(out)
 
@@ -854,10 +847,8 @@ def batch_rows(tumour, other, fraction, seed, step, batch):
     before = int(taken[0])                      # draws from tumour in earlier steps
     n = int(from_tumour.sum())
     rows = np.empty(batch, int)
-    if n:
-        rows[from_tumour] = endless(tumour, (seed, "tumour"), before, n)
-    if n < batch:
-        rows[~from_tumour] = endless(other, (seed, "other"), step * batch - before, batch - n)
+    rows[from_tumour] = endless(tumour, (seed, "tumour"), before, n)
+    rows[~from_tumour] = endless(other, (seed, "other"), step * batch - before, batch - n)
     return rows
 
 
@@ -1005,42 +996,36 @@ class EMA:
 
 # ================================================================================================
 # 8  THE SEGMENTER
-# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET] with the parameter names
-# of torchvision, so that published weights fit (the first convolution, made for three colours, is
-# spread evenly over the modalities). Then regions, losses, augmentation, and Dice.
+# Scans in, tumour labels out: a U-Net whose encoder is a ResNet [RESNET], with the names that its
+# parameters have in torchvision. Then regions, losses, augmentation, and Dice.
 # ================================================================================================
 
-STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}     # depth: blocks in each stage
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}   # depth: blocks in each stage
 
 
 class ResNetBlock(nn.Module):
     """x (B, c_in, H, W) -> (B, c_out, H/stride, W/stride): relu(x + convolutions(x)) [RESNET].
 
-    Two 3x3 convolutions, c_out = c; or, as bottleneck, 1x1, 3x3, 1x1 with c_out = 4c. A batch norm
-    follows each, and a ReLU all but the last; the stride is that of the first 3x3. Where size or
-    channels change, the input passes a 1x1 convolution and a norm (downsample) before it is added.
+    Two 3x3 convolutions, the first with the stride; a batch norm follows each, and a ReLU the
+    first. Where channels change, the stride is 2, and the input passes a 1x1 convolution and a norm
+    (downsample) before it is added; elsewhere it is 1.
     """
 
-    def __init__(self, c_in, c, stride, bottleneck):
+    def __init__(self, c_in, c_out):
         super().__init__()
-        c_out = 4 * c if bottleneck else c
-        shapes = [(c_in, c, 3, stride), (c, c, 3, 1)]           # in, out, kernel, stride
-        if bottleneck:
-            shapes = [(c_in, c, 1, 1), (c, c, 3, stride), (c, c_out, 1, 1)]
-        self.convolutions = len(shapes)
-        for i, (a, b, kernel, step) in enumerate(shapes, 1):
-            self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(b))
-        self.downsample = None
-        if stride > 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
-                                            nn.BatchNorm2d(c_out))
+        stride = 1 if c_in == c_out else 2
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = nn.Identity()
+        if stride == 2:
+            shrink = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shrink, nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.convolutions == 3:
-            h = self.bn3(self.conv3(F.relu(h)))
-        return F.relu(h + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(h + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -1048,23 +1033,19 @@ class ResNet(nn.Module):
 
     7x7 of stride 2, norm, ReLU (the first output), 3x3 max-pooling of stride 2, then four stages of
     STAGES[depth] blocks, all but the first with stride 2 in the first block. Names and shapes are
-    those of torchvision's resnet18, 34 and 50 without fc; only conv1 has `channels` inputs instead
-    of 3. widths: channels of the five outputs. Kaiming initialisation.
+    those of torchvision's resnet18 and 34 without fc; only conv1 has `channels` inputs instead of
+    3. WIDTHS: channels of the five outputs. Kaiming initialisation.
     """
+    WIDTHS = (64, 64, 128, 256, 512)
 
     def __init__(self, depth, channels):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.widths = [64]
         for i, blocks in enumerate(STAGES[depth]):
-            c, c_in, stage = 64 * 2 ** i, self.widths[-1], []
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(ResNetBlock(c_in, c, stride, depth == 50))
-                c_in = 4 * c if depth == 50 else c
+            c_in, c = self.WIDTHS[i:i + 2]
+            stage = [ResNetBlock(c if j else c_in, c) for j in range(blocks)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-            self.widths.append(c_in)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1094,7 +1075,7 @@ class ResUNet(nn.Module):
     """images (B, channels, H, W) in [-1, 1] -> logits (B, outputs, H, W): of WT, TC, ET, each for a
     sigmoid (predict "regions"); or of background, NCR, ED, ET for one softmax ("labels").
 
-    Any H and W: padded with air to multiples of 32 inside, cropped after. depth: 18, 34 or 50.
+    Any H and W: padded with air to multiples of 32 inside, cropped after. depth: 18 or 34.
     Going up, every level is a transposed convolution to twice the size, the encoder's features of
     that size beside it, and two convolutions. At full size the encoder has no features; there two
     convolutions look at the scan itself.
@@ -1111,7 +1092,7 @@ class ResUNet(nn.Module):
         self.encoder = ResNet(depth, channels)
         self.fine = TwoConvolutions(channels, width[-1])
         self.grow, self.merge = nn.ModuleList(), nn.ModuleList()
-        c, skips = self.encoder.widths[-1], [*self.encoder.widths[-2::-1], width[-1]]
+        c, *skips = *ResNet.WIDTHS[::-1], width[-1]
         for c_skip, c_out in zip(skips, width):
             self.grow.append(nn.ConvTranspose2d(c, c_out, 2, stride=2))
             self.merge.append(TwoConvolutions(c_out + c_skip, c_out))
@@ -1124,7 +1105,7 @@ class ResUNet(nn.Module):
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % 32, 0, -height % 32), value=-1.0)
         kept = self.encoder(x)
-        h = kept[-1]                                            # (B, 512 or 2048, H/32, W/32)
+        h = kept[-1]                                            # (B, 512, H/32, W/32)
         for grow, merge, skip in zip(self.grow, self.merge, [*kept[-2::-1], self.fine(x)]):
             h = merge(torch.cat([grow(h), skip], 1))            # twice the height and width
         return self.GAIN * self.head(h)[..., :height, :width]
@@ -1187,13 +1168,11 @@ def segmentation_loss(logits, labels, predict):
 # How far augmentation goes. Limits of a uniform draw: rotate in degrees, scale as the log of a
 # factor, shift in half pictures. Standard deviations: bend (elastic) in half pictures; per modality
 # gamma as the log of an exponent, and contrast; per pixel noise, on intensities 0..1.
-AUGMENT = {
-    "none": None,
-    "standard": {"rotate": 10, "scale": 0.1, "shift": 0.03, "bend": 0.0,
-                 "gamma": 0.1, "contrast": 0.1, "noise": 0.01},
-    "strong": {"rotate": 30, "scale": 0.3, "shift": 0.08, "bend": 0.04,
-               "gamma": 0.3, "contrast": 0.3, "noise": 0.05},
-}
+AUGMENT = {"none": None,
+           "standard": {"rotate": 10, "scale": 0.1, "shift": 0.03, "bend": 0.0,
+                        "gamma": 0.1, "contrast": 0.1, "noise": 0.01},
+           "strong": {"rotate": 30, "scale": 0.3, "shift": 0.08, "bend": 0.04,
+                      "gamma": 0.3, "contrast": 0.3, "noise": 0.05}}
 
 
 def augment(images, labels, kind, key, part=None):

@@ -14,10 +14,10 @@ Reads     a checkpoint of train_ddpm.py; label maps from one of four sources: Br
 Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, if the
           condition has more than tumour), a JSON sidecar that says how the case was made; beside
           them contact_sheet.png (and loop.png), dataset.json, DATASHEET.md;
-          --judge: judge.json; --audit: audit.json and pairs.png, which shows real scans
+          --judge: judge.json; --audit: audit.json, its verdict in sidecars and datasheet, and
+          pairs.png, which shows real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -30,67 +30,51 @@ from kit import (audit, devices, edits, files, judging, metrics, nifti, options,
                  requests, runs, slices, writing)
 
 VOLUMES = (*bs.LABELS, "TC", "WT")              # labels and regions whose mL a sidecar says
-FLAGS = {
-    "label maps": [
-        ("--labels", str, None, "BraTS cases whose label maps are used, shuffled by --seed; "
-         "without it those of fresh phantoms"),
-        ("--part", ("train", "val", "test"), None, "of the split of --labels"),
-        ("--scan", str, None, "scans: all are segmented first, then synthesised"),
-        ("--request", str, None, "generate label maps, like et=12,ed=20..60 (a range is spread "
-         "evenly over --count): mL of et, ed, ncr, ventricles; x, y, z of the tumour in mm from "
-         "the middle of the brain to the right, front, top; sphericity; lesions; the rest is left "
-         "open"),
-        ("--count", options.count, 4, "how many cases to make"),
-        ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) "
-         "mirror, or random alone", {"nargs": "+"}),
-        ("--balance", VOLUMES, None, "spread this volume evenly, by choice of case and scale"),
-        ("--range", options.positive, None, "mL that --balance spans, low and high (default: what "
-         "the label maps span)", {"nargs": 2})],
-    "model": [
-        ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
-        ("--label-checkpoint", str, "runs/labels", "run of train_ddpm.py --generate labels"),
-        ("--segmenter", str, ["runs/seg"], "run of train_seg.py, for --scan and --judge (default "
-         "runs/seg); with five or more, --judge asks how well synthetic cases rank them",
-         {"nargs": "+"}),
-        ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
-        ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
-        ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
-        ("--coherence", float, bs.SAMPLING["coherence"], "mm along z over which noise agrees; 0: "
-         "every slice alone"),
-        ("--batch", options.count, 32, "slices a network call, for memory only")],
-    "judging and auditing": [
-        ("--judge", str, None, "folder of synthetic cases to judge, instead of making some"),
-        ("--audit", str, None, "folder of synthetic cases to search for copies of training cases "
-         "of --checkpoint; exit 1 if it leaks"),
-        ("--canaries", options.natural, 8, "training cases planted as copies, to see whether they "
-         "are found; 0 for none"),
-        ("--mark", bool, False, "write the audit into the sidecars and the datasheet")],
-    "real cases to judge or audit by; --split also for --labels": options.DATA,
-    "run": [
-        ("--out", str, None, "output folder (default synthetic, of --audit audit)"),
-        *options.RUN]}
+FLAGS = [
+    *options.COMMON,
+    # label maps
+    ("--labels", str, None, "BraTS cases whose label maps are used; else those of fresh phantoms"),
+    ("--part", ("train", "val", "test"), None, "of the split of --labels"),
+    ("--scan", str, None, "scans: all are segmented first, then synthesised"),
+    ("--request", requests.parse_request, None, "generate label maps, et=12,ed=20..60: mL of et, "
+     "ed, ncr, ventricles; mm x, y, z from the middle to right, front, top; sphericity; lesions"),
+    ("--count", options.count, 4, "how many cases to make"),
+    ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) mirror, or "
+     "random alone", {"nargs": "+"}),
+    ("--balance", VOLUMES, None, "spread this volume evenly, by choice of case and scale"),
+    ("--range", options.positive, None, "mL that --balance spans, low and high", {"nargs": 2}),
+    # model
+    ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
+    ("--label-checkpoint", str, "runs/labels", "run of train_ddpm.py --generate labels"),
+    ("--segmenter", str, "runs/seg", "run of train_seg.py, for --scan and --judge"),
+    ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
+    ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
+    ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
+    ("--coherence", float, bs.SAMPLING["coherence"], "mm along z over which noise agrees, 0: none"),
+    ("--batch", options.count, 32, "slices a network call, for memory only"),
+    # judging and auditing
+    ("--judge", str, None, "folder of synthetic cases to judge by the test cases of --data"),
+    ("--audit", str, None, "folder to search for copies of training cases; exit 1 if it leaks"),
+    # run
+    ("--out", str, None, "output folder (default synthetic, of --audit audit)")]
 
 
 def parse_arguments(argv=None):
-    """All flags; argv: list of words, the command line by default. request becomes a dict or stays
-    None, edit becomes a dict or stays ["random"]. BadInput where flags do not go together."""
+    """All flags; argv: list of words, the command line by default. edit becomes a dict or stays
+    ["random"]. BadInput where flags do not go together."""
     args = options.Parser(__doc__, FLAGS).parse_args(argv)
     finished = args.judge or args.audit
-    sources = [args.request is not None, bool(args.scan),
-               bool(args.labels or args.edit or args.balance)]
+    sources = args.request is not None, args.scan, args.labels or args.edit or args.balance
     for wrong, message in (
-            (finished and not Path(finished).is_dir(), f"{finished}: no such folder; make "
-             "synthetic cases first"),
+            (finished and not Path(finished).is_dir(), f"{finished}: no such folder; make cases"),
             (args.steps > bs.T, f"--steps {args.steps}: at most {bs.T}"),
             (args.part and not args.labels, "--part needs --labels"),
             (args.range and not args.balance, "--range needs --balance"),
             (args.range and args.range[0] >= args.range[1], "--range: the smaller volume first"),
-            (sum(sources) > 1, "--request, --scan, and --labels (--edit, --balance) are three "
-             "sources of label maps; name one")):
+            (sum(map(bool, sources)) > 1, "only one of --request, --scan, --labels (or --edit)")):
         if wrong:
             raise bs.BadInput(message)
     args.out = args.out or ("audit" if args.audit else "synthetic")
-    args.request = None if args.request is None else requests.parse_request(args.request)
     args.edit = args.edit if args.edit == ["random"] else edits.parse_edit(args.edit)
     return args
 
@@ -118,10 +102,10 @@ def sample_images(args, recipe, prepared, denoiser):
     inside = torch.where((classes > 0).any(2).any(1))[0]
     brain = slice(int(inside[0]), int(inside[-1]) + 1)
     images = torch.full((len(classes), denoiser.net.channels, *classes.shape[1:]), -1.0)
-    images[brain] = bs.sample_volume(denoiser, classes[brain],
-                                     torch.from_numpy(prepared["position"][brain]),
-                                     float(nifti.spacing_of(prepared["grid"].affine)[2]),
-                                     recipe.key, sampling(args))
+    position = torch.from_numpy(prepared["position"][brain])
+    thickness = float(nifti.spacing_of(prepared["grid"].affine)[2])
+    images[brain] = bs.sample_volume(denoiser, classes[brain], position, thickness, recipe.key,
+                                     sampling(args))
     return images
 
 
@@ -166,24 +150,11 @@ def close_loop(out, recipe, prepared, images, condition):
     return [[*scans], [pictures.overlay(scan, labels[best]) for scan in scans], [*images[best]]]
 
 
-def volumes_text(facts):
-    """"ED 26.8 mL, ET 11.9 mL for 12.0, ...": the volumes of a case, and what was asked for."""
-    asked = facts.get("RequestedML", {})
-    return ", ".join(f"{name} {ml:.1f} mL" + (f" for {asked[name]:.1f}" if name in asked else "")
-                     for name, ml in facts["VolumesML"].items())
-
-
 def report_set(written):
-    """Print mean roughness, and how near volumes come to what was asked for. written: list of
-    (sidecar, roughness of the scans its labels come from, NaN without scans, roughness)."""
-    if not written:
-        return
-    before, after = np.mean([rough for _, *rough in written], 0)
-    print(f"slice-to-slice roughness: {after:.3f}")
-    if not math.isnan(before):
-        print(f"slice-to-slice roughness of the source volumes: {before:.3f}")
-    for name in written[0][0].get("RequestedML", {}):
-        pairs = [(facts["RequestedML"][name], facts["VolumesML"][name]) for facts, *_ in written]
+    """Print how near volumes come to what was asked for. written: list of sidecars."""
+    first = written[0] if written else {}
+    for name in first.get("RequestedML", {}):
+        pairs = [(facts["RequestedML"][name], facts["VolumesML"][name]) for facts in written]
         asked, measured = np.array(pairs).T
         error = np.abs(asked - measured).mean()
         rank = f", correlation {metrics.rank_correlation(asked, measured):.3f}"
@@ -208,12 +179,9 @@ def make_set(args, device):
             if args.scan:
                 rows += close_loop(args.out, recipe, prepared, images, state["condition"])
             facts = write_sample(args, recipe, prepared, images, state, facts)
-            classes, before = torch.from_numpy(prepared["classes"]), math.nan
-            if recipe.case:
-                before = judging.roughness(bs.to_images(prepared["images"]), classes)
-            written.append((facts, before, judging.roughness(images, classes)))
-            print(f"{facts['Case']}: {time.time() - started:.0f} s, {volumes_text(facts)}",
-                  flush=True)
+            written.append(facts)
+            volumes = ", ".join(f"{name} {ml:.1f} mL" for name, ml in facts["VolumesML"].items())
+            print(f"{facts['Case']}: {time.time() - started:.0f} s, {volumes}", flush=True)
     writing.finish_set(args.out)
     if rows:
         pictures.plot_rows(Path(args.out) / "loop.png", rows, bs.MODALITIES, "tumour",

@@ -39,30 +39,27 @@ LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "wi
 # takes two to three times as long), and the defaults of --shift and --width.
 PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
          "fine": {"steps": 0.2, "minutes": 0.4, "shift": 0.4, "width": 64}}
-FLAGS = {
-    "data": [
-        *options.DATA, *options.GRID,
-        ("--condition", list(bs.CONDITIONS), "tumour", "tumour, and perhaps tissue or ventricles"),
-        ("--label-maps", str, None, "for labels: tumours of this folder in the cases' outlines"),
-        ("--relatives", options.count, 512, "for labels: heads, training cases and moved copies")],
-    "model": [
-        ("--generate", ["images", "labels"], "images", "scans, or label maps from requests"),
-        ("--width", options.count, 64, "channels of the first level; of coarse labels 48"),
-        ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
-        ("--blocks", options.count, 1, "residual blocks a level"),
-        ("--patch", options.count, 4, "p x p pixels folded into channels")],
-    "optimisation": [
-        ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
-        *options.OPTIMISATION,
-        ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
-        ("--drop", options.fraction, 0.1, "fraction trained without labels, for guidance"),
-        ("--shift", options.positive, 2.0, "factor on sqrt(snr), about 128/resolution; of labels "
-         "0.5 coarse, 0.4 fine")],
-    "run": [
-        ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
-        *options.RUN,
-        ("--guidance", float, 1.0, "guidance scale of pictures and closing figures, 1: none"),
-        ("--sample-every", options.natural, 250, "steps between pictures, 0: none; labels 1000")]}
+FLAGS = [
+    *options.COMMON, *options.TRAINING,
+    # data
+    ("--condition", list(bs.CONDITIONS), "tumour", "tumour, and perhaps tissue or ventricles"),
+    ("--label-maps", str, None, "for labels: tumours of this folder in the cases' outlines"),
+    ("--relatives", options.count, 512, "for labels: heads, training cases and moved copies"),
+    # model
+    ("--generate", ["images", "labels"], "images", "scans, or label maps from requests"),
+    ("--width", options.count, 64, "channels of the first level; of coarse labels 48"),
+    ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
+    ("--blocks", options.count, 1, "residual blocks a level"),
+    ("--patch", options.count, 4, "p x p pixels folded into channels"),
+    # optimisation
+    ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
+    ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
+    ("--drop", options.fraction, 0.1, "fraction trained without labels, for guidance"),
+    ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5 coarse, 0.4 fine"),
+    # run
+    ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
+    ("--guidance", float, 1.0, "guidance scale of pictures and closing figures, 1: none"),
+    ("--sample-every", options.natural, 250, "steps between pictures, 0: none; labels 1000")]
 
 
 def parse_arguments(argv=None):
@@ -141,11 +138,9 @@ class Images:
         settings = {**bs.SAMPLING, "guidance": self.args.guidance, "coherence": 0.0}    # of slices
         seed = self.args.seed, seed
         sampled = bs.sample_volume(denoiser, classes, position, 1.0, seed, settings)
-        few = slices.evenly(len(rows), 6)
+        shown = [[classes[i], *real[i], None, *sampled[i]] for i in slices.evenly(len(rows), 6)]
         titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
-        pictures.plot_rows(Path(self.args.out) / name,
-                           [[classes[i], *real[i], None, *sampled[i]] for i in few], titles,
-                           self.args.condition, headline)
+        pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
         return real, sampled, classes
 
     def picture(self, denoiser, step):

@@ -26,32 +26,28 @@ from kit import checks, devices, files, metrics, nifti, options, pictures, runs,
 
 STEPS = 1200                                    # of a run with neither --steps nor --minutes
 STUDY_DEFAULTS = {"phantoms": 120, "steps": study.STUDY_STEPS, "out": "runs/study"}
-FLAGS = {
-    "data": [
-        *options.DATA, *options.GRID,
-        ("--synthetic", str, None, "folder of cases made by sample.py, for training only"),
-        ("--synthetic-share", options.fraction, 0.5, "fraction of every batch that is synthetic"),
-        ("--augment", list(bs.AUGMENT), "standard", "how slices are varied")],
-    "model": [
-        ("--depth", list(bs.STAGES), 18, "ResNet-18, 34 or 50"),
-        ("--predict", ["regions", "labels"], "regions", "WT, TC, ET by sigmoids, or one softmax"),
-        ("--weights", str, None, "encoder to start from: a file in torchvision's names")],
-    "optimisation": [
-        ("--steps", options.count, STEPS, f"of a study {study.STUDY_STEPS}; none with --minutes"),
-        *options.OPTIMISATION,
-        ("--ema", options.fraction, 0.99, "decay of the averaged weights a step")],
-    "run": [
-        ("--out", str, "runs/seg", "output folder; of a study runs/study"),
-        *options.RUN,
-        ("--validate-every", options.count, 150, "steps between two validations")],
-    "study": [
-        ("--study", bool, False, "compare training sets; 120 phantoms unless --phantoms is given"),
-        ("--seeds", options.count, 3, "trainings of every kind"),
-        ("--patients", str, None, "numbers of real patients: 2 10 all", {"nargs": "+"}),
-        ("--generator-steps", options.count, 400, "training steps of each generator"),
-        ("--label-steps", options.natural, 0, "of a label generator; above 0 adds its sets"),
-        ("--made", options.count, 24, "synthetic cases a set"),
-        ("--calls", options.count, 10, "network calls a slice when they are sampled")]}
+FLAGS = [
+    *options.COMMON, *options.TRAINING,
+    # data
+    ("--synthetic", str, None, "folder of cases made by sample.py, for training only"),
+    ("--synthetic-share", options.fraction, 0.5, "fraction of every batch that is synthetic"),
+    ("--augment", list(bs.AUGMENT), "standard", "how slices are varied"),
+    # model
+    ("--depth", list(bs.STAGES), 18, "ResNet-18 or 34"),
+    ("--predict", ["regions", "labels"], "regions", "WT, TC, ET by sigmoids, or one softmax"),
+    # optimisation
+    ("--steps", options.count, STEPS, f"of a study {study.STUDY_STEPS}; no bound with --minutes"),
+    ("--ema", options.fraction, 0.99, "decay of the averaged weights a step"),
+    # run
+    ("--out", str, "runs/seg", "output folder; of a study runs/study"),
+    ("--validate-every", options.count, 150, "steps between two validations"),
+    # study
+    ("--study", bool, False, "compare training sets; 120 phantoms unless --phantoms is given"),
+    ("--seeds", options.count, 3, "trainings of every kind"),
+    ("--patients", str, None, "numbers of real patients: 2 10 all", {"nargs": "+"}),
+    ("--generator-steps", options.count, 400, "training steps of each generator"),
+    ("--made", options.count, 24, "synthetic cases a set"),
+    ("--calls", options.count, 10, "network calls a slice when they are sampled")]
 
 
 def parse_arguments(argv=None):
@@ -62,7 +58,6 @@ def parse_arguments(argv=None):
         raise bs.BadInput("--minutes does not go with --study: give --steps")
     if args.batch < 2:
         raise bs.BadInput("--batch 1: batch norms need at least two slices")
-    args.encoder = args.weights and files.file_hash(args.weights)       # checkpoints keep no path
     return args
 
 
@@ -79,9 +74,8 @@ def draw_rows(sources, args, step):
     drawn = []
     for i, part in enumerate(sources):
         last = i + 1 == len(sources)
-        count = args.batch - len(drawn) if last else round(args.batch * part.fraction)
-        seed = args.seed, i
-        rows = bs.batch_rows(part.tumour, part.other, args.tumour_share, seed, step, count)
+        n = args.batch - len(drawn) if last else round(args.batch * part.fraction)
+        rows = bs.batch_rows(part.tumour, part.other, args.tumour_share, (args.seed, i), step, n)
         drawn += [(part.cache, row) for row in rows]
     return drawn[devices.slice_of_batch(args.batch)]
 
@@ -119,11 +113,8 @@ def fit(args, sources, cache, device, trained_on=None):
     validated: the last averaged weights are returned.
     """
     torch.manual_seed(args.seed)
-    channels = len(cache.meta["modalities"])
-    network = {"depth": args.depth, "channels": channels, "predict": args.predict}
+    network = {"depth": args.depth, "channels": len(bs.MODALITIES), "predict": args.predict}
     net = devices.place_network(bs.ResUNet(**network), device)
-    if args.weights:
-        runs.load_encoder(net.encoder, args.depth, args.weights)
     ema = bs.EMA(net, args.ema, to_host=devices.to_host)
     optimizer = bs.make_optimizer(net, args.lr, device)
     keep = trained_on is not None
@@ -219,9 +210,8 @@ def finish_report(args, segmenter, split, run):
     prepared = metrics.prepare_blind(split[part], args.resolution, args.fov)
     rows = segmenter.evaluate(prepared, keep_prediction)
     dice = np.reshape([row["dice"] for row in rows], (len(shown), -1)).mean(1)
-    few = slices.evenly(len(dice), 6)
-    pictures.plot_rows(out / "predictions.png",
-                       [shown[i] for i in np.argsort(dice, kind="stable")[few]],
+    worst_first = np.argsort(dice, kind="stable")[slices.evenly(len(dice), 6)]
+    pictures.plot_rows(out / "predictions.png", [shown[i] for i in worst_first],
                        ["t1ce", "flair", "truth", "prediction"], "tumour", f"{title}, worst first")
     log = runs.read_log(out / "log.csv")
     pictures.plot_lines(out / "curves.png", [
@@ -241,8 +231,7 @@ def picture_of(case, prepared, predicted):
     most tumour, true or predicted."""
     true, predicted = slices.to_slices(nifti.read_labels(case)[0]), slices.to_slices(predicted)
     at = int(((true > 0) | (predicted > 0)).sum((1, 2)).argmax())
-    images = dict(zip(bs.MODALITIES, bs.to_images(prepared["images"][at]).numpy()))
-    t1ce, flair = [prepared["grid"].grow(images[name]) for name in ("t1ce", "flair")]
+    _, t1ce, _, flair = prepared["grid"].grow(bs.to_images(prepared["images"][at]).numpy())
     return [t1ce, flair, pictures.overlay(t1ce, true[at]), pictures.overlay(t1ce, predicted[at])]
 
 

@@ -7,12 +7,11 @@ import torch
 import brainsyn as bs
 from kit import checks, nifti, options, phantoms, pictures, runs, slices
 
-FLAGS = {"what to do": [
+FLAGS = [
     ("folder", str, None, "cases to check; without it, the first look", {"nargs": "?"}),
     ("--no-labels", bool, False, "check scans alone"),
-    ("--publish", str, None, "write the weights of a run, or of one network of a generator of "
-     "labels, as .npz, without pickle, and print the sha256",
-     {"nargs": 2, "metavar": ("RUN", "FILE")})]}
+    ("--publish", str, None, "write the weights of a run as .npz, print the sha256",
+     {"nargs": 2, "metavar": ("RUN", "FILE")})]
 
 
 def first_look():

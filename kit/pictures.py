@@ -9,17 +9,16 @@ import brainsyn as bs
 from kit import files
 
 
-LABEL_COLOURS = {"air": "#000000", "brain": "#555555", "CSF": "#303a60", "grey": "#606060",
-                 "white": "#a0a0a0", "ventricles": "#303a60", "NCR": "#3b7dd8", "ED": "#58b368",
-                 "ET": "#f2c14e"}
+LABEL_COLOURS = {"air": "000000", "brain": "555555", "CSF": "303a60", "grey": "606060",
+                 "white": "a0a0a0", "ventricles": "303a60", "NCR": "3b7dd8", "ED": "58b368",
+                 "ET": "f2c14e"}                # red, green, blue in hex
 
 
 def colour_labels(classes, condition):
     """Class map int (H, W), values index CONDITIONS[condition] -> colours float (H, W, 3) in
     0..1."""
-    rgb = [[int(LABEL_COLOURS[name][i:i + 2], 16) / 255 for i in (1, 3, 5)]
-           for name in bs.CONDITIONS[condition]]
-    return np.array(rgb)[np.asarray(classes)]
+    rgb = [list(bytes.fromhex(LABEL_COLOURS[name])) for name in bs.CONDITIONS[condition]]
+    return np.array(rgb)[np.asarray(classes)] / 255
 
 
 def overlay(image, labels, strength=0.55):
@@ -45,11 +44,9 @@ def show(*definitions):
 def new_figure(path, width, height):
     """A figure of so many inches; where no file is asked for (path None) one of pyplot's, which
     notebooks show."""
-    if path is None:
-        import matplotlib.pyplot as plt
-        return plt.figure(figsize=(width, height))
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), dpi=110)
+    import matplotlib.pyplot as plt
+    make = plt.figure if path is None else plt.Figure
+    return make(figsize=(width, height), dpi=110)
 
 
 def save_figure(figure, path):
@@ -67,10 +64,9 @@ def plot_rows(path, rows, titles, condition, headline=""):
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=7)
-    for axis in axes.flat:
-        axis.axis("off")
     for line, row in zip(axes, rows):
         for axis, image in zip(line, row):
+            axis.axis("off")
             if image is None:
                 continue
             image = np.asarray(image)
@@ -95,8 +91,7 @@ def plot_planes(path, rows, titles, condition):
             tumour = torch.stack(torch.where(bs.tumour_labels(volume, condition) > 0)).float()
             middle = tumour.mean(1).round() if tumour.numel() else torch.tensor(volume.shape) // 2
             z, y, x = middle.int().tolist()
-            line += [volume[z].long(), volume[:, y].flip(0).long(), volume[:, :, x].flip(0).long(),
-                     None]
+            line += [volume[z], volume[:, y].flip(0), volume[:, :, x].flip(0), None]
         lines.append(line[:-1])
     columns = [column for title in titles for column in (title, "", "", "")]
     plot_rows(path, lines, columns[:-1], condition)
@@ -110,9 +105,8 @@ def plot_lines(path, panels, xlabel="step", xscale="linear"):
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, style, lines) in zip(axes[0], panels):
         for label, (x, y, *error) in lines.items():
-            axis.errorbar(x, y, *error, label=label, lw=1, capsize=2, ms=3,
-                          marker="o" if error else None,
-                          ls="" if error and style == "points" else "-")
+            axis.errorbar(x, y, *error, label=label, marker="o" if error else None,
+                          ls="" if error and style == "points" else "-", lw=1, capsize=2, ms=3)
         axis.set(xlabel=xlabel, xscale=xscale, yscale="log" if style == "log" else "linear")
         axis.set_title(title, fontsize=9)
         if lines:

@@ -121,7 +121,7 @@ def requested_labels(args, device, state):
 def segmented_scans(args, device, scratch):
     """Recipes from the scans of --scan and the label maps that --segmenter predicts for them, which
     are written into the folder `scratch`; labels that lie beside the scans are not read."""
-    segmenter = runs.load_segmenter(args.segmenter[0], device)
+    segmenter = runs.load_segmenter(args.segmenter, device)
     for number, case in enumerate(nifti.find_cases(args.scan, labelled=False)):
         case.files.pop("seg", None)
         prepared = slices.prepare_case(case, segmenter.resolution, segmenter.fov, "tumour")

@@ -145,45 +145,16 @@ def load_segmenter(path, device):
                              frozenset(state["seen"]), files.file_hash(state["file"]))
 
 
-# ------------------------------------------------------------------------- published encoders ---
-
-WEIGHTS_URL = "https://download.pytorch.org/models/"
-WEIGHTS = {18: "resnet18-f37072fd.pth", 34: "resnet34-b627a593.pth", 50: "resnet50-11ad3fa6.pth"}
-
-
-def inflate(weight, channels):
-    """First convolution (O, 3, h, w) of a network for colour pictures -> (O, channels, h, w): each
-    channel gets the sum over colours / channels, so that a grey picture gives the same
-    activation."""
-    return weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
-
-
-def load_encoder(encoder, depth, path):
-    """Put published ResNet weights into a ResNet of this depth. path: of a state dict in
-    torchvision's names.
-
-    Strict: every name and shape must fit (fc.* aside, conv1 is inflated). BadInput otherwise.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        state["conv1.weight"] = inflate(state["conv1.weight"], encoder.conv1.in_channels)
-        encoder.load_state_dict(state)
-    except Exception as error:
-        url, reason = WEIGHTS_URL + WEIGHTS[depth], str(error)[:200]
-        raise bs.BadInput(f"--weights {path}: no weights of a ResNet-{depth} in torchvision's "
-                          f"names; download {url} ({reason})") from error
-
-
 # --------------------------------------------------------------------------------------- runs ---
 
 # Flags that are paths stay out of checkpoints; hashes say what was in the files.
-PATHS = ("data", "label_maps", "split", "out", "synthetic", "weights")
+PATHS = ("data", "label_maps", "split", "out", "synthetic")
 # Flags that may change when a run is resumed.
 FREE_TO_CHANGE = {*PATHS, "device", "precision", "steps", "minutes", "guidance", "sample_every",
                   "skip_bad"}
 # Flags of former versions, and the value that a run must have had to be resumed by this one.
-DROPPED = {"loss": "unit", "min_snr": 0.0, "lesion_weight": 0.0, "optimizer": "muon"}
+DROPPED = {"loss": "unit", "min_snr": 0.0, "lesion_weight": 0.0, "optimizer": "muon",
+           "encoder": None}
 # Columns of log.csv, and what curves.png calls them.
 QUARTERS = {"loss_q1": "cleanest quarter of t", "loss_q2": "second", "loss_q3": "third",
             "loss_q4": "noisiest quarter"}

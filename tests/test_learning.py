@@ -45,5 +45,5 @@ def test_default_generator_holds_no_training_case(folder):
     """The audit of three cases it makes, after the run above: planted copies are found, and nothing
     else."""
     run(folder, "sample.py", "--count", "3", "--steps", "4")
-    text = run(folder, "sample.py", "--audit", "synthetic", "--steps", "4", "--canaries", "4")
+    text = run(folder, "sample.py", "--audit", "synthetic", "--steps", "4")
     assert "verdict: none found" in text and "42 training cases and 18 real cases" in text, text

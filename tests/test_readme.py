@@ -21,8 +21,7 @@ SHORT = {
     "train_seg.py": "--phantoms 10 --resolution 32 --batch 4 --steps 2",
     "sample.py": "--count 2 --steps 2 --phantoms 10",
 }
-MORE = {"--study": "--seeds 1 --generator-steps 1 --made 2 --calls 1 --patients 2",
-        "--audit": "--canaries 1"}
+MORE = {"--study": "--seeds 1 --generator-steps 1 --made 2 --calls 1 --patients 2"}
 # Commands that other tests run: several processes and XLA in test_devices.py, the tests themselves.
 ELSEWHERE = ("pip ", "pytest", "torchrun ", "PJRT_DEVICE=CPU ", "python train_ddpm.py --device xla")
 

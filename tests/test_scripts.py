@@ -198,7 +198,7 @@ def test_sampling_writes_whole_labelled_volumes(synthetic):
     folder, text = synthetic
     cases = nifti.find_cases(folder / "synthetic")
     assert [case.case for case in cases] == ["BraTS-SYN-00000-000", "BraTS-SYN-00001-000"]
-    assert all(case.modern for case in cases) and "roughness of the source volumes" in text
+    assert all(case.modern for case in cases)
     assert (folder / "synthetic/contact_sheet.png").exists()
 
     def place(volume, affine):
@@ -283,7 +283,7 @@ def test_fresh_phantoms_were_never_trained_on(trained):
     ("sample.py", ["--checkpoint", "nowhere"], "no checkpoint there"),
     ("sample.py", ["--count", "0"], "--count"),
     ("sample.py", ["--steps", "1001"], "--steps"),
-    ("sample.py", ["--scan", "a", "--edit", "mirror"], "three sources of label maps"),
+    ("sample.py", ["--scan", "a", "--edit", "mirror"], "only one of --request, --scan"),
     ("train_ddpm.py", ["--minutes", "nan"], "--minutes"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import desk, metrics, nifti, phantoms, runs, slices, study, writing
+from kit import desk, nifti, phantoms, runs, slices, study, writing
 import sample
 import train_ddpm
 import train_seg
@@ -302,16 +302,10 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_judging_writes_one_table_and_one_json(made):
     """Re-segmentation beside the ceiling, distances beside the floor and the number of images,
-    roughness; five segmenters ask how far Dice on synthetic cases can be trusted."""
+    roughness."""
     folder, _ = made
-    state = runs.load_checkpoint(folder / "runs/seg", "segmenter", names=("best.pt",))
-    # four weaker segmenters: the head's bias moved
-    for i in range(1, 5):
-        (folder / f"runs/weak{i}").mkdir()
-        weights = {**state["weights"], "head.bias": state["weights"]["head.bias"] + 0.2 * i}
-        runs.save_state(folder / f"runs/weak{i}/best.pt", {**state, "weights": weights})
     text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter",
-               "runs/seg", *[f"runs/weak{i}" for i in range(1, 5)])
+               "runs/seg")
     report = json.loads((folder / "synthetic/judge.json").read_text())
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
     for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "texture distance",
@@ -319,12 +313,6 @@ def test_judging_writes_one_table_and_one_json(made):
         assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
     assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text
     assert report["cases_a_draw"] == 2 and report["slices_a_draw"] == 80
-    known = report["known_truth"]
-    on_synthetic, on_real = known["dice_on_synthetic"], known["dice_on_real"]
-    assert len(on_real) == 5 and on_synthetic == sorted(on_synthetic)
-    expected = metrics.rank_correlation(on_synthetic, on_real)
-    assert known["spearman"] == pytest.approx(expected)
-    assert f"as known truth: Spearman {expected:.2f}" in text
 
 
 def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path):
@@ -354,15 +342,14 @@ def test_a_segmenter_may_not_judge_what_it_was_trained_on(made):
 
 def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeypatch, capsys):
     """A training case put among the synthetic ones, under a sidecar that says otherwise: named with
-    its score, a picture of the pair, exit 1. --mark writes figures, and no name, into sidecars and
-    datasheet, and a segmenter still knows the set it was trained on. (The other cases may be named
+    its score, a picture of the pair, exit 1. Figures, and no name, go into sidecars and datasheet,
+    and a segmenter still knows the set it was trained on. (The other cases may be named
     too: a generator of four steps draws the mean of its seven training brains, which is near to
     each of them.)"""
     folder, syn = made[0], tmp_path / "syn"
     monkeypatch.chdir(folder)
     shutil.copytree(folder / "synthetic", syn)
-    few = ["--audit", str(syn), "--phantoms", "10", "--steps", "2", "--canaries", "2",
-           "--checkpoint", "runs/ddpm"]
+    few = ["--audit", str(syn), "--phantoms", "10", "--steps", "2", "--checkpoint", "runs/ddpm"]
     state = runs.load_checkpoint("runs/ddpm")
     victim = next(case for case in nifti.find_cases("runs/phantoms/A")
                   if slices.hashes_of(case)[0] in state["trained_on"])
@@ -372,7 +359,7 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     writing.write_case(syn, "BraTS-SYN-00009-000", counts, labels, affine, facts)
     digests = [writing.sidecar_hash(case) for case in nifti.find_cases(syn)]
     with pytest.raises(SystemExit) as left:
-        sample.main([*few, "--out", str(tmp_path / "after"), "--mark"])
+        sample.main([*few, "--out", str(tmp_path / "after")])
     text = capsys.readouterr().out
     assert left.value.code == 1 and "verdict: leak" in text
     assert re.search(f"copy: BraTS-SYN-00009-000 at .* is too near to {victim.case}", text), text
@@ -437,8 +424,8 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     patients alone; a second call trains nothing again; other settings are refused."""
     folder, _ = work
     command = ["--study", "--phantoms", "10", "--resolution", "32", "--batch", "2", "--steps", "2",
-               "--patients", "1", "all", "--seeds", "2", "--generator-steps", "2", "--label-steps",
-               "4", "--made", "2", "--calls", "2"]
+               "--patients", "1", "all", "--seeds", "2", "--generator-steps", "2", "--made", "2",
+               "--calls", "2"]
     text = run(folder, "train_seg.py", *command)
     out = folder / "runs/study"
     summary = json.loads((out / "study.json").read_text())
@@ -491,7 +478,6 @@ def test_generators_saw_all_is_said(made):
     ("sample.py --seed -1", "--seed"),
     pytest.param("train_seg.py --study --phantoms 4 --patients 77", "--patients 77",
                  marks=pytest.mark.slow),
-    ("train_seg.py --phantoms 4 --weights nowhere.pth --resolution 24", "nowhere.pth"),
     ("sample.py --edit scale=big", "--edit scale=big"),
     ("sample.py --part train", "--part needs --labels"),
     ("sample.py --judge nowhere", "nowhere: no such folder"),

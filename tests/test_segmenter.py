@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 
 import brainsyn as bs
-from kit import runs
 
 # depth, name, shape of torchvision 0.28
 FROZEN = Path(__file__).with_name("torchvision_resnets.txt")
@@ -21,10 +20,9 @@ def fixed_batch_norms(net):
     return net.eval()
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize("depth", [18, 34])
 def test_encoder_has_torchvisions_names_and_shapes(depth):
-    """Published weights fit only if every parameter and buffer has its name and shape (fc
-    aside)."""
+    """Every parameter and buffer has its name and shape (fc aside)."""
     expected = {}
     for line in FROZEN.read_text().splitlines():
         number, name, *shape = line.split(" ", 2)
@@ -35,7 +33,7 @@ def test_encoder_has_torchvisions_names_and_shapes(depth):
     assert len(expected) > 100 and found == expected
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize("depth", [18, 34])
 def test_encoder_computes_what_torchvision_computes(depth):
     """A state dict of torchvision loads strictly and all five feature maps agree to 1e-5."""
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
@@ -56,55 +54,15 @@ def test_encoder_computes_what_torchvision_computes(depth):
 
 def test_every_block_adds_its_input():
     """Residual means: with all convolutions at zero a block passes its input on."""
-    for bottleneck, c_in in ((False, 32), (True, 128)):
-        block = bs.ResNetBlock(c_in, 32, 1, bottleneck).eval()
-        for name, p in block.named_parameters():
-            if "conv" in name:
-                nn.init.zeros_(p)
-        x = torch.rand(2, c_in, 8, 12)
-        assert torch.equal(block(x), x)
+    block = bs.ResNetBlock(32, 32).eval()
+    for name, p in block.named_parameters():
+        if "conv" in name:
+            nn.init.zeros_(p)
+    x = torch.rand(2, 32, 8, 12)
+    assert torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, 7])
-def test_inflated_convolution_answers_grey_alike(channels):
-    """The same picture in every channel gives the activation it gave as a grey colour picture."""
-    first = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
-    picture = torch.randn(2, 1, 32, 24)
-    wide = nn.Conv2d(channels, 8, 7, 2, 3, bias=False)
-    wide.weight.data = runs.inflate(first.weight.data, channels)
-    assert torch.allclose(wide(picture.expand(-1, channels, -1, -1)),
-                          first(picture.expand(-1, 3, -1, -1)), atol=1e-5)
-
-
-def test_published_weights_load_from_a_file(tmp_path):
-    """A file in torchvision's layout, fc included, fills the encoder of a four-channel network."""
-    torch.manual_seed(1)
-    source = bs.ResNet(18, 3)
-    state = {**source.state_dict(), "fc.weight": torch.zeros(1000, 512),
-             "fc.bias": torch.zeros(1000)}
-    torch.save(state, tmp_path / "resnet18.pth")
-    net = bs.ResUNet(18)
-    runs.load_encoder(net.encoder, 18, tmp_path / "resnet18.pth")
-    assert torch.equal(net.encoder.layer3[1].conv2.weight, source.layer3[1].conv2.weight)
-    assert torch.allclose(net.encoder.conv1.weight.sum(1), source.conv1.weight.sum(1), atol=1e-6)
-
-
-@pytest.mark.parametrize("spoil", ["missing", "shape", "extra"])
-def test_other_weights_are_refused(tmp_path, spoil):
-    """Strict: a missing, misshapen or unknown entry is one sentence, never half a network."""
-    state = bs.ResNet(18, 3).state_dict()
-    if spoil == "missing":
-        del state["layer2.0.bn1.weight"]
-    elif spoil == "shape":
-        state["layer2.0.bn1.weight"] = torch.zeros(3)
-    else:
-        state["layer9.weight"] = torch.zeros(3)
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(bs.BadInput, match="no weights of a ResNet-18 .*resnet18-f37072fd.pth"):
-        runs.load_encoder(bs.ResUNet(18).encoder, 18, tmp_path / "w.pth")
-
-
-@pytest.mark.parametrize("depth, size", [(18, (64, 64)), (34, (37, 50)), (50, (240, 240))])
+@pytest.mark.parametrize("depth, size", [(18, (64, 64)), (34, (37, 50)), (18, (240, 240))])
 @pytest.mark.parametrize("predict, outputs", [("regions", 3), ("labels", 4)])
 def test_any_size_goes_in_and_comes_out(depth, size, predict, outputs):
     """Height and width need not be multiples of 32; one output a region, or one a class."""

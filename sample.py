@@ -189,8 +189,7 @@ def make_set(args, device):
         print(f"wrote: {Path(args.out) / 'loop.png'}")
     print(f"made {len(written)} cases, {number + 1 - len(written)} were there already")
     report_set(written)
-    for name in ("", "contact_sheet.png", "dataset.json", "DATASHEET.md"):
-        print(f"wrote: {Path(args.out) / name}")
+    print(f"wrote: {args.out} with contact_sheet.png, dataset.json, DATASHEET.md")
 
 
 def main(argv=None):

@@ -222,8 +222,7 @@ def finish_report(args, segmenter, split, run):
     files.write_json(out / "closing.json", closing | metrics.summarise(rows))
     print(f"--- {title}, whole volumes on their own grid, after {run.step} steps")
     print("\n".join(metrics.table_of(rows)))
-    for name in "best.pt cases.csv predictions.png predictions curves.png closing.json".split():
-        print(f"wrote: {out / name}")
+    print(f"wrote: {out} with best.pt, cases.csv, closing.json, predictions.png, curves.png")
 
 
 def picture_of(case, prepared, predicted):

@@ -68,9 +68,8 @@ def parse_arguments(argv=None):
     parser = options.Parser(__doc__, FLAGS)
     args = parser.parse_training(argv, "generate", {"labels": LABEL_DEFAULTS})
     labels = args.generate == "labels"
-    multiple = 4 * requests.BLOCK
-    if labels and args.resolution % multiple:
-        raise bs.BadInput(f"--resolution {args.resolution}: labels need a multiple of {multiple}")
+    if labels and args.resolution % (4 * requests.BLOCK):
+        raise bs.BadInput(f"--resolution: labels need a multiple of {4 * requests.BLOCK} pixels")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps needs --generate labels and the condition tumour")
     return args
@@ -101,7 +100,7 @@ class Images:
         self.prior = bs.measure_prior(cache.batches(train), args.condition)
         self.first_lesion = classes.index(bs.LABELS[0])
         has_tumour = slices.has_label(cache, train, self.first_lesion)
-        self.tumour, self.other = train[has_tumour], train[~has_tumour]
+        self.pool = train[has_tumour], train[~has_tumour]
         held_out = np.concatenate([val, test])
         self.shown, self.part = (held_out, "held-out") if len(held_out) else (train, "training")
         self.words = f"{len(train)} training slices, {len(held_out)} held out"
@@ -109,8 +108,7 @@ class Images:
     def rows(self, step):
         """Cache rows of this process's part of the batch of step 0, 1, ...: int (B,)."""
         args = self.args
-        return bs.batch_rows(self.tumour, self.other, args.tumour_share, args.seed, step,
-                             args.batch)[self.slice]
+        return bs.batch_rows(*self.pool, args.tumour_share, args.seed, step, args.batch)[self.slice]
 
     def case_names(self, step):
         """Names of the cases in that batch."""
@@ -129,19 +127,18 @@ class Images:
         mean, std = bs.expected(self.prior, onehot, scalars[:, 0])
         return t, x0, eps, onehot, scalars, signal, sigma, mean, std
 
-    def draw(self, denoiser, count, seed, name, headline):
+    def draw(self, denoiser, count, key, name, headline):
         """Sample from the label maps of `count` of the shown slices, always the same ones and with
         the same noise, and draw up to six beside the scans into the file `name` -> real and sampled
-        images float (N, C, R, R), classes int (N, R, R). seed: a word."""
+        images float (N, C, R, R), classes int (N, R, R). key: a word, see bs.generator."""
         rows = pick_rows(self.cache, self.shown, self.first_lesion, count)
         real, classes, position = self.cache.batch(rows)
         settings = {**bs.SAMPLING, "guidance": self.args.guidance, "coherence": 0.0}    # of slices
-        seed = self.args.seed, seed
-        sampled = bs.sample_volume(denoiser, classes, position, 1.0, seed, settings)
-        shown = [[classes[i], *real[i], None, *sampled[i]] for i in slices.evenly(len(rows), 6)]
+        drawn = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, key), settings)
+        shown = [[classes[i], *real[i], None, *drawn[i]] for i in slices.evenly(len(rows), 6)]
         titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
         pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
-        return real, sampled, classes
+        return real, drawn, classes
 
     def picture(self, denoiser, step):
         """Draw four samples into sample_*.png."""

@@ -853,7 +853,7 @@ def test_requests_that_fail_say_why(work, words, sentence):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["--resolution", 40], "--resolution 40: labels need a multiple of 16"),
+    (["--resolution", 40], "--resolution: labels need a multiple of 16"),
     (["--label-maps", "nowhere"], "nowhere: holds no label map"),
     (["--label-maps", "maps", "--condition", "tissue"],
      "--label-maps needs --generate labels")])

@@ -567,9 +567,7 @@ def uses_bf16(device, precision="auto"):
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):              # older torch cannot tell
-            return False
-        can = torch.cpu.get_capabilities()
+        can = getattr(torch.cpu, "get_capabilities", dict)()        # older torch cannot tell
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     if device.type == "xla":
         import torch_xla.runtime as xr
@@ -915,10 +913,8 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, weights, hidden, dtype, **settings):
-        groups = [{"params": list(weights)}]
-        if hidden:
-            groups.append({"params": list(hidden)})
-        super().__init__(groups, **settings)
+        kinds = [weights, hidden] if hidden else [weights]
+        super().__init__([{"params": list(kind)} for kind in kinds], **settings)
         self.dtype = dtype
         for group, names in zip(self.param_groups, (("exp_avg", "exp_avg_sq"), ("momentum",))):
             for p in group["params"]:
@@ -1204,8 +1200,7 @@ def augment(images, labels, kind, key, part=None):
     to_y = torch.stack([mirror * sin, cos, uniform() * limits["shift"]], 1)
     shape = (len(images), 1, *images.shape[-2:])
     where = F.affine_grid(torch.stack([to_x, to_y], 1), shape, align_corners=False)  # (B, H, W, 2)
-    bend = F.interpolate(limits["bend"] * normal(2, 6, 6), shape[2:], mode="bicubic",
-                         align_corners=False)
+    bend = F.interpolate(limits["bend"] * normal(2, 6, 6), shape[2:], mode="bicubic")
     where = where + bend.movedim(1, -1)
     images = F.grid_sample((images + 1) / 2, where, align_corners=False)    # air is 0 from here on
     labels = F.grid_sample(labels[:, None].float(), where, mode="nearest", align_corners=False)

@@ -1,5 +1,6 @@
 """Flags as tables, those that several scripts share, and the kinds of numbers that flags take."""
 import argparse
+import contextlib
 import functools
 
 import brainsyn as bs
@@ -46,12 +47,9 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high, text):
     """Text of the command line -> int or float in low..high. ArgumentTypeError otherwise."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = float("nan")
-    if low <= value <= high:
-        return value
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
     what = "a whole number" if kind is int else "a number"
     raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
 

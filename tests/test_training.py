@@ -199,7 +199,7 @@ def test_a_line_without_a_sound_step_has_no_loss(begin, tmp_path, kind, columns)
 
 
 @pytest.mark.parametrize("flag, value", [("loss", "v"), ("min_snr", 5.0), ("lesion_weight", 2.0),
-                                         ("optimizer", "adamw")])
+                                         ("optimizer", "adamw"), ("encoder", "its sha256")])
 def test_a_run_with_a_dropped_flag_is_not_continued_in_silence(begin, flag, value):
     """A checkpoint of a former version whose loss or optimiser was another one: one sentence. With
     the one that is left it goes on, compiled or not."""

@@ -7,7 +7,6 @@ SOURCES
               Progressive Growing of GANs for Improved Quality, Stability, and Variation
 """
 import argparse
-import math
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ def lesion_contrast(images, classes, condition, modality, label):
     healthy = healthy_brain(classes, condition)
     counted = torch.where((lesion.sum((1, 2)) >= 10) & healthy.any(2).any(1))[0].tolist()
     brighter = [bool(image[i][lesion[i]].mean() > image[i][healthy[i]].mean()) for i in counted]
-    return (sum(brighter) / len(brighter) if brighter else math.nan), len(brighter)
+    return (sum(brighter) / len(brighter) if brighter else np.nan), len(brighter)
 
 
 def black_air(images, classes):
@@ -68,7 +67,7 @@ def grey_white_contrast(images, classes, condition):
         tissue = slices.tissue_clusters(((image + 1) * 127.5).numpy(), mask.numpy())
         if mask.sum() >= 300 and (tissue == 2).any() and (tissue == 3).any():
             contrast.append(t1[tissue == 3].mean() - t1[tissue == 2].mean())
-    return float(np.mean(contrast)) if contrast else math.nan
+    return float(np.mean(contrast)) if contrast else np.nan
 
 
 def roughness(volume, classes):
@@ -109,7 +108,7 @@ def label_figures(classes, condition):
     labels = bs.tumour_labels(classes, condition)
     tumour, et = labels > 0, labels == 3
     if not tumour.any():
-        return dict.fromkeys(("pieces", "slice_dice", "outside", "apart"), math.nan)
+        return dict.fromkeys(("pieces", "slice_dice", "outside", "apart"), np.nan)
     head, pieces = metrics.components(classes > 0), metrics.components(tumour)
     largest = torch.bincount(head[head > 0]).argmax()
     slice_dice = [bs.dice(a, b) for a, b in zip(tumour, tumour[1:]) if (a | b).any()]
@@ -117,7 +116,7 @@ def label_figures(classes, condition):
     other = torch.bincount(pieces[tumour & ~et], minlength=int(pieces.max()) + 1)
     return {"pieces": int(pieces.max()), "slice_dice": float(np.mean(slice_dice)),
             "outside": float((head[tumour] != largest).float().mean()),
-            "apart": float((other[pieces[et]] == 0).float().mean()) if et.any() else math.nan}
+            "apart": float((other[pieces[et]] == 0).float().mean()) if et.any() else np.nan}
 
 
 def judge_labels(sampled, real, condition, step):
@@ -129,7 +128,7 @@ def judge_labels(sampled, real, condition, step):
     for source, volumes in (("real", real), ("made", sampled)):
         rows = [label_figures(volume.long(), condition) for volume in volumes]
         for name in rows[0]:
-            values = [row[name] for row in rows] + [math.nan]
+            values = [row[name] for row in rows] + [np.nan]
             figures[f"{source}_{name}"] = float(np.nanmean(values))
         rows = [requests.characteristics(volume.long(), condition, step) for volume in volumes]
         shape = requests.scaled(torch.stack(rows))
@@ -137,7 +136,7 @@ def judge_labels(sampled, real, condition, step):
             shape = shape[:, :-1]
         shapes.append(shape[~shape.isnan().any(1)])
     enough = min(map(len, shapes)) > 1
-    return figures | {"shape_distance": frechet_distance(*shapes) if enough else math.nan}
+    return figures | {"shape_distance": frechet_distance(*shapes) if enough else np.nan}
 
 
 def frechet_distance(a, b):
@@ -169,16 +168,16 @@ def texture_distance(a, b):
     vectors = torch.randn(64, 49 * a["images"].shape[1], generator=bs.generator(0, "texture"))
     vectors, distances = F.normalize(vectors).view(64, -1, 7, 7), []
     for scale in ("fine", "half"):
-        unit, quantiles = None, []
+        quantiles = []
         for group in (a, b):
             fine = group["images"] - F.avg_pool2d(group["images"], 3, 1, 1)
             view = fine if scale == "fine" else F.avg_pool2d(group["images"], 2)
             brain = F.interpolate((group["classes"] > 0).float()[None], view.shape[-2:])[0] > 0
-            if unit is None:
+            if group is a:
                 unit = view.movedim(1, 0)[:, brain].std(1).view(1, -1, 1, 1).clamp(min=1e-6)
             numbers = F.conv2d(view / unit, vectors).movedim(1, 0)[:, brain[:, 3:-3, 3:-3]]
             if not numbers.numel():
-                return math.nan
+                return np.nan
             ranks = torch.linspace(0, numbers.shape[1] - 1, 2000).long()
             quantiles.append(numbers.sort(dim=1).values[:, ranks])          # (64, 2000)
         distances.append((quantiles[0] - quantiles[1]).abs().mean().item())
@@ -218,98 +217,66 @@ def compare_draws(sets):
             chosen = rng.permutation(int(group["case"].max()) + 1)[:cases]
             rows = torch.isin(group["case"], torch.from_numpy(chosen))
             drawn[name] = {key: values[rows] for key, values in group.items()}
-        real = drawn["real"]
         for name, other in (("synthetic", drawn["synthetic"]), ("real", drawn["training"])):
-            found[name].append([frechet_distance(real["features"], other["features"]),
-                                texture_distance(real, other)])
+            frechet = frechet_distance(drawn["real"]["features"], other["features"])
+            found[name].append([frechet, texture_distance(drawn["real"], other)])
     found = {name: np.array(rows).T.copy() for name, rows in found.items()}     # (2, DRAWS)
     mean = {name: dict(zip(DISTANCES, rows.mean(1).tolist())) for name, rows in found.items()}
     sd = {name: dict(zip(DISTANCES, rows.std(1).tolist())) for name, rows in found.items()}
     return mean, sd, cases
 
 
-def prepare(segmenter, cases):
-    """Cases on the grid of a Segmenter: list of what prepare_case returns."""
-    return [slices.prepare_case(case, segmenter.resolution, segmenter.fov, "tumour")
-            for case in cases]
-
-
-def mean_dice(segmenter, prepared):
-    """Mean Dice over cases: array (3,), of WT, TC, ET. It is measured on the model's grid, where
-    synthetic cases live: on a finer grid only real cases would lose by resampling. prepared: from
-    prepare."""
-    dices = [segmenter.slice_dice(bs.to_images(got["images"]), bs.tumour_labels(got["classes"]))
-             for got in prepared]
-    return np.mean(dices, 0)
-
-
-def known_truth(segmenters, synthetic, real):
-    """Synthetic Cases as known truth: does a segmenter's Dice on them say what it will be on real
-    ones? A dict: mean Dice of every segmenter on both, Spearman's rho (from five segmenters on,
-    else NaN), mean |difference|."""
-    dices = []
-    for segmenter in segmenters:
-        dices.append([float(mean_dice(segmenter, prepare(segmenter, cases)).mean())
-                      for cases in (synthetic, real)])
-    on_synthetic, on_real = zip(*sorted(dices))
-    rho = metrics.rank_correlation(on_synthetic, on_real) if len(dices) >= 5 else math.nan
-    return {"dice_on_synthetic": on_synthetic, "dice_on_real": on_real, "spearman": rho,
-            "mean_error": float(np.mean(np.abs(np.subtract(on_synthetic, on_real))))}
-
-
-def held_out_split(args, segmenters, synthetic):
+def held_out_split(args, segmenter, synthetic):
     """The split of the real cases that --judge compares with, and the case_hashes of its test
-    cases. BadInput where a segmenter was trained or chosen by one of the test cases, or trained on
-    one of the `synthetic` Cases, or where one of these has no sidecar."""
+    cases. BadInput where the segmenter was trained or chosen by one of the test cases, or trained
+    on one of the `synthetic` Cases, or where one of these has no sidecar."""
     sidecars = {writing.sidecar_hash(case) for case in synthetic}
-    _, split = checks.find_data(argparse.Namespace(**{**vars(args), "out": args.segmenter[0]}))
+    _, split = checks.find_data(argparse.Namespace(**vars(args) | {"out": args.segmenter}))
     hashes = {digest for case in split["test"] for digest in slices.hashes_of(case)}
-    for path, segmenter in zip(args.segmenter, segmenters):
-        if not hashes or segmenter.seen & hashes:
-            raise bs.BadInput(f"no real case is held out from {path}; give its --data and --split")
-        if segmenter.seen & sidecars:
-            raise bs.BadInput(f"{path} was trained on {args.judge}; choose another --segmenter")
+    if not hashes or segmenter.seen & hashes:
+        raise bs.BadInput(f"no case is held out from {args.segmenter}; give --data and --split")
+    if segmenter.seen & sidecars:
+        raise bs.BadInput(f"{args.segmenter} was trained on {args.judge}; choose another segmenter")
     return split, hashes
 
 
-def judge_words(report):
-    """The report of --judge as text."""
-    lines = ["{synthetic_cases} synthetic cases ({synthetic_cases_that_owe_to_held_out} made from "
-             "held-out ones, or by a generator that saw such) against {held_out_cases} held-out "
-             "real ones; distances: ten draws of {cases_a_draw} cases, {slices_a_draw} slices",
-             f"{'':26} synthetic      real (Dice is the ceiling, distances are the floor)"]
-    deviations = report["sd_over_draws"].values()
-    for figure, value in report["real"].items():
-        spread = "".join(f" ± {sd[figure]:.3f}" for sd in deviations if figure in sd)
-        lines.append(f"{figure:26}{report['synthetic'][figure]:10.4f}{value:10.4f}{spread}")
-    if "known_truth" in report:
-        lines.append("as known truth: Spearman {known_truth[spearman]:.2f} over the segmenters "
-                     "(needs five), mean error of Dice {known_truth[mean_error]:.3f}")
-    return "\n".join(lines).format(**report)
+def means_over_cases(segmenter, prepared):
+    """Mean Dice of WT, TC, ET as a dict, and mean roughness, over cases. prepared: what
+    prepare_case returns of each. Dice is measured on the model's grid, where synthetic cases live:
+    on a finer grid only real cases would lose by resampling."""
+    dices, rough = [], []
+    for got in prepared:
+        images, classes = bs.to_images(got["images"]), torch.from_numpy(got["classes"])
+        dices.append(segmenter.slice_dice(images, bs.tumour_labels(classes)))
+        rough.append(roughness(images, classes))
+    return dict(zip(DICES, np.mean(dices, 0).tolist())), float(np.mean(rough))
 
 
 def judge(args, device):
     """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json."""
-    segmenters = [runs.load_segmenter(path, device) for path in args.segmenter]
-    synthetic, segmenter = nifti.find_cases(args.judge), segmenters[0]
-    split, hashes = held_out_split(args, segmenters, synthetic)
+    segmenter = runs.load_segmenter(args.segmenter, device)
+    synthetic = nifti.find_cases(args.judge)
+    split, hashes = held_out_split(args, segmenter, synthetic)
     real, training = split["test"], split["train"]
     some = [training[i] for i in slices.evenly(len(training), 5 * len(real))]
-    prepared = {name: prepare(segmenter, cases) for name, cases in
-                (("synthetic", synthetic), ("real", real), ("training", some))}
-    sets = {name: slice_set(segmenter, group) for name, group in prepared.items()}
-    figures, sd, cases = compare_draws(sets)
+    grid = segmenter.resolution, segmenter.fov, "tumour"
+    prepared, sets = {}, {}
+    for name, cases in (("synthetic", synthetic), ("real", real), ("training", some)):
+        prepared[name] = [slices.prepare_case(case, *grid) for case in cases]
+        sets[name] = slice_set(segmenter, prepared[name])
+    figures, sd, drawn = compare_draws(sets)
     for name, row in figures.items():
-        rough = [roughness(bs.to_images(got["images"]), torch.from_numpy(got["classes"]))
-                 for got in prepared[name]]
-        dices = dict(zip(DICES, mean_dice(segmenter, prepared[name]).tolist()))
-        figures[name] = {**dices, **row, "slice-to-slice roughness": float(np.mean(rough))}
-    contaminated = sum(writing.contaminated(case, hashes) for case in synthetic)
-    report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real),
-              "cases_a_draw": cases, "slices_a_draw": cases * SLICES_A_CASE,
-              "synthetic_cases_that_owe_to_held_out": contaminated, **figures, "sd_over_draws": sd}
-    if len(segmenters) > 1:
-        report["known_truth"] = known_truth(segmenters, synthetic, real)
-    print(judge_words(report))
+        dices, rough = means_over_cases(segmenter, prepared[name])
+        figures[name] = {**dices, **row, "slice-to-slice roughness": rough}
+    owing = sum(writing.contaminated(case, hashes) for case in synthetic)
+    report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real), "cases_a_draw": drawn,
+              "slices_a_draw": drawn * SLICES_A_CASE, "synthetic_cases_that_owe_to_held_out": owing,
+              **figures, "sd_over_draws": sd}
     files.write_json(f"{args.judge}/judge.json", report)
+    print(f"{len(synthetic)} synthetic cases ({owing} owe to held-out ones), {len(real)} held-out "
+          f"real ones; distances: ten draws of {drawn} cases, {drawn * SLICES_A_CASE} slices")
+    print(f"{'':26} synthetic      real (Dice is the ceiling, distances are the floor)")
+    for figure, value in figures["real"].items():
+        spread = [f"± {row[figure]:.3f}" for row in sd.values() if figure in row]
+        print(f"{figure:26}{figures['synthetic'][figure]:10.4f}{value:10.4f}", *spread)
     print(f"wrote: {args.judge}/judge.json")

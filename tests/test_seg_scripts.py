@@ -325,7 +325,7 @@ def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path)
         (tmp_path / "other.json").write_text(json.dumps(other))
         text = run(folder, "sample.py", "--judge", "synthetic", "--data", "runs/phantoms/A",
                    "--split", tmp_path / "other.json", status=2)
-        assert "no real case is held out from runs/seg" in text and "Traceback" not in text
+        assert "no case is held out from runs/seg" in text and "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -456,6 +456,22 @@ def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
     assert again[again.index("--- Dice"):] == text[text.index("--- Dice"):]
     text = run(folder, "train_seg.py", *command, "--lr", "0.5", status=2)
     assert "other settings" in text and "Traceback" not in text
+
+
+def test_a_study_goes_on_with_its_own_settings_alone(tmp_path):
+    """The same settings, flags that may change aside; others, and a damaged file, are one
+    sentence."""
+    args = SimpleNamespace(out=str(tmp_path), lr=0.1, seeds=2)
+    study.require_settings(args, {"trained_on": ["a"]})
+    args.seeds = 3
+    study.require_settings(args, {"trained_on": ["a"]})
+    with pytest.raises(bs.BadInput, match="other settings"):
+        study.require_settings(args, {"trained_on": ["b"]})
+    path = tmp_path / "settings.json"
+    for damaged in (path.read_bytes()[:-9], b"", b"\xff\xfe{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(bs.BadInput, match="settings.json: damaged .*choose another --out"):
+            study.require_settings(args, {"trained_on": ["a"]})
 
 
 @pytest.mark.slow

@@ -7,9 +7,6 @@ generator never saw.
 """
 import argparse
 import itertools
-import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,18 +19,17 @@ from kit import checks, files, judging, nifti, pictures, slices, writing
 AUDIT_POSITIONS = np.linspace(-0.7, 0.7, 10).round(3)   # the slices of a case that are compared
 # pixels a side they are compared at: 6 mm, where anatomy is and noise is not
 AUDIT_SIZE = 32
-AUDIT_LEVELS = (100, 300, 500, 700)     # t at which the denoising loss is measured
 CANARIES = ("copy", "noise", "shift", "flip", "gamma", "blend")
+CANARIES_EACH = 8                       # training cases that are planted in each of these ways
 LIMIT = 6.0                             # robust standard deviations beyond which a pair is named
 CHANCE = 0.005                          # p below which a fraction or an AUC is more than chance
-MARKED = "verdict", "words", "copies", "share", "canaries_found"    # what --mark writes
+MARKED = "verdict", "words", "copies", "share", "canaries_found"    # what sidecars say
 # The audit for the screen, sidecars and datasheet: no names.
 WORDS = """{synthetic_cases} synthetic cases against {training_cases} training cases and {decoys} \
 real cases never trained on: {copies} too near to a training case (if 0, their fraction is below \
-{bound:.1%} with 95% confidence). Nearer to training cases than to the others: {share:.1%} of \
-slices (50% is chance, p {share_p:.3f}). AUC of training cases against others: by the denoising \
-loss {loss_auc:.2f} (p {loss_p:.3f}), by how well they come back from their label maps \
-{reproduction_auc:.2f} (p {reproduction_p:.3f}); 0.50 is chance. Planted copies found: {planted}. \
+{bound:.1%} with 95% confidence). Nearer to training cases than to others: {share:.1%} of slices \
+(50% is chance, p {share_p:.3f}). AUC of how well training cases come back from their label maps: \
+{reproduction_auc:.2f} (0.50 is chance, p {reproduction_p:.3f}). Planted copies found: {planted}. \
 Missed are copies under heavy noise or blur, of a tumour alone, or of parts of a slice."""
 
 
@@ -190,15 +186,14 @@ def membership(members, others, permutations=4000, seed=0):
     permutations), where k of so many AUCs are as high when it is drawn by lot who was trained on.
     Chance: numpy's default_rng(seed)."""
     scores, n = np.concatenate([members, others]), len(members)
-    ranks = np.array([(scores < value).sum() + (scores == value).sum() / 2 + 0.5
-                      for value in scores])
 
-    def auc(ranks):
-        return (ranks[:n].sum() - n * (n + 1) / 2) / (n * len(others))
+    def auc(scores):
+        first, second = scores[:n, None], scores[n:]
+        return float(((first > second) + 0.5 * (first == second)).mean())
 
-    rng, seen = np.random.default_rng(seed), auc(ranks)
-    by_lot = [auc(rng.permutation(ranks)) for _ in range(permutations)]
-    return float(seen), (1 + sum(value >= seen - 1e-9 for value in by_lot)) / (1 + permutations)
+    rng, seen = np.random.default_rng(seed), auc(scores)
+    by_lot = [auc(rng.permutation(scores)) for _ in range(permutations)]
+    return seen, (1 + sum(value >= seen - 1e-9 for value in by_lot)) / (1 + permutations)
 
 
 def canary(kind, images, classes, other, seed):
@@ -217,43 +212,28 @@ def canary(kind, images, classes, other, seed):
     return [changed[kind], classes]
 
 
-def denoising_loss(denoiser, images, classes, position):
-    """Mean squared error of v at AUDIT_LEVELS, case by case: images (N, P, C, R, R), classes (N, P,
-    R, R), position (N, P) -> array (N,). The same noise for all cases: only the pictures differ."""
-    losses, x0 = [], images.flatten(0, 1)                                   # (N P, C, R, R)
-    onehot = bs.one_hot(classes.flatten(0, 1), denoiser.net.classes)
-    for level in AUDIT_LEVELS:
-        eps = torch.randn(images.shape[1:], generator=bs.generator(level, "audit"))
-        eps = eps.expand(images.shape).flatten(0, 1)
-        t = torch.full((len(x0),), level)
-        signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
-        v_hat = denoiser(bs.add_noise(x0, eps, signal, sigma), t, onehot, position.reshape(-1, 1))
-        error = (v_hat - bs.v_target(x0, eps, signal, sigma)) ** 2
-        losses.append(error.mean((1, 2, 3)).view(images.shape[:2]).mean(1))
-    return torch.stack(losses).mean(0).numpy()
-
-
-def reproduction(denoiser, images, classes, position, condition, head, settings):
-    """How alike a sample is to the scan its label map came from, case by case: arguments as
-    denoising_loss, head from mean_head, settings of sample_volume -> array (N,) in [-1, 1], mean of
-    similarity over slices. High for any good generator; higher for training cases only if it
-    remembers them."""
+def reproduction(denoiser, real, group, few, condition, head, settings):
+    """How alike a sample is to the scan its label map came from, case by case: real from
+    audit_slices; group int (M,): which of these cases, of which `few` are taken; head from
+    mean_head, settings of sample_volume -> array (few,) in [-1, 1], mean of similarity over slices.
+    High for any good generator; higher for training cases only if it remembers them."""
     alike = []
-    for number, (scan, labels, at) in enumerate(zip(images, classes, position)):
-        sampled = bs.sample_volume(denoiser, labels, at, 1.0, (0, "audit", number), settings)
+    for number, i in enumerate(group[slices.evenly(len(group), few)]):
+        scan, labels, position = [part[i] for part in real]
+        sampled = bs.sample_volume(denoiser, labels, position, 1.0, (0, "audit", number), settings)
         pair = [audit_views(x[None], labels[None], condition) for x in (sampled, scan)]
         alike.append(similarity(*pair, head)[0, :, 0].mean().item())
     return np.float32(alike)
 
 
-def plant_canaries(synthetic, real, training, usual, views, head, condition, count):
-    """Part D: `count` training cases planted among the synthetic ones in each of the ways of
-    CANARIES -> {kind: fraction that find_copies names with the right training case}; {} if count is
-    0. synthetic, real: from audit_slices; training, usual: of find_copies; views: from
-    audit_views, of the real cases."""
+def plant_canaries(synthetic, real, training, usual, views, head, condition):
+    """Part D: CANARIES_EACH training cases planted among the synthetic ones in each of the ways of
+    CANARIES -> {kind: fraction that find_copies names with the right training case}. synthetic,
+    real: from audit_slices; training, usual: of find_copies; views: from audit_views, of the real
+    cases."""
     members, fractions = torch.where(training)[0], {}
-    victims = members[slices.evenly(len(members), count)]
-    for kind in CANARIES if count else ():
+    victims = members[slices.evenly(len(members), CANARIES_EACH)]
+    for kind in CANARIES:
         others = synthetic[0][np.arange(len(victims)) % len(synthetic[0])]
         copies = [canary(kind, real[0][i], real[1][i], others[n], n) for n, i in enumerate(victims)]
         images, classes = [torch.stack(part) for part in zip(*copies)]
@@ -263,24 +243,22 @@ def plant_canaries(synthetic, real, training, usual, views, head, condition, cou
     return fractions
 
 
-def audit(synthetic, related, real, training, condition, canaries, denoiser, settings, few=12):
+def audit(synthetic, related, real, training, condition, denoiser, settings, few=12):
     """The whole audit -> (report, pairs: [(synthetic, slice, real)] to look at, nearest first, as
     indices; the first report["copies"] of them are named).
 
     report: a dict of numbers: cases of each kind; copies (scores above LIMIT) and scores of all N;
-    share (from nearer_share) and its p; AUC and p of loss and of reproduction; canaries_found, a
-    fraction for each kind; and "verdict":
-    leak        a copy is named, or share or an AUC is above chance with p < CHANCE
+    share (from nearer_share) and its p; AUC and p of reproduction; canaries_found, a fraction for
+    each kind; "words", WORDS with these numbers; and "verdict":
+    leak        a copy is named, or share or the AUC is above chance with p < CHANCE
     underpowered  else, where under 90% of the canaries are found, or there are fewer than 8
                   training cases or decoys
     none found  else
 
     synthetic, real: from audit_slices (images, classes, positions), N synthetic and M real cases,
     one a patient; related bool (N, M): which real cases lent a synthetic case its label map or
-    outline; training bool (M,): which real cases were trained on; canaries: how many training cases
-    are planted in each of the ways of CANARIES; denoiser: the generator; settings: of
-    sample_volume; few: part C samples so many cases of each kind, and takes the loss of twice as
-    many.
+    outline; training bool (M,): which real cases were trained on; denoiser: the generator;
+    settings: of sample_volume; few: part C samples so many cases of each kind.
     """
     views = audit_views(*real[:2], condition)
     head = mean_head(*views)
@@ -289,38 +267,28 @@ def audit(synthetic, related, real, training, condition, canaries, denoiser, set
     usual = usual_nearness(unrelated, similarity(views, views, head), training)
     score, best, pair = find_copies(unrelated, training, usual)
     share, share_p = nearer_share(unrelated, training)
-    planted = plant_canaries(synthetic, real, training, usual, views, head, condition, canaries)
-    groups = torch.where(training)[0], torch.where(~training)[0]
-    losses, samples = [], []                    # part C
-    for group in groups:
-        some = [part[group[slices.evenly(len(group), 2 * few)]] for part in real]
-        losses.append(-denoising_loss(denoiser, *some))
-        some = [part[group[slices.evenly(len(group), few)]] for part in real]
-        samples.append(reproduction(denoiser, *some, condition, head, settings))
-    (loss_auc, loss_p), (auc, p) = membership(*losses), membership(*samples)
+    planted = plant_canaries(synthetic, real, training, usual, views, head, condition)
+    members, decoys = torch.where(training)[0], torch.where(~training)[0]
+    samples = [reproduction(denoiser, real, group, few, condition, head, settings)
+               for group in (members, decoys)]
+    auc, p = membership(*samples)
     # a synthetic case and the training case that lent its label map: as alike as decoys are to
     # samples from their own label maps, or more?
     middle, spread = robust(torch.from_numpy(samples[1]))
-    lent = torch.where(related & training, (alike.mean(1) - middle) / spread, -math.inf).max(1)
+    lent = torch.where(related & training, (alike.mean(1) - middle) / spread, -np.inf).max(1)
     pair = torch.where(lent.values > score, lent.indices, pair)
     score = torch.maximum(lent.values, score)
     copies = int((score > LIMIT).sum())
-    weak = not planted or np.mean(list(planted.values())) < 0.9 or min(map(len, groups)) < 8
+    weak = np.mean(list(planted.values())) < 0.9 or min(len(members), len(decoys)) < 8
     verdict = "underpowered" if weak else "none found"
-    report = {"verdict": "leak" if copies or min(share_p, loss_p, p) < CHANCE else verdict,
-              "synthetic_cases": len(alike), "training_cases": len(groups[0]),
-              "decoys": len(groups[1]), "share": share, "share_p": share_p, "loss_auc": loss_auc,
-              "loss_p": loss_p, "reproduction_auc": auc, "reproduction_p": p,
+    report = {"verdict": "leak" if copies or min(share_p, p) < CHANCE else verdict,
+              "synthetic_cases": len(alike), "training_cases": len(members), "decoys": len(decoys),
+              "share": share, "share_p": share_p, "reproduction_auc": auc, "reproduction_p": p,
               "canaries_found": planted, "copies": copies, "scores": score.tolist()}
+    found = ", ".join(f"{kind} {fraction:.0%}" for kind, fraction in planted.items())
+    report["words"] = WORDS.format(**report, bound=min(1, 3 / len(alike)), planted=found)
     order = score.argsort(descending=True)
     return report, torch.stack([order, best[order], pair[order]], 1).tolist()
-
-
-def audit_words(report):
-    """WORDS with the numbers of a report."""
-    found = [f"{kind} {fraction:.0%}" for kind, fraction in report["canaries_found"].items()]
-    return WORDS.format(**report, bound=min(1, 3 / report["synthetic_cases"]),
-                        planted=", ".join(found) or "none were planted")
 
 
 def audit_cases(args, state, facts):
@@ -347,45 +315,40 @@ def audit_cases(args, state, facts):
 
 def audit_folder(args, denoiser, state, settings):
     """Search a folder of synthetic cases for copies of training cases: the named pairs, words and
-    verdict on the screen, audit.json, pairs.png; with --mark the figures, without names of training
-    cases, go into the sidecars and DATASHEET.md. Exit 1 where the verdict is a leak."""
-    cases, out = nifti.find_cases(args.audit), Path(args.out)
+    verdict on the screen, audit.json, pairs.png; the figures, without names of training cases, go
+    into the sidecars and DATASHEET.md. Exit 1 where the verdict is a leak."""
+    cases = nifti.find_cases(args.audit)
     facts = [writing.synthetic_facts(case) for case in cases]
     if files.file_hash(state["file"]) not in {row["CheckpointSHA256"] for row in facts}:
         print(f"note: part C is about {args.checkpoint}, with which no case was made")
     real, training, hashes = zip(*audit_cases(args, state, facts))
-    related = torch.zeros(len(cases), len(real), dtype=torch.bool)
-    for i, row in enumerate(facts):
-        origin = {row["LabelMapSHA256"], row["BrainSHA256"]}
-        related[i] = torch.tensor([not origin.isdisjoint(digests) for digests in hashes])
+    origins = [{row["LabelMapSHA256"], row["BrainSHA256"]} for row in facts]
+    related = [bool(origin & digests) for origin, digests in itertools.product(origins, hashes)]
+    related = torch.tensor(related).view(len(cases), len(real))
     grid = state["resolution"], state["fov"], state["condition"]
     synthetic = audit_slices(slices.prepare_case(case, *grid) for case in cases)
     pool = audit_slices(slices.prepare_case(case, *grid) for case in real)
     # coarse anatomy is there after ten calls
     settings = {**settings, "coherence": 0.0, "steps": min(settings["steps"], 10)}
     report, pairs = audit(synthetic, related, pool, torch.tensor(training), state["condition"],
-                          args.canaries, denoiser, settings)
-    rows, shown = [], []
-    for i, p, j in pairs:
-        score, at = report["scores"][i], AUDIT_POSITIONS[p]
-        rows.append({"synthetic": cases[i].case, "slice": at, "training": real[j].case,
-                     "score": score, "named": score > LIMIT})
-        shown.append([*synthetic[0][i, p], None, *pool[0][j, p]])
-        if score > LIMIT:
-            print(f"copy: {cases[i].case} at {at:+.1f} of the brain's height is too near to "
-                  f"{real[j].case} ({score:.1f} robust standard deviations)")
-    report |= {"words": audit_words(report), "condition": state["condition"], "pairs": rows}
-    files.write_json(out / "audit.json", report)
+                          denoiser, settings)
+    scores = report["scores"]
+    rows = [{"synthetic": cases[i].case, "slice": AUDIT_POSITIONS[p], "training": real[j].case,
+             "score": scores[i], "named": scores[i] > LIMIT} for i, p, j in pairs]
+    for row in rows[:report["copies"]]:
+        print("copy: {synthetic} at {slice:+.1f} of the brain's height is too near to {training} "
+              "({score:.1f} robust standard deviations)".format(**row))
+    report |= {"condition": state["condition"], "pairs": rows}
+    files.write_json(f"{args.out}/audit.json", report)
     titles, few = [*bs.MODALITIES, "", *bs.MODALITIES], max(3, min(12, report["copies"]))
-    pictures.plot_rows(out / "pairs.png", shown[:few], titles, state["condition"],
+    shown = [[*synthetic[0][i, p], None, *pool[0][j, p]] for i, p, j in pairs[:few]]
+    pictures.plot_rows(f"{args.out}/pairs.png", shown, titles, state["condition"],
                        f"SYNTHETIC on the left, nearest training cases ({state['data']}) right")
     print(report["words"].replace(". ", ".\n") + f"\nverdict: {report['verdict']}")
-    if args.mark:
-        for case, row in zip(cases, facts):
-            row["Audit"] = {name: report[name] for name in MARKED}
-            files.write_json(case.folder / f"{case.case}.json", row)
-        writing.write_datasheet(args.audit)
-        print(f"wrote: the audit into {len(cases)} sidecars and {args.audit}/DATASHEET.md")
-    print(f"wrote: {out / 'audit.json'}\nwrote: {out / 'pairs.png'}")
+    for case, row in zip(cases, facts):
+        row["Audit"] = {name: report[name] for name in MARKED}
+        files.write_json(case.folder / f"{case.case}.json", row)
+    writing.write_datasheet(args.audit)
+    print(f"wrote: {args.out}/audit.json, {args.out}/pairs.png, the audit in {args.audit}")
     if report["verdict"] == "leak":
-        sys.exit(1)
+        raise SystemExit(1)

@@ -8,7 +8,7 @@ SOURCES
               BraTS 2023 Metrics
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -206,8 +206,7 @@ def prepare_blind(cases, resolution, fov):
     prepare_case returns when it cannot see the labels."""
     for case in cases:
         scans = {name: path for name, path in case.files.items() if name != "seg"}
-        blind = nifti.Case(case.case, scans, case.modern)
-        got = slices.prepare_case(blind, resolution, fov, "tumour")
+        got = slices.prepare_case(replace(case, files=scans), resolution, fov, "tumour")
         yield case, got, nifti.read_labels(case)[0]
 
 

@@ -23,10 +23,7 @@ ARMS = {"real": (None, True, "standard", ()),
         "real + strong augmentation": (None, True, "strong", ("real",)),
         "synthetic": ("synthetic", False, "standard", ("real",)),
         "real + synthetic": ("synthetic", True, "standard", ("real", "real + strong augmentation")),
-        "real + balanced": ("balanced", True, "standard", ("real + synthetic",)),
-        "generated": ("generated", False, "standard", ()),
-        "real + generated": ("generated", True, "standard", ("real", "real + synthetic")),
-        "real + generated, flat": ("flat", True, "standard", ("real + generated",))}
+        "real + balanced": ("balanced", True, "standard", ("real + synthetic",))}
 COLUMNS = *bs.REGIONS, "small ET"
 
 
@@ -49,32 +46,25 @@ def hashes_of_all(cases):
     return sorted(digest for case in cases for digest in slices.hashes_of(case))
 
 
-def make_sets(args, cases, out):
-    """Train a generator on these real Cases alone and sample sets with it -> {name: folder}:
+def make_sets(args, cases, held, out):
+    """Train a generator on these real Cases alone and sample sets with it -> {name: their Cache}:
     "synthetic" from their edited label maps, "balanced" from the same with ET volumes spread evenly
-    over 2 to 40 mL, where a map has ET; with --label-steps "generated" from label maps of a
-    generator of labels that was trained on these cases alone, and "flat" from such with ET volumes
-    spread evenly. What is there already is kept. The commands are printed: anyone can type them."""
+    over 2 to 40 mL, where a map has ET. What is there already is kept. The commands are printed:
+    anyone can type them. held: see synthetic_cache."""
     files.write_json(out / "split.json", {"train": sorted(case.case for case in cases)})
     here, data = [shlex.quote(str(path)) for path in (out, args.data or cases[0].folder.parent)]
-    chance = f"--device {args.device} --seed {args.seed}"
-    split = f"--split {here}/split.json {chance}" + " --skip-bad" * args.skip_bad
-    train = (f"train_ddpm.py --data {data} {split} --resolution {args.resolution} "
-             f"--fov {args.fov} --sample-every 0")
-    sets = {"synthetic": f"--labels {data} --part train {split} --edit random"}
+    split = f"--split {here}/split.json --device {args.device} --seed {args.seed}"
+    split += " --skip-bad" * args.skip_bad
+    sets = {"synthetic": "--edit random"}
     if any((nifti.read_labels(case)[0] == 3).any() for case in cases):
-        sets["balanced"] = f"{sets['synthetic']} --balance ET --range 2 40"
+        sets["balanced"] = "--edit random --balance ET --range 2 40"
     if not (out / "ddpm/closing.json").exists():
-        run_command(f"{train} --steps {args.generator_steps} --out {here}/ddpm")
-    if args.label_steps:
-        generated = f"--label-checkpoint {here}/labels {chance} --request"
-        sets |= {"generated": f"{generated} ''", "flat": f"{generated} et=2..40"}
-        if not (out / "labels/fine/closing.json").exists():
-            run_command(f"{train} --generate labels --steps {args.label_steps} --out {here}/labels")
+        run_command(f"train_ddpm.py --data {data} {split} --resolution {args.resolution} --fov "
+                    f"{args.fov} --steps {args.generator_steps} --sample-every 0 --out {here}/ddpm")
     for name, words in sets.items():
-        run_command(f"sample.py --checkpoint {here}/ddpm {words} --count {args.made} "
-                    f"--steps {args.calls} --out {here}/{name}")
-    return {name: out / name for name in sets}
+        run_command(f"sample.py --checkpoint {here}/ddpm --labels {data} --part train {split} "
+                    f"{words} --count {args.made} --steps {args.calls} --out {here}/{name}")
+    return {name: synthetic_cache(out / name, held, args)[0] for name in sets}
 
 
 def run_command(command):
@@ -100,12 +90,21 @@ def study_sizes(args, patients, tests):
     return sizes
 
 
+def read_json(path):
+    """What a file of a study holds. BadInput where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise bs.BadInput(f"{path}: damaged ({error}); choose another --out") from error
+
+
 def require_settings(args, settings):
-    """Write settings.json of a study. BadInput where the folder holds a study with others."""
+    """Write settings.json of a study. BadInput where the folder holds a study with others, or the
+    file is damaged."""
     path, free = Path(args.out) / "settings.json", ("device", "seeds", "patients", "skip_bad")
-    kept = runs.kept_arguments(args)
-    settings |= {name: kept[name] for name in kept if name not in free}
-    if path.exists() and json.loads(path.read_text()) != settings:
+    flags = runs.kept_arguments(args).items()
+    settings |= {name: value for name, value in flags if name not in free}
+    if path.exists() and read_json(path) != settings:
         raise bs.BadInput(f"{args.out} is a study with other settings; choose another --out")
     files.write_json(path, settings)
 
@@ -128,25 +127,23 @@ def study(args, split, device, fit, source):
     prepared, results = list(metrics.prepare_blind(test, args.resolution, args.fov)), {}
     for size in sizes:
         rows = np.where(np.isin(real.of_rows("patient"), order[:size]))[0]
-        caches, here = {"synthetic": given}, out / f"patients_{size:03d}"
-        if not args.synthetic:
-            cases = [case for case in train if case.patient in order[:size]]
-            sets = make_sets(args, cases, here)
-            caches = {name: synthetic_cache(path, held, args)[0] for name, path in sets.items()}
+        cases = [case for case in train if case.patient in order[:size]]
+        here = out / f"patients_{size:03d}"
+        caches = {"synthetic": given} if given else make_sets(args, cases, held, here)
         for arm, (name, with_real, augment, _) in ARMS.items():
             if name and name not in caches:
                 continue
             sources = [source(real, rows)] if with_real else []
             if name:
-                synthetic, chosen = caches[name], caches[name].part("train")
-                sources.insert(0, source(synthetic, chosen, args.synthetic_share))
+                chosen = caches[name].part("train")
+                sources.insert(0, source(caches[name], chosen, args.synthetic_share))
             for seed in range(args.seeds):
                 path = here / f"{arm.replace(' ', '_')}-{seed}.json"
                 if not path.exists():
                     changed = {**vars(args), "seed": args.seed + seed, "augment": augment}
                     segmenter, _ = fit(argparse.Namespace(**changed), sources, real, device)
                     files.write_json(path, {"rows": segmenter.evaluate(prepared, full=False)})
-                tested = json.loads(path.read_text())["rows"]
+                tested = read_json(path)["rows"]
                 dice = [row["dice"] for row in tested]
                 results.setdefault((size, arm), []).append(dice)
                 print(f"{size} patients, {arm}, seed {seed}: Dice {np.mean(dice):.3f}", flush=True)

@@ -119,8 +119,8 @@ def write_sample(args, recipe, prepared, images, state, facts):
     if condition == "ventricles":
         voxel = abs(np.linalg.det(affine[:3, :3])) / 1000
         volumes["ventricles"] = float((classes == names.index("ventricles")).sum() * voxel)
-    trained_on = {*state["trained_on"], *(recipe.model.trained_on if recipe.model else ())}
-    data = state["data"], recipe.model.data if recipe.model else "phantoms"
+    trained_on = {*state["trained_on"], *(recipe.model.state["trained_on"] if recipe.model else ())}
+    data = state["data"], recipe.model.state["data"] if recipe.model else "phantoms"
     facts = {**facts, **dict(zip(("LabelMapSHA256", "BrainSHA256"), prepared["hashes"])),
              "EditsApplied": recipe.edit,
              "UsedInTraining": not trained_on.isdisjoint(prepared["hashes"]),

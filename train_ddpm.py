@@ -168,7 +168,7 @@ def train(args, device):
              "data": "phantoms" if only_phantoms and not args.label_maps else "patients"}
     if args.generate == "images":
         return learn(args, device, "ddpm", Images(args, cache), facts)
-    data = label_training.heads_to_learn(args, cache)
+    data = label_training.LabelData(args, cache)
     # in random order and rounded: no row leads back to a case
     order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
     digits = [2 if name == "sphericity" else 1 for name in requests.ASKED]

@@ -8,8 +8,6 @@ case_names(step)         the cases that the batch of this step came from
 picture(denoiser, step)  sample_STEP.png: what has been learned so far
 report(denoiser, run)    samples.png and the figures at the end; run has .step and .seconds
 """
-import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,53 +37,81 @@ def read_label_maps(folder, outlines, step, seed=0):
     the brain has its centre at BRATS_CENTRE. BadInput names a file that cannot be read or holds
     other values, and a folder without such files.
     """
-    paths = [path for path in sorted(Path(folder).rglob("[!.]*"))
-             if path.name.endswith((".nii", ".nii.gz"))]
+    paths = sorted([*Path(folder).rglob("[!.]*.nii"), *Path(folder).rglob("[!.]*.nii.gz")])
     if not paths:
         raise bs.BadInput(f"{folder}: holds no label map; expected NIfTI files (.nii.gz or .nii)")
-    volumes, hashes, kept, total = [], [], 0, 0
     order = torch.randint(len(outlines), (len(paths),), generator=bs.generator(seed, "outlines"))
-    for path, brain in zip(paths, outlines[order] > 0):
-        volume, affine = nifti.read_nifti(path)
-        labels = nifti.standard_labels(volume, False, path)
+    brains, maps, hashes = outlines[order] > 0, [], []
+    for path, brain in zip(paths, brains):
+        labels, affine = nifti.read_labels(nifti.Case(path.name, {"seg": path}, modern=False))
         hashes.append(slices.case_hashes(labels, brain.numpy())[0])
         labels, spacing = slices.to_slices(labels), nifti.spacing_of(affine)[::-1]  # along D, H, W
         size = spacing * labels.shape
         centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
         matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
                     for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
-        labels = torch.from_numpy(requests.resample(labels, 4, matrices))
-        total += int((labels > 0).sum())
-        kept += int((brain & (labels > 0)).sum())
-        volumes.append(brain * torch.where(labels > 0, labels + 1, 1).to(torch.uint8))
-    names = [path.name.removesuffix(".gz").removesuffix(".nii") for path in paths]
-    return torch.stack(volumes), names, hashes, 1 - kept / max(total, 1)
+        maps.append(torch.from_numpy(requests.resample(labels, 4, matrices)))
+    labels = torch.stack(maps)
+    volumes = brains * (labels + 1)
+    lost = 1 - int((volumes > 1).sum()) / max(int((labels > 0).sum()), 1)
+    return volumes, [path.name.split(".nii")[0] for path in paths], hashes, lost
 
 
-@dataclass
 class LabelData:
-    """The heads that both networks learn from. args: of the command line."""
-    args: argparse.Namespace
-    cases: list                 # names of the N training cases
-    hashes: list                # see case_hashes
-    heads: torch.Tensor         # uint8 (M, D, R, R): N training heads, then relatives, N at a time
-    shown: torch.Tensor         # uint8: heads that pictures and figures compare with
-    shown_are: str              # "held-out" or "training"
+    """The heads that both networks learn from: the training cases of a cache, or the maps of
+    --label-maps in their outlines, and moved copies of them, --relatives in all. args: of the
+    command line. BadInput where no map is left.
 
-    def __post_init__(self):
-        self.step_mm = self.args.fov / self.args.resolution                     # mm a voxel
-        self.names = bs.CONDITIONS[self.args.condition]
-        self.asked = self.measure(self.heads)                                   # (M, len(ASKED))
-        self.fractions = requests.block_fractions(self.heads, len(self.names))  # (M, D', K, r, r)
+    cases       names of the N training cases
+    hashes      see case_hashes
+    heads       uint8 (M, D, R, R): N training heads, then relatives, N at a time
+    asked       (M, len(ASKED)), their characteristics
+    fractions   (M, D', K, r, r), their blocks
+    shown       uint8: heads that pictures and figures compare with
+    shown_are   "held-out" or "training"
+    """
+
+    def __init__(self, args, cache):
+        self.args, self.names = args, bs.CONDITIONS[args.condition]
+        self.step_mm = step = args.fov / args.resolution                        # mm a voxel
+        depth = args.resolution * 3 // 4
+        tall = [c["case"] for c in cache.cases if c["count"] * c["thickness"] > depth * step]
+        if tall:
+            print(f"note: {len(tall)} heads ({tall[0]} for one) are cut at {depth * step:.0f} mm")
+        train = requests.label_volumes(cache, ("train",), depth)
+        held_out = requests.label_volumes(cache, ("val", "test"), depth)
+        self.cases = [case["case"] for case in cache.cases if case["part"] == "train"]
+        self.hashes = cache.hashes("train")
+        if args.label_maps:
+            maps, names, hashes, lost = read_label_maps(args.label_maps, train, step, args.seed)
+            dice = requests.nearest_tumour(maps, held_out, args.condition)
+            keep = [i for i in range(len(maps)) if not dice[i] > 0.8]           # NaN: no other
+            print(f"label maps: {len(maps)} in outlines of training cases, {lost:.1%} of tumours "
+                  f"cut off; {len(maps) - len(keep)} show the tumour of a held-out case: left out")
+            if not keep:
+                raise bs.BadInput(f"{args.label_maps}: no map is left; add others")
+            train, self.cases = maps[keep], [names[i] for i in keep]
+            self.hashes = sorted({*self.hashes, *(hashes[i] for i in keep)})
+        relatives = [requests.move_volumes(train, (args.seed, "moves", i))
+                     for i in range(1, args.relatives // len(train))]
+        self.heads = torch.cat([train, *relatives])
+        self.shown = (held_out if len(held_out) else train)[:12]
+        self.shown_are = "held-out" if len(held_out) else "training"
+        self.asked = self.measure(self.heads)
+        self.fractions = requests.block_fractions(self.heads, len(self.names))
 
     def measure(self, volumes):
         """Characteristics of label maps int (N, D, R, R) -> (N, len(ASKED))."""
         return torch.stack([requests.characteristics(classes.long(), self.args.condition,
                                                      self.step_mm) for classes in volumes])
 
-    def case_names(self, heads):
-        """Names of the cases that these heads, int (B,), are or are relatives of."""
-        return [self.cases[i % len(self.cases)] for i in heads]
+    def draw(self, function, args, count, *networks, **settings):
+        """What sample_blocks or sample_labels makes of the characteristics of the first `count`
+        shown heads. args: of this network's run."""
+        model = requests.LabelGenerator(*networks, args.condition, self.step_mm, self.asked)
+        sampling = {**bs.SAMPLING, "guidance": args.guidance}
+        return torch.stack([function(model, wanted, (args.seed, "shown", i), sampling, **settings)
+                            for i, wanted in enumerate(self.measure(self.shown[:count]))])
 
     def report(self, args, run, real, sampled, figures):
         """The end of a run: samples.png, classes of `shown` heads beside those sampled with their
@@ -98,44 +124,13 @@ class LabelData:
                            "sampler_calls": bs.SAMPLING["steps"], **figures})
 
 
-def heads_to_learn(args, cache):
-    """LabelData from a cache: the training cases, or the maps of --label-maps in their outlines,
-    and moved copies of them, --relatives in all. BadInput where no map is left."""
-    depth, step_mm = args.resolution * 3 // 4, args.fov / args.resolution
-    train = requests.label_volumes(cache, ("train",), depth)
-    held_out = requests.label_volumes(cache, ("val", "test"), depth)
-    cases = [case["case"] for case in cache.cases if case["part"] == "train"]
-    hashes = cache.hashes("train")
-    height = depth * step_mm
-    tall = [case["case"] for case in cache.cases if case["count"] * case["thickness"] > height]
-    if tall:
-        print(f"note: {len(tall)} heads ({tall[0]} for one) are cut off at {height:.0f} mm, three "
-              "quarters of --fov")
-    if args.label_maps:
-        maps, names, map_hashes, lost = read_label_maps(args.label_maps, train, step_mm, args.seed)
-        dice = requests.nearest_tumour(maps, held_out, args.condition)
-        keep = [i for i in range(len(maps)) if not dice[i] > 0.8]               # NaN: no other
-        print(f"label maps: {len(maps)} in outlines of {len(train)} training cases, {lost:.1%} of "
-              f"the tumours cut off; {len(maps) - len(keep)} show the tumour of a validation or "
-              "test case (Dice above 0.8): left out", flush=True)
-        if not keep:
-            raise bs.BadInput(f"{args.label_maps}: no map is left; add others")
-        train, cases = maps[keep], [names[i] for i in keep]
-        hashes = sorted({*hashes, *(map_hashes[i] for i in keep)})
-    relatives = [requests.move_volumes(train, (args.seed, "moves", i))
-                 for i in range(1, args.relatives // len(train))]
-    shown, shown_are = (held_out, "held-out") if len(held_out) else (train, "training")
-    return LabelData(args, cases, hashes, torch.cat([train, *relatives]), shown[:12], shown_are)
-
-
 def compare(names, asked, got):
     """Mean error and rank correlation of the named columns of (N, len(ASKED)), as a dict; columns
     without a number are left out."""
     figures = {}
     for name, a, b in zip(names, asked.T, got.T):
-        known = ~torch.isnan(a + b)
-        if known.any():
-            a, b = a[known], b[known]
+        a, b = torch.stack([a, b])[:, ~torch.isnan(a + b)]
+        if len(a):
             figures[f"{name}_error"] = (a - b).abs().mean().item()
             figures[f"{name}_rank_correlation"] = metrics.rank_correlation(a.tolist(), b.tolist())
     return figures
@@ -143,9 +138,8 @@ def compare(names, asked, got):
 
 def with_levels(learner, t, x0, eps, onehot, scalars):
     """A batch of Heads or Voxels with the noise levels and the prior of t, see the module."""
-    alpha_bar = bs.cosine_alpha_bar(learner.args.shift)
-    return (t, x0, eps, onehot, scalars, *bs.signal_sigma(alpha_bar, t),
-            *bs.expected(learner.prior, onehot, scalars[:, 0]))
+    levels = bs.signal_sigma(bs.cosine_alpha_bar(learner.args.shift), t)
+    return t, x0, eps, onehot, scalars, *levels, *bs.expected(learner.prior, onehot, scalars[:, 0])
 
 
 def draw_progress(args, step, volumes):
@@ -163,9 +157,8 @@ class Heads:
         self.x0 = requests.head_pictures(data.fractions)                        # (M, D' K, r, r)
         self.network = {"channels": self.x0.shape[1], "classes": 0,
                         "scalars": 1 + len(requests.ASKED), "patch": 1, "fine": 48}
-        self.prior = requests.label_prior(data.fractions)
-        self.words = (f"blocks of {len(data.cases)} training heads and of "
-                      f"{len(data.heads) - len(data.cases)} relatives")
+        self.prior = requests.label_prior(self.x0)
+        self.words = f"blocks of {len(data.heads)} heads, {len(data.cases)} of them not moved"
 
     def rows(self, step):
         """The heads in the batch of this step, int (B,)."""
@@ -174,7 +167,7 @@ class Heads:
 
     def case_names(self, step):
         """Names of the cases in the batch of this step."""
-        return self.data.case_names(self.rows(step))
+        return [self.data.cases[i % len(self.data.cases)] for i in self.rows(step)]
 
     def batch(self, step):
         """The batch of a training step, see the module."""
@@ -183,18 +176,12 @@ class Heads:
         t, eps, keep, _, mirror = bs.training_noise(seed, step, x0.shape, self.args.drop)
         x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
         asked[:, requests.ASKED.index("x")] *= torch.where(mirror, -1.0, 1.0)
-        chance = torch.rand(len(x0), 2 + len(requests.ASKED),
-                            generator=bs.generator(seed, "open", step))
-        asked[requests.open_entries(chance) | (keep == 0)[:, None]] = torch.nan
+        asked[(keep == 0)[:, None] | requests.open_entries(len(x0), seed, step)] = torch.nan
         return with_levels(self, t, x0, eps, x0[:, :0], requests.head_scalars(asked))
 
     def sample(self, denoiser, count):
         """Blocks sampled with the characteristics of the first `count` shown heads."""
-        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
-        return torch.stack([
-            requests.sample_blocks(denoiser, self.args.condition, self.data.step_mm, wanted,
-                                   (self.args.seed, "shown", i), settings)
-            for i, wanted in enumerate(self.data.measure(self.data.shown[:count]))])
+        return self.data.draw(requests.sample_blocks, self.args, count, denoiser, None)
 
     def picture(self, denoiser, step):
         """sample_STEP.png: three heads in blocks."""
@@ -222,8 +209,7 @@ class Voxels:
         tumour = data.fractions[:, :, -len(bs.LABELS):].sum((2, 3, 4)).flatten()[rows] > 0
         self.with_tumour, self.without = rows[tumour], rows[~tumour]
         channels = requests.BLOCK * len(data.names)
-        self.network = {"channels": channels, "classes": channels,
-                        "scalars": 1 + len(requests.UNSEEN)}
+        self.network = {"channels": channels, "classes": channels, "scalars": 3}  # of slab_scalars
         self.prior = {"shares": torch.tensor(0.1)}
         self.words = f"{len(rows)} slabs of {len(data.heads)} heads"
 
@@ -235,36 +221,31 @@ class Voxels:
 
     def case_names(self, step):
         """Names of the cases in the batch of this step."""
-        return self.data.case_names(self.rows(step)[0])
+        return [self.data.cases[i % len(self.data.cases)] for i in self.rows(step)[0]]
 
     def batch(self, step):
         """The batch of a training step, see the module."""
         seed, data = self.args.seed, self.data
         heads, index = [torch.from_numpy(part) for part in self.rows(step)]
-        volumes = data.heads.unflatten(1, (self.slabs, requests.BLOCK))
-        classes = volumes[heads, index].long()                                  # (B, BLOCK, R, R)
-        onehot = bs.one_hot(classes.flatten(0, 1), len(data.names))
-        x0 = requests.to_slabs(2 * onehot[None] - 1, requests.BLOCK)            # (B, BLOCK K, R, R)
+        # (B, BLOCK, R, R)
+        classes = data.heads.unflatten(1, (self.slabs, requests.BLOCK))[heads, index].long()
+        # (B, BLOCK K, R, R)
+        x0 = 2 * bs.one_hot(classes, len(data.names)).transpose(1, 2).flatten(1, 2) - 1
         blocks = requests.slab_fractions(data.fractions[heads], index)          # the same shape
         t, eps, _, _, mirror = bs.training_noise(seed, step, x0.shape, 0.0)
         x0, blocks = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part)
                       for part in (x0, blocks)]
-        chance = torch.rand(len(x0), len(requests.ASKED),
-                            generator=bs.generator(seed, "open", step))
-        wanted = torch.where(chance < 0.3, torch.nan, data.asked[heads])
-        scalars = requests.slab_scalars(index, self.slabs, wanted)
-        return with_levels(self, t, x0, eps, blocks, scalars)
+        asked = data.asked[heads]
+        chance = torch.rand(asked.shape, generator=bs.generator(seed, "open", step))
+        asked[chance < 0.3] = torch.nan
+        return with_levels(self, t, x0, eps, blocks,
+                           requests.slab_scalars(index, self.slabs, asked))
 
     def sample(self, denoiser, count):
         """Label maps sampled with the characteristics of the first `count` shown heads."""
-        args, data = self.args, self.data
-        coarse, _ = runs.load_generator(Path(args.out).parent / "coarse", denoiser.device,
-                                        kind="labels")
-        model = requests.LabelGenerator(coarse, denoiser, args.condition, data.step_mm, data.asked)
-        settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([
-            requests.sample_labels(model, wanted, (args.seed, "shown", i), settings, drafts=1)
-            for i, wanted in enumerate(data.measure(data.shown[:count]))])
+        folder = Path(self.args.out).parent / "coarse"
+        coarse, _ = runs.load_generator(folder, denoiser.device, kind="labels")
+        return self.data.draw(requests.sample_labels, self.args, count, coarse, denoiser, drafts=1)
 
     def picture(self, denoiser, step):
         """sample_STEP.png: three heads."""
@@ -275,10 +256,9 @@ class Voxels:
         are to the heads learned from."""
         condition, data = self.args.condition, self.data
         sampled = self.sample(denoiser, len(data.shown))
-        near, near_shown = [requests.nearest_tumour(volumes, data.heads, condition)
-                            for volumes in (sampled, data.shown)]
-        if data.shown_are == "training":
-            near_shown = near_shown * torch.nan
+        others = data.heads if data.shown_are == "held-out" else data.heads[:0]
+        near = requests.nearest_tumour(sampled, data.heads, condition)
+        near_shown = requests.nearest_tumour(data.shown, others, condition)
         data.report(self.args, run, data.shown, sampled, {
             **compare(requests.ASKED, data.measure(data.shown), data.measure(sampled)),
             **judging.judge_labels(sampled, data.shown, condition, data.step_mm),

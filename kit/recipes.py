@@ -39,7 +39,7 @@ class Recipe:
 
     def prepare(self, resolution, fov, condition):
         """Label map, outline and scans on the model's grid, as slices.prepare_case returns them;
-        without scans (images None) where the label map is generated."""
+        where the label map is generated, what requests.prepare_labels returns."""
         if self.case:
             return slices.prepare_case(self.case, resolution, fov, condition, self.relabel)
         classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
@@ -113,8 +113,8 @@ def requested_labels(args, device, state):
         asked = {name: round(wanted[name], 2) for name in args.request}
         facts = {"LabelMaps": "generated", "Edits": {}, "Requested": asked,
                  "RequestedML": {name: ml for name, ml in asked.items() if name in VOLUMES},
-                 "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.patients,
-                 "LabelCheckpointSHA256": model.digest}
+                 "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.state["patients"],
+                 "LabelCheckpointSHA256": model.state["digest"]}
         yield Recipe((args.seed, number), facts, model=model, request=request)
 
 

@@ -18,7 +18,6 @@ SOURCES
               BraTS 2023 Metrics
 """
 import hashlib
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ from kit import edits, files, metrics, runs, slices
 ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
 IS_VOLUME = torch.tensor([name in (*bs.LABELS, "ventricles") for name in ASKED])
 SPHERICITY, LESIONS = ASKED.index("sphericity"), ASKED.index("lesions")
-UNSEEN = [SPHERICITY, LESIONS]          # entries that blocks show badly or not at all
 BLOCK = 4                               # voxels a side of a block; slices of a slab
 # The sampler leaves a little of every class everywhere. A fraction below LEAST_FRACTION becomes 0,
 # and so does a label where neither the block nor one of its 26 neighbours reaches SURE_FRACTION.
@@ -74,8 +72,8 @@ def volumes_and_place(fractions, condition, spacing):
     len(ASKED)) that hold the volumes and the place of the tumour, the rest NaN. The place is the
     centre of mass of the tumour minus that of the head; NaN without a tumour."""
     tumour, head = fractions[:, :, -len(bs.LABELS):].sum(2), 1 - fractions[:, :, 0]
-    axes = [torch.arange(float(n)) for n in tumour.shape[1:]]
-    at = torch.stack(torch.meshgrid(*axes, indexing="ij"))                      # (3, D, H, W)
+    # the place of every cell, (3, D, H, W)
+    at = torch.stack(torch.meshgrid(*map(torch.arange, head.shape[1:]), indexing="ij")).float()
 
     def centre(mass):                           # (N, D, H, W) -> slice, row and column, (3, N)
         return torch.einsum("ndhw,adhw->an", mass, at) / mass.sum((1, 2, 3))
@@ -97,11 +95,10 @@ def characteristics(classes, condition, step):
     onehot = bs.one_hot(classes, len(bs.CONDITIONS[condition]))                 # (D, K, H, W)
     out = volumes_and_place(onehot[None], condition, step)[0]
     tumour = bs.tumour_labels(classes, condition) > 0
-    out[LESIONS] = 0.0
+    sizes = torch.bincount(metrics.components(tumour).flatten())[1:]
+    out[LESIONS] = (sizes * step ** 3 >= 50).sum()
     if tumour.any():
         box = tuple(slice(int(at.min()), int(at.max()) + 1) for at in torch.where(tumour))
-        sizes = torch.bincount(metrics.components(tumour[box]).flatten())[1:]
-        out[LESIONS] = (sizes * step ** 3 >= 50).sum()
         out[SPHERICITY] = sphericity(tumour[box])
     return out
 
@@ -126,12 +123,12 @@ def scaled(wanted):
 
 
 def distance(measured, wanted, weight=1.0):
-    """Squared distance of characteristics (N, len(ASKED)) from a request (len(ASKED),), summed over
-    its entries after `scaled` -> (N,). Entries left open do not count; a wanted entry that was not
-    measured, as the place without a tumour, counts 4. weight: of the entries, a number or
+    """Squared distance of characteristics (..., len(ASKED)) from a request (len(ASKED),), summed
+    over its entries after `scaled` -> (...). Entries left open do not count; a wanted entry that
+    was not measured, as the place without a tumour, counts 4. weight: of the entries, a number or
     (len(ASKED),)."""
     off = torch.nan_to_num((scaled(measured) - scaled(wanted)) ** 2, nan=4.0)
-    return (off * ~torch.isnan(wanted) * weight).sum(1)
+    return (off * ~torch.isnan(wanted) * weight).sum(-1)
 
 
 def centred_tumour(classes, condition):
@@ -149,19 +146,17 @@ def nearest_tumour(volumes, others, condition):
     best = torch.full((len(volumes),), torch.nan)
     if not len(others):
         return best
-    known = torch.stack([centred_tumour(version, condition) for other in others
-                         for version in (other, other.flip(-1))]).flatten(1)    # (2 M, D R R)
-    sizes, counts = known.sum(1), known.to(torch.uint8)
+    both_ways = torch.stack([others, others.flip(-1)], 1).flatten(0, 1)
+    known = torch.stack([centred_tumour(other, condition) for other in both_ways])
+    sizes = known.sum((1, 2, 3))                                                # (2 M,)
     for i, classes in enumerate(volumes):
         tumour = centred_tumour(classes, condition)
-        if not tumour.any():
-            continue
-        dice = 2 * counts[:, tumour.flatten()].sum(1) / (sizes + tumour.sum())
-        close = dice.topk(min(5, len(known))).indices
-        moved = torch.stack([tumour.roll(by, (0, 1, 2)).flatten()
-                             for by in itertools.product((-1, 0, 1), repeat=3)])
-        overlap = (known[close][:, None] & moved).sum(2).amax(1)                # (5,)
-        best[i] = (2 * overlap / (sizes[close] + tumour.sum())).max()
+        if tumour.any():
+            dice = 2 * known[:, tumour].sum(1) / (sizes + tumour.sum())
+            close = dice.topk(min(5, len(known))).indices
+            padded = F.pad(known[close].float(), (1,) * 6, mode="circular")
+            overlap = F.conv3d(padded[:, None], tumour.float()[None, None])     # (5, 1, 3, 3, 3)
+            best[i] = (2 * overlap.amax((1, 2, 3, 4)) / (sizes[close] + tumour.sum())).max()
     return best
 
 
@@ -182,15 +177,15 @@ def label_volumes(cache, parts, depth):
     Slices are resampled by majority of what a new slice covers; the case lies in the middle, air
     above and below."""
     cases = [case for case in cache.cases if case["part"] in parts]
-    size, n_classes = cache.meta["resolution"], len(cache.meta["classes"])
+    size = cache.meta["resolution"]
     volumes = torch.zeros(len(cases), depth, size, size, dtype=torch.uint8)
     for volume, case in zip(volumes, cases):
-        rows = cache.rows[case["first"]:case["first"] + case["count"]]
-        classes = np.reshape([row[-1] for row in rows], (-1, size, size))
+        count = case["count"]
         ratio = cache.meta["fov"] / size / case["thickness"]
-        start = (len(classes) - depth * ratio) / 2
-        weights = slices.area_weights(len(classes), depth, start, ratio)
-        volume.copy_(torch.from_numpy(resample(classes, n_classes, [weights])))
+        weights = slices.area_weights(count, depth, (count - depth * ratio) / 2, ratio)
+        rows = cache.rows[case["first"]:case["first"] + count]
+        classes = np.reshape([row[-1] for row in rows], (-1, size, size))
+        volume[:] = torch.from_numpy(resample(classes, len(cache.meta["classes"]), [weights]))
     return volumes
 
 
@@ -208,36 +203,22 @@ def move_volumes(volumes, key):
     def uniform(*shape):                        # -1..1, (B, *shape)
         return torch.rand(batch, *shape, generator=g) * 2 - 1
 
-    angles = uniform(3) * math.radians(MOVES["rotate"])
     skew = torch.zeros(batch, 3, 3)                                             # about z, y, x
-    skew[:, [1, 0, 0], [2, 2, 1]] = -angles
-    skew[:, [2, 2, 1], [1, 0, 0]] = angles
+    skew[:, [2, 2, 1], [1, 0, 0]] = uniform(3) * math.radians(MOVES["rotate"])
     stretch = torch.exp(uniform(3) * MOVES["scale"])
     stretch[:, 0] *= uniform().sign()                                           # left for right
     # affine_grid counts x, y, z in half volumes
     voxels = torch.tensor(size[::-1], dtype=torch.float32)
-    turn = torch.matrix_exp(skew) * stretch[:, None] * voxels / voxels[:, None]
+    turn = torch.matrix_exp(skew - skew.mT) * stretch[:, None] * voxels / voxels[:, None]
     shift = 2 * MOVES["shift"] * uniform(3)[:, :, None]
     grid = F.affine_grid(torch.cat([turn, shift], 2), (batch, 1, *size), align_corners=False)
     bend = torch.randn(batch, 3, 4, 5, 5, generator=g) * 2 * MOVES["bend"]
     bend = F.interpolate(bend, size, mode="trilinear", align_corners=True).movedim(1, -1)
-    moved = F.grid_sample(volumes[:, None].float(), grid + bend, mode="nearest",
-                          align_corners=False)
+    moved = F.grid_sample(volumes[:, None].float(), grid + bend, "nearest", align_corners=False)
     return moved[:, 0].to(torch.uint8)
 
 
 # -------------------------------------------------------------- what the networks take and give ---
-
-def to_slabs(x, size):
-    """Volumes of channels (B, D, K, H, W) -> `size` slices as one picture, (B * D / size, size * K,
-    H, W)."""
-    return x.unflatten(1, (-1, size)).flatten(2, 3).flatten(0, 1)
-
-
-def from_slabs(x, size, depth):
-    """The inverse of to_slabs; depth is that of a volume, D."""
-    return x.unflatten(0, (-1, depth // size)).unflatten(2, (size, -1)).flatten(1, 2)
-
 
 def block_fractions(volumes, n_classes):
     """Fraction of every class in each block: int (B, D, R, R) -> float (B, D / BLOCK, K, R / BLOCK,
@@ -261,25 +242,25 @@ def head_pictures(fractions):
     """Class fractions (N, D', K, r, r) in 0..1 -> x0 of the coarse network, 2 sqrt(fraction) - 1,
     (N, D' K, r, r). The root lets a small fraction stand out from the sampler's noise, and turns
     noise around 0 into next to nothing."""
-    return to_slabs(2 * fractions.sqrt() - 1, fractions.shape[1])
+    return (2 * fractions.sqrt() - 1).flatten(1, 2)
 
 
-def label_prior(fractions, floor=0.1):
-    """The prior of the coarse network, see `expected`: class fractions (N, D', K, r, r) -> mean and
-    std of head_pictures for every class and block over the heads and their mirror images, as a
-    dict: "atlas" (2, 1, D' K, r, r), "classes" (2, 1, D' K), its mean over a picture. std is at
-    least `floor`: a tumour may come where none was seen."""
-    x = head_pictures(fractions)
-    x = torch.cat([x, x.flip(-1)])
-    atlas = torch.stack([x.mean(0), x.std(0).clamp(min=floor)])[:, None]
+def label_prior(x0):
+    """The prior of the coarse network, see `expected`: x0 (N, D' K, r, r) from head_pictures ->
+    mean and std for every class and block over the heads and their mirror images, as a dict:
+    "atlas" (2, 1, D' K, r, r), "classes" (2, 1, D' K), its mean over a picture. std is at least
+    0.1: a tumour may come where none was seen."""
+    x = torch.cat([x0, x0.flip(-1)])
+    atlas = torch.stack([x.mean(0), x.std(0).clamp(min=0.1)])[:, None]
     return {"classes": atlas.mean((3, 4)), "atlas": atlas}
 
 
-def open_entries(chance):
-    """Entries of a request that training leaves open: chance (B, 2 + len(ASKED)), uniform in 0..1
-    -> bool (B, len(ASKED)). In one half of the requests a random number of entries, from none to
-    all. In the other half everything but the volumes, and each volume with probability 1/2: people
-    ask for one or two volumes most of the time."""
+def open_entries(count, seed, step):
+    """Entries that training leaves open in `count` requests: bool (count, len(ASKED)). In one half
+    of the requests a random number of entries, from none to all. In the other half everything but
+    the volumes, and each volume with probability 1/2: people ask for one or two volumes most of the
+    time. Seed and training step decide."""
+    chance = torch.rand(count, 2 + len(ASKED), generator=bs.generator(seed, "open", step))
     volumes_only, level, each = chance.split((1, 1, len(ASKED)), 1)
     return torch.where(volumes_only < 0.5, ~IS_VOLUME | (each > 0.5), each > level)
 
@@ -294,7 +275,7 @@ def slab_scalars(index, slabs, wanted):
     """Scalars of the fine network (B, 3): position -1..1 of slab number index (B,) of `slabs`, then
     sphericity and lesions of the request (B, len(ASKED)), which blocks show badly or not at all."""
     position = (index + 0.5) / slabs * 2 - 1
-    return torch.cat([position[:, None], scaled(wanted)[:, UNSEEN]], 1)
+    return torch.cat([position[:, None], scaled(wanted)[:, [SPHERICITY, LESIONS]]], 1)
 
 
 # ------------------------------------------------------------------------------------- requests ---
@@ -333,35 +314,31 @@ def requested(request, number, count, seed):
 def require_condition(condition, wanted):
     """BadInput unless label maps of `condition` can be turned into those of `wanted`."""
     if wanted not in (condition, "tumour"):
-        raise bs.BadInput(f"the label generator makes {condition}, not {wanted} as the image "
-                          f"generator; train it with --generate labels --condition {wanted}")
+        raise bs.BadInput(f"labels lack {wanted}; retrain: --generate labels --condition {wanted}")
 
 
 def prepare_labels(classes, condition, step, resolution, fov, wanted):
-    """A generated label map in the form that prepare_case returns, without images: classes int64
-    (D, R, R) of `condition`, cubic voxels of `step` mm -> cubic voxels of fov / resolution mm,
-    classes of the condition `wanted`. BadInput where that asks for tissue and there is none."""
+    """A generated label map in the form that prepare_case returns, without what is made from scans:
+    classes int64 (D, R, R) of `condition`, cubic voxels of `step` mm -> cubic voxels of
+    fov / resolution mm, classes of the condition `wanted`. BadInput where it asks for tissue and
+    there is none."""
     require_condition(condition, wanted)
     if wanted != condition:
-        labels = bs.tumour_labels(classes, condition)
-        classes = torch.where(labels > 0, labels + 1, classes.clamp(max=1))
+        classes = classes.clamp(max=1) + bs.tumour_labels(classes, condition)
     spacing = fov / resolution
     ratio = spacing / step
-    depth = round(len(classes) / ratio)
     matrices = []
-    for have, size in zip(classes.shape, (depth, resolution, resolution)):
+    for have, size in zip(classes.shape, (round(len(classes) / ratio), resolution, resolution)):
         start = (have - size * ratio) / 2
         matrices.append(slices.area_weights(have, size, start, ratio) if ratio >= 1 else
                         slices.linear_weights(size, have, -start / ratio, 1 / ratio))
     classes = resample(classes.numpy(), len(bs.CONDITIONS[wanted]), matrices)
-    position = slices.brain_position(classes, "the generated labels show no brain; train the label "
-                                     "generator longer")
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = -np.array([resolution - 1, resolution - 1, depth - 1]) / 2 * spacing
-    labels = slices.from_slices(bs.tumour_labels(classes, wanted)).astype(np.uint8)
+    position = slices.brain_position(classes, "generated labels show no brain; train them longer")
+    labels = slices.from_slices(bs.tumour_labels(classes, wanted))
     brain = slices.from_slices(classes > 0)
-    return {"images": None, "classes": classes, "position": position, "labels": labels,
-            "brain": brain, "hashes": slices.case_hashes(labels, brain), "cut": 0.0,
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = (1 - np.array(brain.shape)) / 2 * spacing
+    return {"classes": classes, "position": position, "hashes": slices.case_hashes(labels, brain),
             "grid": slices.Grid(brain.shape, affine, resolution, (0.0, 0.0), (1.0, 1.0))}
 
 
@@ -375,42 +352,37 @@ class LabelGenerator:
     condition: str
     step: float                                 # mm a voxel
     measured: torch.Tensor                      # (N, len(ASKED)), of the heads trained on
-    trained_on: list = ()                       # hashes of their cases
-    data: str = "phantoms"                      # or "patients"
-    patients: int = 0
-    digest: str = ""                            # of both files of weights
+    state: dict | None = None                   # see load_label_generator
 
 
 def load_label_generator(folder, device):
     """The LabelGenerator of a run's folder, which holds "coarse" and "fine", or of a folder of
-    published weights, "coarse.npz" and "fine.npz". BadInput where one is missing, or the two come
-    from different runs: other cases, condition, resolution or fov."""
-    def load(part):
-        path = Path(folder) / part
-        return runs.load_generator(path if path.exists() else path.with_suffix(".npz"), device,
-                                   kind="labels")
-
-    (coarse, state), (fine, other) = load("coarse"), load("fine")
+    published weights, "coarse.npz" and "fine.npz". Its state is the coarse network's checkpoint and
+    "digest", a hash of both files. BadInput where one is missing, or the two come from different
+    runs: other cases, condition, resolution or fov."""
+    suffix = "" if Path(folder, "coarse").exists() else ".npz"
+    (coarse, state), (fine, other) = [runs.load_generator(Path(folder, part), device, kind="labels")
+                                      for part in ("coarse" + suffix, "fine" + suffix)]
     for name in ("trained_on", "condition", "resolution", "fov"):
         if state[name] != other[name]:
             raise bs.BadInput(f"{folder}: both networks must be of one run ({name} differs)")
     digests = files.file_hash(state["file"]) + files.file_hash(other["file"])
+    state["digest"] = hashlib.sha256(digests.encode()).hexdigest()
     return LabelGenerator(coarse, fine, state["condition"], state["fov"] / state["resolution"],
-                          torch.tensor(state["measured"]), state["trained_on"], state["data"],
-                          state["patients"], hashlib.sha256(digests.encode()).hexdigest())
+                          torch.tensor(state["measured"]), state)
 
 
-def fill_volumes(wanted, known, key, near=0.05):
+def fill_volumes(wanted, known, key):
     """A request (len(ASKED),) with its open volumes filled by those of one training head: known
-    (N, len(ASKED)), the characteristics of training heads. The head is drawn from the fraction
-    `near` of them that are most like the request, or from all if nothing is asked for. So the
-    volumes of many generated heads are spread like those of patients; the coarse network alone
-    makes tumours too small. Heads without a tumour are drawn only if nothing is asked of the
-    tumour, or lesions=0; et=0 asks for a tumour without ET."""
+    (N, len(ASKED)), the characteristics of training heads. The head is drawn from the 5% of them
+    that are most like the request, or from all if nothing is asked for. So the volumes of many
+    generated heads are spread like those of patients; the coarse network alone makes tumours too
+    small. Heads without a tumour are drawn only if nothing is asked of the tumour, or lesions=0;
+    et=0 asks for a tumour without ET."""
     is_open, has_tumour = torch.isnan(wanted), known[:, :3].sum(1) > 0
     if not is_open[:-1].all() and wanted[LESIONS] != 0 and has_tumour.any():
         known = known[has_tumour]
-    count = len(known) if is_open.all() else max(1, round(near * len(known)))
+    count = len(known) if is_open.all() else max(1, round(0.05 * len(known)))
     lot = int(torch.randint(count, (1,), generator=bs.generator(*key, "lot")))
     head = known[distance(known, wanted).argsort(stable=True)[lot]]
     return torch.where(is_open & IS_VOLUME, head, wanted)
@@ -424,32 +396,29 @@ def refill(fractions):
     return torch.cat([air, rest * ((1 - air) / rest.sum(-3, keepdim=True))], -3)
 
 
-def sample_blocks(denoiser, condition, step, wanted, key, settings=bs.SAMPLING,
-                  candidates=CANDIDATES, weight=1.0):
-    """One head in blocks: request float (len(ASKED),) -> class fractions (D', K, r, r), sum 1.
-    `candidates` heads are sampled and cleaned, see LEAST_FRACTION; the one with the least distance
-    to the request is kept. A class of which 0 mL are wanted is removed. denoiser: of the coarse
-    network; step: mm a voxel; key, settings: see sample_labels; weight: see distance."""
-    shape = candidates, *denoiser.prior["atlas"].shape[2:]                      # (N, D' K, r, r)
-    no_labels = torch.zeros(candidates, 0, *shape[2:])
+def sample_blocks(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATES, weight=1.0):
+    """One head in blocks: a LabelGenerator, of which the coarse network is used, request float
+    (len(ASKED),) -> class fractions (D', K, r, r), sum 1. `candidates` heads are sampled and
+    cleaned, see LEAST_FRACTION; the one with the least distance to the request is kept. A class of
+    which 0 mL are wanted is removed. key, settings: see sample_labels; weight: see distance."""
+    mean = model.coarse.prior["atlas"][0].expand(candidates, -1, -1, -1)        # (N, D' K, r, r)
 
     def noise(step):
-        return torch.randn(shape, generator=bs.generator(*key, "blocks", step))
+        return torch.randn(mean.shape, generator=bs.generator(*key, "blocks", step))
 
-    x = bs.sample_guided(denoiser, no_labels, head_scalars(wanted.expand(candidates, -1)), noise,
-                         settings)
-    depth = shape[-1] * 3 // 4
-    fractions = ((from_slabs(x, depth, depth) + 1) / 2).clamp(1e-6, 1) ** 2
+    scalars = head_scalars(wanted.expand(candidates, -1))
+    x = bs.sample_guided(model.coarse, mean[:, :0], scalars, noise, settings)
+    x = x.unflatten(1, (-1, len(bs.CONDITIONS[model.condition])))               # (N, D', K, r, r)
+    fractions = ((x + 1) / 2).clamp(1e-6, 1) ** 2
     fractions = fractions / fractions.sum(2, keepdim=True)
-    entries = volume_entries(condition)
+    entries = volume_entries(model.condition)
     labels = fractions[:, :, -len(entries):]
-    nearby = F.max_pool3d(labels.movedim(2, 1), 3, 1, 1).movedim(1, 2)
-    labels *= nearby >= SURE_FRACTION
+    # the largest fraction of a block and its neighbours
+    labels *= F.max_pool3d(labels.movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_FRACTION
     fractions = refill(fractions)
-    largest = fractions.amax(2, keepdim=True)
-    fractions[(fractions < LEAST_FRACTION) & (fractions < largest)] = 0
+    fractions[fractions < LEAST_FRACTION] = 0
     fractions = fractions / fractions.sum(2, keepdim=True)
-    measured = block_characteristics(fractions, condition, step)
+    measured = block_characteristics(fractions, model.condition, model.step)
     best = fractions[distance(measured, wanted, weight).argmin()]
     best[:, -len(entries):][:, wanted[entries] == 0] = 0
     return refill(best)
@@ -497,8 +466,7 @@ def settle(scores, voxels):
     fractions = torch.cat([air, rest * (1 - air) / rest.sum(1, keepdim=True)], 1)
     base, classes = fractions[:, :first].max(1)
     labels, others = fractions.tensor_split([-n_labels], 1)[::-1]
-    inside = labels.sum(1)
-    tumour = largest(inside / others.amax(1) - 0.1, voxels[-n_labels:].sum())
+    tumour = largest(labels.sum(1) / others.amax(1) - 0.1, voxels[-n_labels:].sum())
     tumour &= F.avg_pool3d(tumour.float()[None], 3, 1, 1)[0] * 27 > 1.5
     for k in range(first, first + len(voxels) - n_labels):
         ventricles = (fractions[:, k] / base - 0.1) * ~tumour
@@ -513,8 +481,7 @@ def settle(scores, voxels):
 def sample_draft(model, wanted, key, settings, candidates, weight):
     """One label map from both networks: blocks, voxels, settle; see sample_labels. wanted: request
     with its volumes filled; weight: see distance."""
-    fractions = sample_blocks(model.coarse, model.condition, model.step, wanted, key, settings,
-                              candidates, weight)
+    fractions = sample_blocks(model, wanted, key, settings, candidates, weight)
     slabs, index = len(fractions), torch.arange(len(fractions))
     # (D', BLOCK K, R, R)
     onehot = slab_fractions(fractions.expand(slabs, *fractions.shape), index)
@@ -524,11 +491,8 @@ def sample_draft(model, wanted, key, settings, candidates, weight):
         return torch.randn(onehot.shape, generator=bs.generator(*key, "voxels", step))
 
     x = bs.sample_guided(model.fine, onehot, scalars, noise, {**settings, "guidance": 1.0})
-    entries = volume_entries(model.condition)
-    voxels = (wanted[entries].double() * 1000 / model.step ** 3).float()
-    in_blocks = fractions.sum((0, 2, 3))[-len(entries):] * BLOCK ** 3
-    voxels = torch.where(torch.isnan(voxels), in_blocks, voxels)
-    return settle(from_slabs(x, BLOCK, BLOCK * slabs)[0], voxels)
+    voxels = wanted[volume_entries(model.condition)].double() * 1000 / model.step ** 3
+    return settle(x.unflatten(1, (BLOCK, -1)).flatten(0, 1), voxels.float())
 
 
 def sample_labels(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATES, drafts=DRAFTS):
@@ -541,15 +505,13 @@ def sample_labels(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATE
     """
     asked = ~torch.isnan(wanted)
     weight = torch.where(asked, 1.0, 0.1)       # volumes that fill_volumes adds count a tenth
-    best, least = None, math.inf
+    found = []
     for i in range(drafts):
         draft_key = (*key, i) if i else key
         filled = fill_volumes(wanted, model.measured, draft_key)
         classes = sample_draft(model, filled, draft_key, settings, candidates, weight)
-        measured = characteristics(classes, model.condition, model.step)
-        off = float(distance(measured[None], filled, weight))
-        if off < least:
-            best, least = classes, off
+        off = float(distance(characteristics(classes, model.condition, model.step), filled, weight))
+        found.append((off, i, classes))
         if not asked.any() or off < NEAR * (1 + asked.sum()):
             break
-    return best
+    return min(found)[2]

@@ -119,7 +119,7 @@ class Slabs:
         asked = data.asked[rows]
         asked[keep == 0] = torch.nan
         x0 = torch.stack([2 * bs.one_hot(head.long(), self.k) - 1 for head in data.heads[rows]])
-        x0 = requests.to_slabs(x0, requests.BLOCK)
+        x0 = x0.unflatten(1, (self.slabs, -1)).flatten(2, 3).flatten(0, 1)   # (B D', BLOCK K, R, R)
         below = ((x0 + 1) / 2).unflatten(0, (-1, self.slabs)).roll(1, 1)
         below[:, 0] = 0
         onehot = below.flatten(0, 1) if self.way == "neighbour" else x0[:, :0]
@@ -154,7 +154,7 @@ class Slabs:
             scores = self.sample_part(denoiser, scalars[first:first + size], below,
                                       (0, number, first))
             parts.append(scores.unflatten(1, (requests.BLOCK, self.k)).argmax(2).flatten(0, 1))
-            below = requests.to_slabs(bs.one_hot(parts[-1], self.k)[None], requests.BLOCK)[-1:]
+            below = bs.one_hot(parts[-1][-requests.BLOCK:], self.k).flatten(0, 1)[None]
         return torch.cat(parts)
 
     def report(self, denoiser, run):
@@ -184,7 +184,7 @@ def train_way(way, args, out):
     cases, split = checks.find_data(flags)
     cache = slices.build_cache(cases, out.parent / "cache", flags.resolution, flags.fov,
                                flags.condition, split)
-    data, bs.UNet = label_training.heads_to_learn(flags, cache), VolumeUNet
+    data, bs.UNet = label_training.LabelData(flags, cache), VolumeUNet
     facts = {"condition": flags.condition, "classes": list(data.names), "modalities": [],
              "resolution": flags.resolution, "fov": flags.fov, "data": "bench",
              "trained_on": data.hashes, "measured": data.asked.tolist(),
@@ -268,7 +268,7 @@ def volumes_of(args, model):
     cache = slices.build_cache(cases, Path(args.out) / "cache", flags.resolution, flags.fov,
                                flags.condition, split)
     volumes = requests.label_volumes(cache, ("train", "val", "test"), flags.resolution * 3 // 4)
-    seen = torch.tensor([not set(model.trained_on).isdisjoint(case["hashes"])
+    seen = torch.tensor([not set(model.state["trained_on"]).isdisjoint(case["hashes"])
                          for case in cache.cases])
     step = flags.fov / flags.resolution
     if seen.all() or not seen.any() or step != model.step:

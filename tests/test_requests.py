@@ -57,8 +57,13 @@ def as_scores(classes):
 
 def coarse_denoiser(fractions):
     """What sample_blocks needs of a denoiser beside its predictions."""
-    return SimpleNamespace(prior=requests.label_prior(fractions),
+    return SimpleNamespace(prior=requests.label_prior(requests.head_pictures(fractions)),
                            alpha_bar=bs.cosine_alpha_bar(0.5))
+
+
+def generator(coarse, known=None):
+    """A LabelGenerator with this coarse network, trained on heads with these characteristics."""
+    return requests.LabelGenerator(coarse, None, "tumour", STEP, known)
 
 
 def test_volumes_are_ml_of_each_label():
@@ -204,14 +209,6 @@ def test_ranges_are_flat_and_their_orders_differ():
     assert not torch.equal(got[:, 2], wanted(1)[:, 2])
 
 
-def test_slabs_are_the_way_there_and_back():
-    """Slices in order, a volume at a time."""
-    x = torch.randn(2, 12, 5, 3, 3)
-    slabs = requests.to_slabs(x, 4)
-    assert slabs.shape == (6, 20, 3, 3) and torch.equal(requests.from_slabs(slabs, 4, 12), x)
-    assert torch.equal(slabs[0, :5], x[0, 0]) and torch.equal(slabs[1, :5], x[0, 4])
-
-
 def test_blocks_hold_fractions_of_classes():
     """They sum to 1, and to the same volume as the voxels."""
     volumes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head()])
@@ -231,8 +228,8 @@ def test_a_slab_is_conditioned_on_its_blocks():
     whole = torch.nn.functional.interpolate(fractions.movedim(2, 1), scale_factor=requests.BLOCK,
                                             mode="trilinear")[0]
     got = requests.slab_fractions(fractions.expand(12, -1, -1, -1, -1), torch.arange(12))
-    assert torch.allclose(requests.from_slabs(got, requests.BLOCK, 48)[0], whole.movedim(1, 0),
-                          atol=1e-5)
+    slices_of_head = got.unflatten(1, (requests.BLOCK, 5)).flatten(0, 1)
+    assert torch.allclose(slices_of_head, whole.movedim(1, 0), atol=1e-5)
     mean, std = bs.expected({"shares": torch.tensor(0.1)}, got, torch.zeros(12))
     assert torch.allclose(mean, 2 * got - 1)
     assert std.min() >= 0.1 and torch.isclose(std.max(), torch.tensor(1.0))
@@ -241,8 +238,8 @@ def test_a_slab_is_conditioned_on_its_blocks():
 def test_the_prior_of_heads_is_their_mean():
     """Left and right alike; no spread under the floor; the same whatever is asked for."""
     fractions = requests.block_fractions(torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]), 5)
-    prior = requests.label_prior(fractions)
-    mean, std = [requests.from_slabs(part, 12, 12)[0] for part in prior["atlas"]]
+    prior = requests.label_prior(requests.head_pictures(fractions))
+    mean, std = prior["atlas"][:, 0].unflatten(1, (12, 5))
     roots = fractions.sqrt().mean(0)                                        # (D', K, r, r)
     assert torch.allclose((mean + 1) / 2, (roots + roots.flip(-1)) / 2, atol=1e-5)
     assert torch.allclose(mean, mean.flip(-1), atol=1e-6) and std.min() == 0.1
@@ -270,8 +267,8 @@ def test_the_candidate_nearest_to_the_request_is_kept():
     """A network that predicts the prior: with more candidates the head is nearer to the request;
     open entries do not matter; the key decides."""
     volumes = torch.stack([head((3 + i, (24.0, 32.0, 20.0 + 2 * i), 3)) for i in range(6)])
-    prior, alpha_bar = requests.label_prior(requests.block_fractions(volumes, 5)), \
-        bs.cosine_alpha_bar(0.5)
+    x0 = requests.head_pictures(requests.block_fractions(volumes, 5))
+    prior, alpha_bar = requests.label_prior(x0), bs.cosine_alpha_bar(0.5)
 
     class PriorAlone:
         def __init__(self):
@@ -283,7 +280,7 @@ def test_the_candidate_nearest_to_the_request_is_kept():
                                    *bs.expected(prior, onehot, scalars[:, 0]))
 
     def blocks(number, candidates):
-        return requests.sample_blocks(PriorAlone(), "tumour", STEP, request(ET=30), (0, number),
+        return requests.sample_blocks(generator(PriorAlone()), request(ET=30), (0, number),
                                       {**bs.SAMPLING, "steps": 3}, candidates)
 
     errors = {1: [], 8: []}
@@ -303,8 +300,8 @@ def test_a_head_without_tumour_has_no_place(monkeypatch):
     heads = torch.stack([head(), head((6, (24.0, 32.0, 24.0), 3))])
     fractions = requests.block_fractions(heads, 5)
     monkeypatch.setattr(bs, "sample", lambda *args: requests.head_pictures(fractions))
-    got = requests.sample_blocks(coarse_denoiser(fractions), "tumour", STEP, request(x=-40), (0,),
-                                 candidates=2)
+    model = generator(coarse_denoiser(fractions))
+    got = requests.sample_blocks(model, request(x=-40), (0,), candidates=2)
     x = requests.block_characteristics(got[None], "tumour", STEP)[0, X]
     assert torch.allclose(x, torch.tensor(24.0), atol=2)
 
@@ -317,12 +314,12 @@ def test_a_little_of_a_label_is_none(monkeypatch):
     faint[0, 6, [1, 4], 4, 11] = torch.tensor([0.85, 0.15])                 # ET far from all other
     faint[0, 6, [1, 3], 10, 4] = torch.tensor([0.85, 0.15])                 # ED, the same
     monkeypatch.setattr(bs, "sample", lambda *args: requests.head_pictures(faint))
-    denoiser = coarse_denoiser(full)
-    got = requests.sample_blocks(denoiser, "tumour", STEP, request(), (0,), candidates=1)
+    model = generator(coarse_denoiser(full))
+    got = requests.sample_blocks(model, request(), (0,), candidates=1)
     assert got[6, 4, 4, 11] == 0 and got[:, 3].sum() == 0
     assert torch.allclose(got.sum(1), torch.ones(12, 16, 16))
     assert got[:, 4].sum() == pytest.approx(float(full[0, :, 4].sum()), rel=0.15)
-    got = requests.sample_blocks(denoiser, "tumour", STEP, request(ET=0), (0,), candidates=1)
+    got = requests.sample_blocks(model, request(ET=0), (0,), candidates=1)
     assert got[:, 4].sum() == 0
 
 
@@ -336,16 +333,16 @@ def test_the_volume_asked_for_is_settled(monkeypatch):
     scores[:, 4] = et * (truth > 1)
     scores[:, 3] = (1 - et) * (truth > 1)
     fractions = requests.block_fractions(truth[None], 5)[0]
-    slabs = requests.to_slabs(2 * scores[None] - 1, requests.BLOCK)
+    slabs = (2 * scores - 1).unflatten(0, (-1, requests.BLOCK)).flatten(1, 2)
     monkeypatch.setattr(requests, "sample_blocks", lambda *args: fractions)
     monkeypatch.setattr(bs, "sample_guided", lambda *args: slabs)
-    model = requests.LabelGenerator(None, None, "tumour", STEP, request()[None])
+    model = generator(None, request(NCR=0, ED=50, ET=7)[None])
     volumes = {}
-    for ml in (math.nan, 0.0, 3.0, 15.0):
+    for ml in (0.0, 3.0, 15.0):
         got = measured(requests.sample_labels(model, request(ED=57.0 - ml, ET=ml), (0,)))
         volumes[ml] = got["ET"]
         assert got["ET"] + got["ED"] == pytest.approx(57, abs=1)
-    assert list(volumes.values()) == [pytest.approx(7, rel=0.1), 0, pytest.approx(3, rel=0.2),
+    assert list(volumes.values()) == [0, pytest.approx(3, rel=0.2),
                                       pytest.approx(15, rel=0.1)], volumes
 
 
@@ -403,13 +400,12 @@ def test_the_networks_get_the_request_filled_and_candidates_are_chosen_by_it(mon
         return 2 * onehot - 1 if onehot.shape[1] else requests.head_pictures(fractions)
 
     monkeypatch.setattr(bs, "sample_guided", sampled)
-    model = requests.LabelGenerator(coarse_denoiser(fractions), None, "tumour", STEP,
-                                    request(NCR=0, ED=15, ET=90)[None])
+    model = generator(coarse_denoiser(fractions), request(NCR=0, ED=15, ET=90)[None])
     got = requests.sample_labels(model, request(ET=24), (0,), candidates=2)
     (_, of_coarse), (of_fine, _) = seen[:2]
     filled = requests.scaled(request(NCR=0, ED=15, ET=24))
     assert torch.allclose(of_coarse[0, 1:].nan_to_num(), filled.nan_to_num())
-    et = requests.from_slabs(of_fine, requests.BLOCK, 48)[0, :, 4].sum() * STEP ** 3 / 1000
+    et = of_fine.unflatten(1, (requests.BLOCK, 5))[:, :, 4].sum() * STEP ** 3 / 1000
     assert et < 29 and measured(got)["ET"] == pytest.approx(24, rel=0.1)
 
 
@@ -441,7 +437,7 @@ def test_drafts_are_sampled_until_one_is_as_asked(monkeypatch):
         return head(*lesions[:min(len(keys), 3)])
 
     monkeypatch.setattr(requests, "sample_draft", draft)
-    model = requests.LabelGenerator(None, None, "tumour", STEP, request()[None])
+    model = generator(None, request()[None])
     assert measured(requests.sample_labels(model, request(), (5,)))["lesions"] == 1
     assert keys == [(5,)]
     for count, drafts in ((1, 1), (2, 2), (9, 4)):
@@ -506,9 +502,9 @@ def test_a_voxel_that_stands_alone_is_brain():
 def test_what_training_leaves_open():
     """Half of all requests are a volume or two alone; in the others anything from none to all is
     open."""
-    chance = torch.rand(4000, 2 + len(requests.ASKED))
-    is_open = requests.open_entries(chance)
+    is_open = requests.open_entries(4000, 0, 1)
     volumes = torch.tensor([name in (*bs.LABELS, "ventricles") for name in requests.ASKED])
+    chance = torch.rand(4000, 2 + len(requests.ASKED), generator=bs.generator(0, "open", 1))
     few = chance[:, 0] < 0.5
     assert is_open[few][:, ~volumes].all()
     assert 0.45 < is_open[few][:, volumes].float().mean() < 0.55
@@ -695,7 +691,7 @@ def test_labels_are_brought_to_the_grid_of_images(resolution, fov):
     got = requests.prepare_labels(classes, "tumour", STEP, resolution, fov, "tumour")
     ml = abs(np.linalg.det(got["grid"].affine[:3, :3])) / 1000
     for label in (2, 3):
-        assert (got["labels"] == label).sum() * ml == pytest.approx(
+        assert (got["classes"] == label + 1).sum() * ml == pytest.approx(
             (classes == label + 1).sum().item() * 0.027, rel=0.15)
     assert got["classes"].shape[1:] == (resolution, resolution)
     with_brain = np.where((got["classes"] > 0).any((1, 2)))[0]
@@ -871,7 +867,7 @@ def test_heads_that_do_not_fit_are_named(phantom_folder, tmp_path, capsys):
         args = train_ddpm.parse_arguments(f"--generate labels --resolution 32 --fov {fov} "
                                           "--relatives 2".split())
         cache = slices.build_cache(cases, tmp_path, 32, args.fov, "tumour")
-        label_training.heads_to_learn(args, cache)
+        label_training.LabelData(args, cache)
         assert ("heads (" in capsys.readouterr().out) == tall
 
 
@@ -884,7 +880,7 @@ def test_label_maps_are_learned(work):
     status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY,
                               "--label-maps", "maps", "--out", "runs/maps", "--batch", 4)
     assert status == 0 and "label maps: 2 in outlines of" in said, said
-    assert "0 show the tumour of a validation" in said, said
+    assert "0 show the tumour of a held-out case" in said, said
     state = runs.load_checkpoint(folder / "runs/maps/fine", "labels")
     plain = runs.load_checkpoint(folder / "runs/labels/fine", "labels")
     assert state["patients"] == plain["patients"] + 2
@@ -904,9 +900,9 @@ def test_label_maps_of_held_out_cases_are_left_out(phantom_folder, tmp_path, cap
     (tmp_path / "maps").mkdir()
     nib.save(nib.Nifti1Image(labels, affine), tmp_path / "maps/held-out.nii.gz")
     with pytest.raises(bs.BadInput, match="maps: no map is left"):
-        label_training.heads_to_learn(args, cache)
+        label_training.LabelData(args, cache)
     write_label_map(tmp_path / "maps/new.nii.gz", brats_map(), mm=(5, 5, 5))
-    data = label_training.heads_to_learn(args, cache)
+    data = label_training.LabelData(args, cache)
     assert data.cases == ["new"] and "1 show the tumour" in capsys.readouterr().out
 
 
@@ -956,7 +952,7 @@ def test_ventricles_go_all_the_way(work):
     assert np.array_equal(bs.tumour_labels(classes, "ventricles"), labels) and not findings
     status, said = run_script(folder, "sample.py", "--checkpoint", "runs/fluid", "--request",
                               "et=5", "--out", "no")
-    assert status == 2 and "train it with --generate labels --condition ventricles" in said, said
+    assert status == 2 and "retrain: --generate labels --condition ventricles" in said, said
 
 
 @pytest.mark.slow

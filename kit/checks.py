@@ -33,7 +33,7 @@ def refuse_synthetic(cases):
     patients it was made from, and a figure on it says nothing about real scans."""
     for case in cases:
         if is_synthetic(case.folder):
-            raise bs.BadInput(f"{case.folder}: synthetic; use real cases, and this by --synthetic")
+            raise bs.BadInput(f"{case.folder}: is synthetic; use real cases, or --synthetic for it")
 
 
 def fit_of_labels(scans, tumour, brain, spacing):

@@ -668,7 +668,7 @@ def test_tumour_outside_the_outline_is_cut_off(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ("damaged", "cannot be read"), ("scan", "label values from 0 to 900"),
+    ("damaged", "cannot be read"), ("scan", "labels 0 to 900"),
     ("cavity", "cavity"), ("none", "holds no label map")])
 def test_label_maps_that_are_none_are_refused(tmp_path, change, words):
     """By name: a file cut short, a scan, a cavity beside ET; and a folder without maps."""

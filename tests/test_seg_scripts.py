@@ -212,9 +212,9 @@ def test_real_cases_are_no_synthetic_ones_and_the_other_way_round(made):
     for data in ("synthetic", "stray"):                     # with sidecars, and by the header alone
         for script in ("train_seg.py", "train_ddpm.py"):
             text = run(folder, script, "--data", data, "--out", "runs/x", status=2)
-            assert "cases are synthetic" in text and "Traceback" not in text
+            assert "is synthetic; use real cases" in text and "Traceback" not in text
     text = run(folder, "sample.py", "--labels", "synthetic", "--out", "x", status=2)
-    assert "cases are synthetic" in text and "Traceback" not in text
+    assert "is synthetic; use real cases" in text and "Traceback" not in text
 
 
 def test_the_closed_loop_needs_no_labels(work, tmp_path):

@@ -8,7 +8,7 @@ SOURCES
               BraTS 2023 Metrics
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -206,7 +206,7 @@ def prepare_blind(cases, resolution, fov):
     prepare_case returns when it cannot see the labels."""
     for case in cases:
         scans = {name: path for name, path in case.files.items() if name != "seg"}
-        got = slices.prepare_case(replace(case, files=scans), resolution, fov, "tumour")
+        got = slices.prepare_case(case._replace(files=scans), resolution, fov, "tumour")
         yield case, got, nifti.read_labels(case)[0]
 
 

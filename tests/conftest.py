@@ -1,17 +1,18 @@
 """What several test files share: phantom cases on disk, made once, and a cache of them."""
+import fcntl
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+import brainsyn as bs
 from kit import nifti, phantoms, slices
 
+bs.SAMPLING["steps"] = 3                        # calls, where a test does not say how many
 pytest_plugins = ["hand_ins", "halves"]         # pytest --impl=student.py -m a1; two processes
-
-# How many times coarser than a scan phantoms are where a test needs files and not anatomy.
-SCALE = 2
 
 
 @pytest.fixture(autouse=True)
@@ -20,22 +21,31 @@ def fixed_chance():
     torch.manual_seed(0)
 
 
+@contextmanager
+def sole_maker(request, name):
+    """A folder of this name that both processes of the tests see, one at a time; the body fills
+    it."""
+    root = request.config.shared or request.getfixturevalue("tmp_path_factory").getbasetemp()
+    with open(Path(root, f"{name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(root, name)
+
+
 @pytest.fixture(scope="session")
-def phantom_folder(tmp_path_factory):
-    """Twelve phantom cases, both naming generations, both header orientations."""
-    folder = tmp_path_factory.mktemp("phantoms")
-    phantoms.make_phantoms(folder, 12)
+def phantom_folder(request):
+    """Six phantom cases, both naming generations, both header orientations: for anatomy and
+    thresholds."""
+    with sole_maker(request, "phantoms") as folder:
+        phantoms.make_phantoms(folder, 6)
     return folder
 
 
 @pytest.fixture(scope="session")
-def coarse_folder(request, tmp_path_factory):
-    """The same twelve on a coarse grid, which are read and made in a fraction of the time: for
-    tests of what is done with files, not of anatomy and thresholds."""
-    if SCALE == 1:
-        return request.getfixturevalue("phantom_folder")
-    folder = tmp_path_factory.mktemp("coarse")
-    phantoms.make_phantoms(folder, 12, scale=SCALE)
+def coarse_folder(request):
+    """Twelve on a coarse grid, which are read and made in a fraction of the time: for what is done
+    with files."""
+    with sole_maker(request, "coarse") as folder:
+        phantoms.make_phantoms(folder, 12, scale=2)
     return folder
 
 
@@ -55,7 +65,7 @@ def lay_phantoms(coarse_folder):
 def many_phantoms(coarse_folder, tmp_path_factory):
     """Forty-four of the coarse ones, the twelve among them."""
     folder = shutil.copytree(coarse_folder, tmp_path_factory.mktemp("many") / "A")
-    phantoms.make_phantoms(folder, 44, scale=SCALE)
+    phantoms.make_phantoms(folder, 44, scale=2)
     return folder
 
 

@@ -425,11 +425,11 @@ def test_many_findings_of_one_kind_are_one_line(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_one_patient_under_two_names_is_warned_of(phantom_folder, tmp_path):
+def test_one_patient_under_two_names_is_warned_of(coarse_folder, tmp_path):
     """The same head scanned again, with noise and another slice grid, is recognised among others;
     the others, however alike, are not."""
     folder = tmp_path / "data"
-    shutil.copytree(phantom_folder, folder)
+    shutil.copytree(coarse_folder, folder)
     twin = folder / "BraTS-PHA-99999-000"
     twin.mkdir()
     rng = np.random.default_rng(0)
@@ -483,11 +483,11 @@ def test_scans_alone_are_checked_without_labels(case_folder, capsys):
     assert left.value.code == 1
 
 
-def test_bad_cases_are_left_out_only_when_asked(phantom_folder, tmp_path, monkeypatch, capsys):
+def test_bad_cases_are_left_out_only_when_asked(coarse_folder, tmp_path, monkeypatch, capsys):
     """Without --skip-bad training does not begin; with it, they are named and counted. What was
     found is remembered of every case until one of its files changes."""
     folder, reads = tmp_path / "data", []
-    shutil.copytree(phantom_folder, folder)
+    shutil.copytree(coarse_folder, folder)
     paths = sorted(folder.glob("*/*t1ce*")) + sorted(folder.glob("*/*t1c.*"))
     flip_bit(paths[0])
     paths[-1].unlink()

@@ -88,12 +88,12 @@ def learned(folder):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, phantom_folder):
+def here(tmp_path, monkeypatch, coarse_folder):
     """An empty folder to work in, where the phantoms are there already; signal handlers are put
     back."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/phantoms").mkdir(parents=True)
-    os.symlink(phantom_folder, tmp_path / "runs/phantoms/A")
+    os.symlink(coarse_folder, tmp_path / "runs/phantoms/A")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     for number, handler in handlers.items():
@@ -101,11 +101,11 @@ def here(tmp_path, monkeypatch, phantom_folder):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, phantom_folder):
+def straight(tmp_path_factory, coarse_folder):
     """An undisturbed run of thirty steps; the folder it lies in."""
     folder = tmp_path_factory.mktemp("straight")
     (folder / "runs/phantoms").mkdir(parents=True)
-    os.symlink(phantom_folder, folder / "runs/phantoms/A")
+    os.symlink(coarse_folder, folder / "runs/phantoms/A")
     nursed(folder, "train_ddpm", 0, *SHORT)
     return folder
 

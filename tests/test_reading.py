@@ -22,9 +22,9 @@ def copy_case(case, folder, change=lambda name, image: image):
     return nifti.find_cases(folder)[0]
 
 
-def test_both_naming_generations_are_found(phantom_folder):
+def test_both_naming_generations_are_found(coarse_folder):
     """The default data mixes both, so that a first run already proves the reader."""
-    cases = nifti.find_cases(phantom_folder)
+    cases = nifti.find_cases(coarse_folder)
     assert len(cases) == 12 and {c.modern for c in cases} == {True, False}
     assert all(set(c.files) == {*bs.MODALITIES, "seg"} for c in cases)
     axes = {nib.aff2axcodes(nib.load(c.files["t1"]).affine) for c in cases}
@@ -79,9 +79,9 @@ def test_a_folder_without_cases_is_refused(tmp_path):
         nifti.find_cases(tmp_path)
 
 
-def test_a_fault_ends_a_search_unless_findings_are_wanted(phantom_folder, tmp_path):
+def test_a_fault_ends_a_search_unless_findings_are_wanted(coarse_folder, tmp_path):
     """find_cases raises the first fault; with a list of findings it leaves those cases out."""
-    folder = shutil.copytree(phantom_folder, tmp_path / "data")
+    folder = shutil.copytree(coarse_folder, tmp_path / "data")
     next(folder.rglob("*00004-000-t1c*")).unlink()
     with pytest.raises(bs.BadInput, match="BraTS-PHA-00004-000 has no t1ce"):
         nifti.find_cases(folder)
@@ -90,9 +90,9 @@ def test_a_fault_ends_a_search_unless_findings_are_wanted(phantom_folder, tmp_pa
     assert [finding.kind for finding in findings] == ["rejected"]
 
 
-def test_labels_that_are_not_wanted_are_not_read(phantom_folder, tmp_path):
+def test_labels_that_are_not_wanted_are_not_read(coarse_folder, tmp_path):
     """labelled=False: a case without labels is a case, and labels that are there are left out."""
-    folder = shutil.copytree(phantom_folder, tmp_path / "data")
+    folder = shutil.copytree(coarse_folder, tmp_path / "data")
     next(folder.rglob("*00004-000-seg*")).unlink()
     cases = nifti.find_cases(folder, labelled=False)
     assert len(cases) == 12 and all(set(case.files) == set(bs.MODALITIES) for case in cases)
@@ -268,10 +268,10 @@ def test_a_split_file_overrides(tmp_path):
         slices.split_patients(cases, path)
 
 
-def test_the_cache_is_reused_until_something_changes(phantom_folder, tmp_path, monkeypatch):
+def test_the_cache_is_reused_until_something_changes(coarse_folder, tmp_path, monkeypatch):
     """A case is read once, whatever the split; a touched file or a new case reads one case; another
     size reads all."""
-    folder = shutil.copytree(phantom_folder, tmp_path / "data")
+    folder = shutil.copytree(coarse_folder, tmp_path / "data")
     cases = nifti.find_cases(folder)[:6]
     prepare, reads = slices.prepare_case, []
 

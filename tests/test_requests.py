@@ -835,7 +835,7 @@ def test_networks_of_different_runs_are_refused(work, tmp_path):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--request", "et=12", "--labels", "runs/phantoms/A"],
-     "are three sources of label maps; name one"),
+     "only one of --request, --scan, --labels (or --edit)"),
     (["--request", "ventricles=12"],
      "train both networks with --condition ventricles"),
     (["--request", "volume=12"], "--request volume=12: cannot be asked for"),
@@ -878,7 +878,8 @@ def test_label_maps_are_learned(work):
     write_label_map(folder / "maps/a-seg.nii.gz", brats_map(), "LPS", (5, 5, 5))
     write_label_map(folder / "maps/b-seg.nii.gz", brats_map()[::-1], "RAS", (5, 5, 5))
     status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY,
-                              "--label-maps", "maps", "--out", "runs/maps", "--batch", 4)
+                              "--label-maps", "maps", "--out", "runs/maps", "--batch", 4,
+                              "--steps", 2)
     assert status == 0 and "label maps: 2 in outlines of" in said, said
     assert "0 show the tumour of a held-out case" in said, said
     state = runs.load_checkpoint(folder / "runs/maps/fine", "labels")
@@ -930,7 +931,7 @@ def test_label_benchmarks_run(work, lay_phantoms):
 def test_ventricles_go_all_the_way(work):
     """Labels with ventricles, and scans from them; they can be asked for and are measured; an image
     generator that wants them is not served by labels without."""
-    folder, more = work[0], [*TINY, "--resolution", 16, "--condition", "ventricles"]
+    folder, more = work[0], [*TINY, "--resolution", 16, "--steps", 2, "--condition", "ventricles"]
     for words in (["train_ddpm.py", *more, "--out", "runs/fluid"],
                   ["train_ddpm.py", "--generate", "labels", *more, "--out", "runs/labels_fluid"],
                   ["sample.py", "--checkpoint", "runs/fluid", "--label-checkpoint",

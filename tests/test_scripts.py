@@ -31,9 +31,10 @@ def run(folder, script, *arguments, status=0):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which `python train_ddpm.py` was run for twelve steps, and what it printed."""
-    folder = tmp_path_factory.mktemp("work")
+def trained(tmp_path_factory, lay_phantoms):
+    """A folder in which `python train_ddpm.py` was run for twelve steps, and what it printed. One
+    of the phantoms is made by the run."""
+    folder = lay_phantoms(tmp_path_factory.mktemp("work"), 7)
     return folder, run(folder, "train_ddpm.py", *SHORT, "--steps", "12")
 
 
@@ -207,8 +208,8 @@ def test_sampling_writes_whole_labelled_volumes(synthetic):
     for case, source in zip(cases, sources_of(folder)):
         scans, labels, affine = nifti.read_case(case)
         truth, truth_affine = nifti.read_nifti(source.files["seg"])
-        assert scans.shape == (4, 24, 24, 64)
-        assert np.allclose(affine[:3, :3], np.diag([8.0, 8.0, 2.4]))
+        assert scans.shape == (4, 24, 24, 32)
+        assert np.allclose(affine[:3, :3], np.diag([8.0, 8.0, 4.8]))
         head = nifti.read_nifti(source.files["t1"])[0] > 0
         assert np.linalg.norm(place(scans[0] > 0, affine) - place(head, truth_affine)) < 2
         if (labels > 0).sum() > 20:

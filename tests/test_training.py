@@ -241,13 +241,12 @@ def test_one_batch_can_be_learned(cache):
     alpha_bar = bs.cosine_alpha_bar()
     t, eps = torch.tensor([150, 400, 700, 950]), torch.randn(x0.shape)
     signal, sigma = bs.signal_sigma(alpha_bar, t)
-    x_t, v, onehot = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal,
-                                                                       sigma), bs.one_hot(classes,
-                                                                                          5)
-    net, (mean, std) = bs.UNet(width=32, mults=(1, 2), patch=2), bs.expected(prior, onehot,
-                                                                             position)
-    optimizer, losses = torch.optim.Adam(net.parameters(), lr=2e-3), []
-    for _ in range(250):
+    x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
+    onehot = bs.one_hot(classes, 5)
+    mean, std = bs.expected(prior, onehot, position)
+    net, losses = bs.UNet(width=16, mults=(1, 2), patch=2), []
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+    for _ in range(80):
         out = net(x_t, t, onehot, position[:, None])
         loss = ((bs.precondition(out, x_t, signal, sigma, mean, std) - v) ** 2).mean()
         optimizer.zero_grad()

@@ -98,6 +98,8 @@ def read_state(path, kinds):
     missing = HOLDS[state["kind"]] - set(state) - (TRAINING if published else set())
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    if state["network"].get("depth", 18) not in bs.STAGES:
+        raise ValueError(f"a ResNet-{state['network']['depth']}; only 18 and 34 are left")
     return state
 
 

@@ -248,6 +248,15 @@ def test_every_entry_of_a_checkpoint_is_needed(straight, two, key):
         runs.load_checkpoint(two / "checkpoint.pt")
 
 
+def test_a_network_that_is_no_longer_made_is_refused(tmp_path):
+    """A segmenter with a ResNet-50, of a former version."""
+    state = dict.fromkeys(runs.HOLDS["segmenter"]) | {"kind": "segmenter",
+                                                      "network": {"depth": 50}}
+    runs.save_state(tmp_path / "best.pt", state)
+    with pytest.raises(bs.BadInput, match="best.pt cannot be used .a ResNet-50; only 18 and 34"):
+        runs.load_segmenter(tmp_path, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("part", ["weights", "ema", "optimizer", "exp_avg_sq", "momentum"])
 def test_half_a_state_is_not_resumed(straight, here, part):
     """A tensor missing inside an entry: one sentence, nothing trained."""

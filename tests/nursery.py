@@ -19,7 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot, nibabel, pytest, torch
 import torch.utils.flop_counter
 import brainsyn
+from kit import judging
 brainsyn.SAMPLING["steps"] = 3                  # calls, where a command does not say how many
+judging.DRAWS = 2
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch
 for line in sys.stdin:
     job, children = json.loads(line), []

@@ -605,7 +605,7 @@ def test_shapes_like_the_real_are_nearer():
     def heads(size):
         return torch.stack([head((size + float(torch.rand(1, generator=g)),
                                   (22.0, 28.0 + i % 5, 30.0 + i), 2),
-                                 (3, (22.0, 28.0 + i % 5, 30.0 + i), 3)) for i in range(8)])
+                                 (3, (22.0, 28.0 + i % 5, 30.0 + i), 3)) for i in range(4)])
 
     real, alike, larger = heads(5), heads(5), heads(9)
     distance = [judging.judge_labels(volumes, real, "tumour", STEP)["shape_distance"]

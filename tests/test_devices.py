@@ -155,15 +155,17 @@ def test_the_bench_times_a_step(tmp_path):
     assert float(row[4]) > 0 and float(row[8]) > 0
 
 
-def test_two_processes_give_the_weights_of_one(plain):
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_give_the_weights_of_one(plain, torchrun):
     """The same global batch, half of it each: the same weights, EMA and losses up to the order of
     sums."""
     folder, alone = plain
-    text = run(folder, "train_ddpm", *DDPM, "--out", "runs/two", processes=2, torchrun=True)
+    out = f"runs/two_{torchrun}"
+    text = run(folder, "train_ddpm", *DDPM, "--out", out, processes=2, torchrun=torchrun)
     assert text.count("device cpu x 2, float32") == 1
-    assert text.count("wrote: runs/two/samples.png") == 1
+    assert text.count(f"wrote: {out}/samples.png") == 1
     for part in ("weights", "ema"):
-        assert furthest(folder / "runs/plain", folder / "runs/two", part) < 1e-5
+        assert furthest(folder / "runs/plain", folder / out, part) < 1e-5
     assert len(losses(text)) == 12 and losses(text) == pytest.approx(losses(alone), abs=1e-5)
 
 

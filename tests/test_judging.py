@@ -129,7 +129,7 @@ def slice_sets(coarse_folder):
     sets = {"real": prepared[:6], "training": prepared[6:], "synthetic": prepared[:1] * 6}
     segmenter = SimpleNamespace(features=blurred)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "SLICES_A_CASE", 20)
+        patch.setattr(judging, "SLICES_A_CASE", 12)
         return {name: judging.slice_set(segmenter, group) for name, group in sets.items()}
 
 
@@ -170,8 +170,8 @@ def test_every_case_gives_equally_many_slices(slice_sets):
     """Figures that depend on the number of slices are computed on equal numbers, all heights
     included."""
     for group in slice_sets.values():
-        assert {len(values) for values in group.values()} == {120}
-        assert torch.bincount(group["case"]).tolist() == [20] * 6
+        assert {len(values) for values in group.values()} == {72}
+        assert torch.bincount(group["case"]).tolist() == [12] * 6
         assert group["images"].min() == -1
         assert group["position"].min() < -0.6 and group["position"].max() > 0.6
 

@@ -15,7 +15,7 @@ import notebook
 
 ROOT = blank.ROOT
 BOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-SHORTEST = ("02_noise", "03_v_prediction")      # they run by default, all others are slow
+SHORTEST = ("02_noise",)                        # runs by default, all others are slow
 by_name = pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
 
 

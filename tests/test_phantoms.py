@@ -78,11 +78,9 @@ def test_grades_vary():
     assert (centres.std(0) > 10).all(), "tumours must not all sit in one place"
 
 
-@pytest.mark.parametrize("scanner", sorted(phantoms.SCANNERS))
-def test_tissue_brightness_is_in_the_order_of_life(scanner):
+def test_tissue_brightness_is_in_the_order_of_life(heads):
     """T1: white > grey > CSF. T2: CSF > grey > white. FLAIR: ED > grey > CSF. T1ce: ET > white."""
-    for seed in range(2):
-        images, labels, fractions = phantoms.phantom(seed, scanner)
+    for images, _, fractions in [*heads, phantoms.phantom(0, "B")]:
         pure = {k: (part > 0.75) & (images[0] > 0) for k, part in fractions.items()}
         mean = {m: {k: images[c][mask].mean() for k, mask in pure.items() if mask.sum() > 50}
                 for c, m in enumerate(bs.MODALITIES)}

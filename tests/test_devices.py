@@ -31,7 +31,9 @@ needs_xla = pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
 # far.
 WATCH = """
 import sys
+import brainsyn
 from kit import devices, files, runs
+brainsyn.SAMPLING["steps"] = 3
 after_step = runs.Run.after_step
 def watched(run, finite, losses, *more):
     if "torch_xla" in sys.modules:

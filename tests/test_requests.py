@@ -749,6 +749,7 @@ def test_training_labels_makes_both_networks(work):
                     for run in ("labels", "again")}) == 1
 
 
+@pytest.mark.slow
 def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):
     """A power cut while the coarse network learns, another while the fine one does: then the
     weights of the run that went through."""
@@ -929,6 +930,7 @@ def test_label_benchmarks_run(work, lay_phantoms):
     assert (folder / "runs/bench_labels/shapes.png").exists()
 
 
+@pytest.mark.slow
 def test_ventricles_go_all_the_way(work):
     """Labels with ventricles, and scans from them; they can be asked for and are measured; an image
     generator that wants them is not served by labels without."""

@@ -325,6 +325,7 @@ def test_xla_leaves_out_a_step_that_is_not_finite(tmp_path):
     assert done.stdout.split()[-6:] == expected, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_xla
 def test_xla_and_the_cpu_continue_each_other(plain, on_xla):
     """Checkpoints carry no trace of the device they come from."""

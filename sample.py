@@ -121,7 +121,7 @@ def write_sample(args, recipe, prepared, images, state, facts):
         volumes["ventricles"] = float((classes == names.index("ventricles")).sum() * voxel)
     trained_on = {*state["trained_on"], *(recipe.model.state["trained_on"] if recipe.model else ())}
     data = state["data"], recipe.model.state["data"] if recipe.model else "phantoms"
-    facts = {**facts, **dict(zip(("LabelMapSHA256", "BrainSHA256"), prepared["hashes"])),
+    facts = {**facts, **dict(zip(writing.ORIGIN, prepared["hashes"])),
              "EditsApplied": recipe.edit,
              "UsedInTraining": not trained_on.isdisjoint(prepared["hashes"]),
              "VolumesML": {name: round(ml, 3) for name, ml in volumes.items()},

@@ -230,7 +230,8 @@ def picture_of(case, prepared, predicted):
     most tumour, true or predicted."""
     true, predicted = slices.to_slices(nifti.read_labels(case)[0]), slices.to_slices(predicted)
     at = int(((true > 0) | (predicted > 0)).sum((1, 2)).argmax())
-    _, t1ce, _, flair = prepared["grid"].grow(bs.to_images(prepared["images"][at]).numpy())
+    scans = prepared["grid"].grow(bs.to_images(prepared["images"][at]).numpy())
+    t1ce, flair = [scans[bs.MODALITIES.index(name)] for name in ("t1ce", "flair")]
     return [t1ce, flair, pictures.overlay(t1ce, true[at]), pictures.overlay(t1ce, predicted[at])]
 
 

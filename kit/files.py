@@ -134,7 +134,7 @@ def write_csv(path, rows):
     """Write dicts with the same keys as a CSV file; floats with six digits."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(rows[0])
+    writer.writerow(rows[0])                    # the keys
     for row in rows:
         values = [f"{x:.6g}" if isinstance(x, float) else x for x in row.values()]
         writer.writerow(values)

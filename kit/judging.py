@@ -268,13 +268,13 @@ def judge(args, device):
     for name, row in figures.items():
         dices, rough = means_over_cases(segmenter, prepared[name])
         figures[name] = {**dices, **row, "slice-to-slice roughness": rough}
-    owing = sum(writing.contaminated(case, hashes) for case in synthetic)
+    overlap = sum(writing.contaminated(case, hashes) for case in synthetic)
     report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real), "cases_a_draw": drawn,
-              "slices_a_draw": drawn * SLICES_A_CASE, "synthetic_cases_that_owe_to_held_out": owing,
-              **figures, "sd_over_draws": sd}
+              "slices_a_draw": drawn * SLICES_A_CASE,
+              "synthetic_cases_that_owe_to_held_out": overlap, **figures, "sd_over_draws": sd}
     files.write_json(f"{args.judge}/judge.json", report)
-    print(f"{len(synthetic)} synthetic cases ({owing} owe to held-out ones), {len(real)} held-out "
-          f"real ones; distances: ten draws of {drawn} cases, {drawn * SLICES_A_CASE} slices")
+    print(f"{len(synthetic)} synthetic cases ({overlap} owe to held-out ones), {len(real)} "
+          f"held-out real ones; distances: ten draws of {drawn} cases, {drawn * SLICES_A_CASE} slices")
     print(f"{'':26} synthetic      real (Dice is the ceiling, distances are the floor)")
     for figure, value in figures["real"].items():
         spread = [f"± {row[figure]:.3f}" for row in sd.values() if figure in row]

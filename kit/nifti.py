@@ -273,8 +273,7 @@ def write_nifti(path, volume, affine, words, code):
     image.set_qform(affine, code)
     with open(path, "wb") as handle, gzip.GzipFile("", "wb", 1, handle, 0) as packed:
         packed.write(image.to_bytes())
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
+    files.sync(path)
     try:
         if unpack(path)[0] != image.to_bytes():
             raise ValueError("other bytes than were sent")

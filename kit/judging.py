@@ -273,8 +273,8 @@ def judge(args, device):
               "slices_a_draw": drawn * SLICES_A_CASE,
               "synthetic_cases_that_owe_to_held_out": overlap, **figures, "sd_over_draws": sd}
     files.write_json(f"{args.judge}/judge.json", report)
-    print(f"{len(synthetic)} synthetic cases ({overlap} owe to held-out ones), {len(real)} "
-          f"held-out real ones; distances: ten draws of {drawn} cases, {drawn * SLICES_A_CASE} slices")
+    print(f"{len(synthetic)} synthetic cases ({overlap} owe to held-out ones), {len(real)} real")
+    print(f"ones held out; distances: ten draws of {drawn} cases, {drawn * SLICES_A_CASE} slices")
     print(f"{'':26} synthetic      real (Dice is the ceiling, distances are the floor)")
     for figure, value in figures["real"].items():
         spread = [f"± {row[figure]:.3f}" for row in sd.values() if figure in row]

@@ -239,7 +239,7 @@ def learn(args, device, kind, task, facts):
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         finite = devices.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
-        devices.end_step(device, losses, finite)
+        devices.end_step(device)
         # ---------------------------------------------------------------------------------------
         run.after_step(finite, losses, task.case_names, levels)
         if args.sample_every and run.step % args.sample_every == 0 and devices.first_process():

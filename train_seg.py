@@ -152,7 +152,7 @@ def fit(args, sources, cache, device, trained_on=None):
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         finite = devices.step_if_finite(device, optimizer, losses, norm)
         optimizer.zero_grad()
-        devices.end_step(device, losses, finite)
+        devices.end_step(device)
         # ---------------------------------------------------------------------------------------
         run.after_step(finite, losses, case_names)
         validate_now = run.step % args.validate_every == 0 or run.progress() >= 1

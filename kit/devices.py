@@ -250,15 +250,16 @@ def state_of(optimizer):
 
 def step_if_finite(device, optimizer, losses, norm):
     """optimizer.step() if all losses (B,) and the norm of all gradients are finite -> whether they
-    are: bool tensor (). If not, weights and the optimiser's state stay as they are, in every
-    process.
+    are, a bool, the same in every process. If not, weights and the optimiser's state stay as they
+    are.
 
     On XLA a step is two graphs: losses, gradients and norm; then, if they are finite, the weights.
     """
     finite = losses.isfinite().all() & norm.isfinite()
     finite = bs.all_sum((~finite).float()) == 0
     end_step(device, losses, finite)
-    if to_host(finite):
+    finite = bool(to_host(finite))
+    if finite:
         optimizer.step()
     return finite
 

@@ -247,7 +247,7 @@ class Run:
         """
         self.step += 1
         self.seconds = devices.broadcast_from_first(time.time() - self.start)
-        if devices.to_host(finite):
+        if finite:
             self.bad_steps = 0
             losses, t = [devices.all_gather(values.detach()) for values in (losses, t)]
             if devices.first_process():

@@ -422,7 +422,7 @@ def test_a_step_that_is_not_finite_changes_nothing(what):
         moments = [tensor.clone() for tensor in devices.state_of(optimizer)]
         loss = torch.tensor([float("nan") if bad and what == "loss" else 1.0])
         norm = torch.tensor(float("inf") if bad and what == "gradient" else 1.0)
-        assert bool(devices.step_if_finite(torch.device("cpu"), optimizer, loss, norm)) != bad
+        assert devices.step_if_finite(torch.device("cpu"), optimizer, loss, norm) != bad
         assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before)) == bad
         if bad:
             after = devices.state_of(optimizer)

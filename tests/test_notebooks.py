@@ -19,9 +19,14 @@ SHORTEST = ("02_noise",)                        # runs by default, all others ar
 by_name = pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
 
 
-def run_copy(folder, book, heads, monkeypatch, steps=None):
-    """Run a copy of a notebook beside links to the library and to phantoms, which notebooks share
-    where they lie side by side; it must end well."""
+@pytest.mark.parametrize("book", [
+    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.slow])
+    for book in BOOKS])
+def test_notebooks_run(request, tmp_path, monkeypatch, book):
+    """All cells, in a fresh process, with hardly any training, in a copy beside links to the
+    library and to phantoms, which notebooks share where they lie side by side."""
+    name = "phantom_folder" if book.stem in SHORTEST else "many_phantoms"
+    folder, heads = tmp_path, request.getfixturevalue(name)
     (folder / "notebooks/runs/phantoms").mkdir(parents=True)
     (folder / "notebooks/runs/phantoms/A").symlink_to(heads)
     for path in [*ROOT.glob("*.py"), ROOT / "kit"]:
@@ -29,27 +34,9 @@ def run_copy(folder, book, heads, monkeypatch, steps=None):
     for path in (ROOT / "notebooks").glob("*.md"):
         (folder / "notebooks" / path.name).symlink_to(path)
     shutil.copy(book, folder / "notebooks")
-    if steps:
-        monkeypatch.setenv("BRAINSYN_STEPS", str(steps))
+    monkeypatch.setenv("BRAINSYN_STEPS", "6")
     status, said, _ = notebook.run(folder / "notebooks" / book.name, seconds=900)
     assert status == 0, said
-
-
-@pytest.mark.parametrize("book", [
-    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.slow])
-    for book in BOOKS])
-def test_notebooks_run(request, tmp_path, monkeypatch, book):
-    """All cells, in a fresh process, with hardly any training."""
-    name = "phantom_folder" if book.stem in SHORTEST else "many_phantoms"
-    run_copy(tmp_path, book, request.getfixturevalue(name), monkeypatch, 6)
-
-
-@pytest.mark.slow
-@by_name
-def test_notebooks_run_at_full_length(tmp_path, many_phantoms, monkeypatch, book):
-    """As a reader runs them."""
-    monkeypatch.delenv("BRAINSYN_STEPS", raising=False)
-    run_copy(tmp_path, book, many_phantoms, monkeypatch)
 
 
 def imported(book):

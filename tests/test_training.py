@@ -167,14 +167,14 @@ def begin(tmp_path, monkeypatch):
 def test_log_has_four_noise_bins_and_no_step_twice(begin, tmp_path, capsys):
     """Bins are quarters of t; rows after the step that a run resumes from are dropped."""
     run = begin()
-    run.after_step(torch.tensor(True), torch.tensor([1.0, 2.0, 3.0, 4.0]), None,
+    run.after_step(True, torch.tensor([1.0, 2.0, 3.0, 4.0]), None,
                    torch.tensor([250, 251, 750, 751]))
     run.write_line()
     row, = runs.read_log(tmp_path / "log.csv")
     assert [row[name] for name in runs.QUARTERS] == [1.0, 2.0, 3.0, 4.0] and row["loss"] == 2.5
     assert "step 00001/100 | loss 2.5000 | lr 1.0e-03" in capsys.readouterr().out
     run.save()
-    step = (torch.tensor(True), torch.ones(4), None, torch.tensor([1, 300, 600, 1000]))
+    step = (True, torch.ones(4), None, torch.tensor([1, 300, 600, 1000]))
     run.after_step(*step)
     run.write_line()
     resumed = begin()

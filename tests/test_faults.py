@@ -34,7 +34,7 @@ from kit import files, runs
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch
 what, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 main = {"train_ddpm": train_ddpm.main, "sample": sample.main}[what]
-chance, killed = random.Random(seed), 0
+chance, killed, over = random.Random(seed), 0, False
 runs.SAVE_EVERY = 0                             # a checkpoint every step
 checkpoint = "runs/ddpm/checkpoint.pt"
 
@@ -51,12 +51,14 @@ while True:
         files.run_script(lambda: main(sys.argv[4:]))
         os._exit(0)
     if killed < kills:
-        while what == "train_ddpm" and killed % 2 and saved() == before and not ended(child):
+        soon = what == "train_ddpm" and killed % 2 and not over
+        while soon and saved() == before and not ended(child):
             time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.2 if killed % 2 else 1.3))
+        time.sleep(chance.uniform(0.0, 0.2 if soon else 1.3))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     killed += os.WIFSIGNALED(status)
+    over = over or not os.WIFSIGNALED(status)   # all steps are done: nothing more is saved
     if not os.WIFSIGNALED(status) and killed >= kills:
         print("killed", killed)
         sys.exit(os.waitstatus_to_exitcode(status))

@@ -15,12 +15,12 @@ import notebook
 
 ROOT = blank.ROOT
 BOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-SHORTEST = ("02_noise",)                        # runs by default, all others are slow
+SHORTEST = ("02_noise",)                        # runs by default
 by_name = pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
 
 
 @pytest.mark.parametrize("book", [
-    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.slow])
+    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.notebooks])
     for book in BOOKS])
 def test_notebooks_run(request, tmp_path, monkeypatch, book):
     """All cells, in a fresh process, with hardly any training, in a copy beside links to the

@@ -310,11 +310,11 @@ def test_a_case_that_repeats_the_scan_of_its_label_map_is_named(pool):
 
 @pytest.mark.slow
 def test_a_network_that_memorised_is_caught(pool):
-    """24 phantoms, two slices of each, 500 steps: their scans come back from their label maps, and
+    """12 phantoms, two slices of each, 300 steps: their scans come back from their label maps, and
     the set is called a leak. (That the default generator is not is in test_learning.py.)"""
-    training, decoys, _ = deal(4, (24, 20, 0))
+    training, decoys, _ = deal(4, (12, 20, 0))
     report, _ = audited(pool, training, torch.cat([decoys[:8], training[:8]]),
-                        learn(pool, training, 500, every=5))
+                        learn(pool, training, 300, every=5))
     print(report["words"])
     assert report["verdict"] == "leak" and report["copies"] >= 1, report
     assert report["reproduction_auc"] > 0.95, report

@@ -13,7 +13,7 @@ from nursery import run_script
 ROOT = Path(bs.__file__).parent
 README = (ROOT / "README.md").read_text()
 CASE = "runs/phantoms/A/BraTS-PHA-00000-000"
-# What makes a command take seconds: flags for all commands of a script, and for some of them more.
+# What makes a command take seconds: flags for all commands of a script.
 SHORT = {
     "brainsyn.py": "",
     "train_ddpm.py": "--phantoms 10 --resolution 16 --width 16 --mults 1 --batch 4 --steps 2 "
@@ -21,9 +21,10 @@ SHORT = {
     "train_seg.py": "--phantoms 10 --resolution 32 --batch 4 --steps 2",
     "sample.py": "--count 2 --steps 2 --phantoms 10",
 }
-MORE = {"--study": "--seeds 1 --generator-steps 1 --made 2 --calls 1 --patients 2"}
-# Commands that other tests run: several processes and XLA in test_devices.py, the tests themselves.
-ELSEWHERE = ("pip ", "pytest", "torchrun ", "PJRT_DEVICE=CPU ", "python train_ddpm.py --device xla")
+# Commands that other tests run: several processes and XLA in test_devices.py, the study in
+# test_seg_scripts.py, the tests themselves.
+ELSEWHERE = ("pip ", "pytest", "torchrun ", "PJRT_DEVICE=CPU ", "python train_ddpm.py --device xla",
+             "python train_seg.py --study")
 
 
 def readme_commands():
@@ -37,8 +38,7 @@ def readme_commands():
                 commands.setdefault(line, [])
     for line in re.findall(r"`((?:\w+=\w+ )?(?:python|pip|pytest|torchrun) [^`]+)`", README):
         commands.setdefault(line, [])
-    slow = {"python train_seg.py --study": [pytest.mark.slow]}
-    return [pytest.param(command, promised, id=command[:60], marks=slow.get(command, []))
+    return [pytest.param(command, promised, id=command[:60])
             for command, promised in commands.items() if not command.startswith(ELSEWHERE)]
 
 
@@ -48,8 +48,7 @@ def shortened(command):
     words = [{"DIR": "runs/phantoms/A"}.get(word, word) for word in words]
     if "--scan" in words:
         words[words.index("--scan") + 1] = CASE
-    more = " ".join(text for flag, text in MORE.items() if flag in words)
-    return script, words + SHORT[script].split() + more.split()
+    return script, words + SHORT[script].split()
 
 
 @pytest.fixture(scope="module")

@@ -96,17 +96,35 @@ __version__ = "0.1.0"
 
 # ================================================================================================
 # 1  NAMES
-# Modalities and labels are those of [BRATS]; names of files are in kit/nifti.py.
+# Modalities and labels are those of [BRATS] unless a command or a checkpoint names others; names of
+# files are in kit/nifti.py.
 # ================================================================================================
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")      # in the order of axis C
-LABELS = ("NCR", "ED", "ET")                    # stored as 1, 2, 3; 0 is all else
-# A network is conditioned on a label map in which every voxel has exactly one of these classes.
-# "brain" is healthy brain. Scans come without skull, so the brain's outline costs no annotation;
-# it fixes the shape and place of the head.
-CONDITIONS = {"tumour": ("air", "brain", *LABELS),
-              "tissue": ("air", "CSF", "grey", "white", *LABELS),
-              "ventricles": ("air", "brain", "ventricles", *LABELS)}
+BRATS = ("t1", "t1ce", "t2", "flair"), ("NCR", "ED", "ET")
+
+
+def use_names(modalities=BRATS[0], labels=BRATS[1]):
+    """Set what all scans and label maps of this process hold:
+
+    MODALITIES  in the order of axis C
+    LABELS      stored as 1, 2, ...; 0 is all else
+    REGIONS     unions of labels that a segmenter is measured on: those of [BRATS], or each label.
+                Their first entry is the label that no later region has
+    CONDITIONS  A network is conditioned on a label map in which every voxel has exactly one of
+                these classes. "brain" is healthy brain. Scans come without skull, so the brain's
+                outline costs no annotation; it fixes the shape and place of the head.
+    """
+    global MODALITIES, LABELS, REGIONS, CONDITIONS
+    MODALITIES, LABELS = tuple(modalities), tuple(labels)
+    REGIONS = {"WT": (2, 1, 3), "TC": (1, 3), "ET": (3,)}
+    if LABELS != BRATS[1]:
+        REGIONS = {name: (k,) for k, name in enumerate(LABELS, 1)}
+    CONDITIONS = {"tumour": ("air", "brain", *LABELS),
+                  "tissue": ("air", "CSF", "grey", "white", *LABELS),
+                  "ventricles": ("air", "brain", "ventricles", *LABELS)}
+
+
+use_names()
 
 
 class BadInput(Exception):
@@ -120,7 +138,7 @@ def to_images(stored):
 
 
 def tumour_labels(classes, condition="tumour"):
-    """Class numbers of a condition (array or tensor) -> labels: 0, 1 NCR, 2 ED, 3 ET."""
+    """Class numbers of a condition (array or tensor) -> labels: 0, or 1, 2, ... as in LABELS."""
     healthy = len(CONDITIONS[condition]) - len(LABELS) - 1
     return (classes > healthy) * (classes - healthy)
 
@@ -1093,9 +1111,10 @@ class ResUNet(nn.Module):
             self.grow.append(nn.ConvTranspose2d(c, c_out, 2, stride=2))
             self.merge.append(TwoConvolutions(c_out + c_skip, c_out))
             c = c_out
-        self.head = nn.Conv2d(c, 3 if predict == "regions" else 4, 1)
+        regions = predict == "regions"
+        self.head = nn.Conv2d(c, len(REGIONS) if regions else 1 + len(LABELS), 1)
         nn.init.zeros_(self.head.bias)
-        self.head.bias.data[-3:] = -3 / self.GAIN               # forward multiplies by GAIN
+        self.head.bias.data[0 if regions else 1:] = -3 / self.GAIN      # forward multiplies by GAIN
 
     def forward(self, images):
         height, width = images.shape[-2:]
@@ -1107,16 +1126,13 @@ class ResUNet(nn.Module):
         return self.GAIN * self.head(h)[..., :height, :width]
 
 
-REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}   # unions of labels [BRATS]
-
-
 def regions_of(labels):
-    """Labels int (...) in 0..3 -> bool (3, ...): WT, TC, ET, each a union of labels."""
+    """Labels int (...) -> bool (len(REGIONS), ...): WT, TC, ET, each a union of labels."""
     return torch.stack([sum(labels == k for k in members) > 0 for members in REGIONS.values()])
 
 
 def labels_of(probability, predict):
-    """Probabilities (K, ...) -> labels uint8 (...) in 0..3.
+    """Probabilities (K, ...) -> labels uint8 (...).
 
     predict "labels": the likeliest of background, NCR, ED, ET. "regions": channels WT, TC, ET, as
     BraTS does it: where WT is above one half the label is ED; then, where TC is, NCR; then, where
@@ -1126,8 +1142,8 @@ def labels_of(probability, predict):
     if predict == "labels":
         return probability.argmax(0).to(torch.uint8)
     labels = torch.zeros(probability.shape[1:], dtype=torch.uint8)
-    for region, label in zip(probability, (2, 1, 3)):           # WT -> ED, TC -> NCR, ET -> ET
-        labels[region > 0.5] = label
+    for region, members in zip(probability, REGIONS.values()):  # WT -> ED, TC -> NCR, ET -> ET
+        labels[region > 0.5] = members[0]
     return labels
 
 
@@ -1157,7 +1173,7 @@ def segmentation_loss(logits, labels, predict):
         target = regions_of(labels).movedim(0, 1).float()                   # (B, 3, H, W)
         entropy = F.binary_cross_entropy_with_logits(logits, target)
         return entropy + dice_loss(logits.sigmoid(), target)
-    target = one_hot(labels, 4)
+    target = one_hot(labels, logits.shape[1])
     return F.cross_entropy(logits, labels) + dice_loss(logits.softmax(1)[:, 1:], target[:, 1:])
 
 

@@ -29,19 +29,19 @@ import brainsyn as bs
 from kit import (audit, devices, edits, files, judging, metrics, nifti, options, pictures, recipes,
                  requests, runs, slices, writing)
 
-VOLUMES = (*bs.LABELS, "TC", "WT")              # labels and regions whose mL a sidecar says
 FLAGS = [
     *options.COMMON,
     # label maps
     ("--labels", str, None, "BraTS cases whose label maps are used; else those of fresh phantoms"),
     ("--part", ("train", "val", "test"), None, "of the split of --labels"),
     ("--scan", str, None, "scans: all are segmented first, then synthesised"),
-    ("--request", requests.parse_request, None, "generate label maps, et=12,ed=20..60: mL of et, "
+    ("--request", str, None, "generate label maps, et=12,ed=20..60: mL of et, "
      "ed, ncr, ventricles; mm x, y, z from the middle to right, front, top; sphericity; lesions"),
     ("--count", options.count, 4, "how many cases to make"),
     ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) mirror, or "
      "random alone", {"nargs": "+"}),
-    ("--balance", VOLUMES, None, "spread this volume evenly, by choice of case and scale"),
+    ("--balance", str, None, "spread the volume of this label or region evenly, by "
+     "choice of case and scale"),
     ("--range", options.positive, None, "mL that --balance spans, low and high", {"nargs": 2}),
     # model
     ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
@@ -61,7 +61,8 @@ FLAGS = [
 
 def parse_arguments(argv=None):
     """All flags; argv: list of words, the command line by default. edit becomes a dict or stays
-    ["random"]. BadInput where flags do not go together."""
+    ["random"], request a dict. Sets what is read and written to what the checkpoint was trained
+    with, see options.use_names. BadInput where flags do not go together."""
     args = options.Parser(__doc__, FLAGS).parse_args(argv)
     finished = args.judge or args.audit
     sources = args.request is not None, args.scan, args.labels or args.edit or args.balance
@@ -75,6 +76,12 @@ def parse_arguments(argv=None):
         if wrong:
             raise bs.BadInput(message)
     args.out = args.out or ("audit" if args.audit else "synthetic")
+    runs.use_names_of(args.segmenter if args.judge else args.checkpoint, args.label_map)
+    if args.request is not None:
+        args.request = requests.parse_request(args.request)
+    names = edits.measured_names()
+    if args.balance and args.balance not in names:
+        raise bs.BadInput(f"--balance {args.balance}: give one of {', '.join(names)}")
     args.edit = args.edit if args.edit == ["random"] else edits.parse_edit(args.edit)
     return args
 
@@ -115,7 +122,7 @@ def write_sample(args, recipe, prepared, images, state, facts):
     classes, condition = prepared["classes"], state["condition"]
     affine, names = prepared["grid"].model_affine(), bs.CONDITIONS[condition]
     labels = slices.from_slices(bs.tumour_labels(classes, condition)).astype(np.uint8)
-    volumes = {name: edits.volume_ml(labels, affine, name) for name in VOLUMES}
+    volumes = {name: edits.volume_ml(labels, affine, name) for name in edits.measured_names()}
     if condition == "ventricles":
         voxel = abs(np.linalg.det(affine[:3, :3])) / 1000
         volumes["ventricles"] = float((classes == names.index("ventricles")).sum() * voxel)

@@ -63,13 +63,16 @@ FLAGS = [
 
 
 def parse_arguments(argv=None):
-    """All flags; argv: list of words, the command line by default. BadInput where they are wrong
-    or do not go together."""
+    """All flags; argv: list of words, the command line by default. Sets what is read, see
+    options.use_names. BadInput where flags are wrong or do not go together."""
     parser = options.Parser(__doc__, FLAGS)
     args = parser.parse_training(argv, "generate", {"labels": LABEL_DEFAULTS})
+    options.use_names(args.modalities, args.label_map)
     labels = args.generate == "labels"
     if labels and args.resolution % (4 * requests.BLOCK):
         raise bs.BadInput(f"--resolution: labels need a multiple of {4 * requests.BLOCK} pixels")
+    if args.condition == "tissue" and not {"t1", "t2", "flair"} <= set(bs.MODALITIES):
+        raise bs.BadInput("--condition tissue: finding tissue takes t1, t2 and flair")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps needs --generate labels and the condition tumour")
     return args
@@ -171,7 +174,7 @@ def train(args, device):
     data = label_training.LabelData(args, cache)
     # in random order and rounded: no row leads back to a case
     order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
-    digits = [2 if name == "sphericity" else 1 for name in requests.ASKED]
+    digits = [2 if name == "sphericity" else 1 for name in requests.entries()]
     facts["measured"] = [list(map(round, row, digits)) for row in data.asked[order].tolist()]
     facts["trained_on"] = data.hashes
     facts["patients"] += len(data.cases) if args.label_maps else 0

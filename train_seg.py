@@ -34,7 +34,8 @@ FLAGS = [
     ("--augment", list(bs.AUGMENT), "standard", "how slices are varied"),
     # model
     ("--depth", list(bs.STAGES), 18, "ResNet-18 or 34"),
-    ("--predict", ["regions", "labels"], "regions", "WT, TC, ET by sigmoids, or one softmax"),
+    ("--predict", ["regions", "labels"], "regions", "WT, TC, ET (or each label) by sigmoids, or "
+     "one softmax"),
     # optimisation
     ("--steps", options.count, STEPS, f"of a study {study.STUDY_STEPS}; no bound with --minutes"),
     ("--ema", options.fraction, 0.99, "decay of the averaged weights a step"),
@@ -51,9 +52,11 @@ FLAGS = [
 
 
 def parse_arguments(argv=None):
-    """All flags; argv: list of words, the command line by default. BadInput where one is wrong."""
+    """All flags; argv: list of words, the command line by default. Sets what is read, see
+    options.use_names. BadInput where a flag is wrong."""
     parser = options.Parser(__doc__, FLAGS)
     args = parser.parse_training(argv, "study", {True: STUDY_DEFAULTS})
+    options.use_names(args.modalities, args.label_map)
     if args.study and args.minutes:
         raise bs.BadInput("--minutes does not go with --study: give --steps")
     if args.batch < 2:
@@ -90,11 +93,11 @@ def draw_batch(sources, args, step):
 
 
 def validate(segmenter, cache):
-    """Dice over the voxels of all validation cases together, mean over WT, TC, ET, on the model's
+    """Dice over the voxels of all validation cases together, mean over regions, on the model's
     grid; NaN without cases, or where there is nothing to find and nothing found. Together, since
     otherwise a single voxel found in a case without tumour, Dice 0 in place of 1, decides.
     """
-    shared, total = np.zeros(3), np.zeros(3)
+    shared, total = np.zeros((2, len(bs.REGIONS)))
     for case in [case for case in cache.cases if case["part"] == "val"]:
         images, classes, _ = cache.batch(case["first"] + np.arange(case["count"]))
         found = bs.regions_of(segmenter.slice_labels(images))
@@ -212,11 +215,12 @@ def finish_report(args, segmenter, split, run):
     dice = np.reshape([row["dice"] for row in rows], (len(shown), -1)).mean(1)
     worst_first = np.argsort(dice, kind="stable")[slices.evenly(len(dice), 6)]
     pictures.plot_rows(out / "predictions.png", [shown[i] for i in worst_first],
-                       ["t1ce", "flair", "truth", "prediction"], "tumour", f"{title}, worst first")
+                       [*shown_modalities(), "truth", "prediction"], "tumour",
+                       f"{title}, worst first")
     log = runs.read_log(out / "log.csv")
     pictures.plot_lines(out / "curves.png", [
         ("Dice + cross-entropy", "log", {"training": runs.curve(log, "loss")}),
-        ("mean Dice of WT, TC, ET", "linear", {"validation": runs.curve(log, "val_dice")})])
+        ("mean Dice of regions", "linear", {"validation": runs.curve(log, "val_dice")})])
     files.write_csv(out / "cases.csv", rows)
     closing = {"steps": run.step, "minutes": round(run.seconds / 60, 2), "cases": title}
     files.write_json(out / "closing.json", closing | metrics.summarise(rows))
@@ -225,14 +229,19 @@ def finish_report(args, segmenter, split, run):
     print(f"wrote: {out} with best.pt, cases.csv, closing.json, predictions.png, curves.png")
 
 
+def shown_modalities():
+    """What predictions.png shows: T1ce and FLAIR where they are there, else the first two."""
+    return sorted(bs.MODALITIES, key=lambda name: name not in ("t1ce", "flair"))[:2]
+
+
 def picture_of(case, prepared, predicted):
-    """A row of predictions.png: T1ce, FLAIR, true and predicted labels on T1ce, in the slice with
-    most tumour, true or predicted."""
+    """A row of predictions.png: two scans, true and predicted labels on the first of them, in the
+    slice with most tumour, true or predicted."""
     true, predicted = slices.to_slices(nifti.read_labels(case)[0]), slices.to_slices(predicted)
     at = int(((true > 0) | (predicted > 0)).sum((1, 2)).argmax())
     scans = prepared["grid"].grow(bs.to_images(prepared["images"][at]).numpy())
-    t1ce, flair = [scans[bs.MODALITIES.index(name)] for name in ("t1ce", "flair")]
-    return [t1ce, flair, pictures.overlay(t1ce, true[at]), pictures.overlay(t1ce, predicted[at])]
+    shown = [scans[bs.MODALITIES.index(name)] for name in shown_modalities()]
+    return [*shown, *(pictures.overlay(shown[0], labels[at]) for labels in (true, predicted))]
 
 
 def train(args, device):

@@ -9,6 +9,7 @@ from kit import checks, nifti, options, phantoms, pictures, runs, slices
 
 FLAGS = [
     ("folder", str, None, "cases to check; without it, the first look", {"nargs": "?"}),
+    options.MODALITIES, options.LABEL_MAP,
     ("--no-labels", bool, False, "check scans alone"),
     ("--publish", str, None, "write the weights of a run as .npz, print the sha256",
      {"nargs": 2, "metavar": ("RUN", "FILE")})]
@@ -40,6 +41,7 @@ def main(argv=None):
     if args.publish:
         print(f"sha256 {runs.publish(*args.publish)}\nwrote: {args.publish[1]}")
     elif args.folder:
+        options.use_names(args.modalities, args.label_map)
         checks.check_folder(args.folder, not args.no_labels)
     else:
         first_look()

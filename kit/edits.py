@@ -9,6 +9,11 @@ import brainsyn as bs
 from kit import nifti, phantoms
 
 
+def measured_names():
+    """The labels and regions whose volumes are measured."""
+    return list(dict.fromkeys([*bs.LABELS, *bs.REGIONS]))
+
+
 def volume_ml(labels, affine, name):
     """Volume in mL of a label (NCR, ED, ET) or region (WT, TC, ET) of labels (X, Y, Z)."""
     members = bs.REGIONS.get(name) or (bs.LABELS.index(name) + 1,)
@@ -95,7 +100,8 @@ def edit_labels(labels, affine, brain, edit, rng):
     source = (point @ turn.T) * flip / edit.get("scale", 1.0) + centre
     voxel = (source - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
     where = (2 * voxel[..., ::-1] + 1) / np.array(labels.shape[::-1]) - 1   # z, y, x in -1..1
-    onehot = F.one_hot(torch.from_numpy(labels.astype(np.int64)), 4).movedim(-1, 0)[1:].float()
+    onehot = F.one_hot(torch.from_numpy(labels.astype(np.int64)), len(bs.LABELS) + 1)
+    onehot = onehot.movedim(-1, 0)[1:].float()
     fraction = F.grid_sample(onehot[None], torch.from_numpy(where.astype(np.float32))[None],
                              align_corners=False)[0]                        # (3, X, Y, Z)
     moved = torch.where(fraction.sum(0) > 0.5, fraction.argmax(0) + 1, 0).numpy()

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import checks, files, metrics, nifti, requests, runs, slices, writing
+from kit import checks, files, nifti, requests, runs, slices, writing
 
 SLICES_A_CASE = 40              # that are compared
 DRAWS = 10                      # of equally many cases from each set
-DICES = "Dice WT", "Dice TC", "Dice ET"
+# Modalities and the label that is brighter there than healthy brain.
+BRIGHT = ("t1ce", "ET"), ("flair", "ED")
 DISTANCES = "Frechet distance", "texture distance"
 
 
@@ -60,8 +61,10 @@ def grey_white_contrast(images, classes, condition):
     """How far apart grey and white matter are on T1: mean over slices of (mean of the white cluster
     minus mean of the grey one). Clusters are found in each picture by tissue_clusters, since a
     sampled brain has its own folds. Slices with at least 300 healthy pixels count; NaN without
-    any."""
+    any, and without T1, T2 or FLAIR."""
     contrast = []
+    if not {"t1", "t2", "flair"} <= set(bs.MODALITIES):
+        return np.nan
     for image, mask in zip(images, healthy_brain(classes, condition)):
         t1 = image[bs.MODALITIES.index("t1")].numpy()
         tissue = slices.tissue_clusters(((image + 1) * 127.5).numpy(), mask.numpy())
@@ -85,7 +88,9 @@ def judge_slices(real, sampled, classes, condition):
     same label maps classes (N, H, W). NaN where there is nothing to measure."""
     figures = {}
     for source, images in (("real", real), ("sampled", sampled)):
-        for modality, label in (("t1ce", "ET"), ("flair", "ED")):
+        for modality, label in BRIGHT:
+            if modality not in bs.MODALITIES or label not in bs.LABELS:
+                continue
             fraction, count = lesion_contrast(images, classes, condition, modality, label)
             figures[f"{source}_{modality}_{label}_above_brain"] = fraction
             figures[f"slices_with_{label}"] = count
@@ -103,16 +108,16 @@ def label_figures(classes, condition):
     pieces      connected pieces of the tumour, however small
     slice_dice  Dice of the tumour in neighbouring slices, mean over those where either shows some
     outside     fraction of the tumour outside the largest connected piece of the head
-    apart       fraction of ET in pieces of tumour that are ET alone
+    apart       fraction of the last label (ET) in pieces of tumour that are this label alone
     """
     labels = bs.tumour_labels(classes, condition)
-    tumour, et = labels > 0, labels == 3
+    tumour, et = labels > 0, labels == len(bs.LABELS)
     if not tumour.any():
         return dict.fromkeys(("pieces", "slice_dice", "outside", "apart"), np.nan)
-    head, pieces = metrics.components(classes > 0), metrics.components(tumour)
+    head, pieces = slices.components(classes > 0), slices.components(tumour)
     largest = torch.bincount(head[head > 0]).argmax()
     slice_dice = [bs.dice(a, b) for a, b in zip(tumour, tumour[1:]) if (a | b).any()]
-    # voxels of NCR and ED in each piece
+    # voxels of the other labels in each piece
     other = torch.bincount(pieces[tumour & ~et], minlength=int(pieces.max()) + 1)
     return {"pieces": int(pieces.max()), "slice_dice": float(np.mean(slice_dice)),
             "outside": float((head[tumour] != largest).float().mean()),
@@ -241,7 +246,7 @@ def held_out_split(args, segmenter, synthetic):
 
 
 def means_over_cases(segmenter, prepared):
-    """Mean Dice of WT, TC, ET as a dict, and mean roughness, over cases. prepared: what
+    """Mean Dice of every region as a dict, and mean roughness, over cases. prepared: what
     prepare_case returns of each. Dice is measured on the model's grid, where synthetic cases live:
     on a finer grid only real cases would lose by resampling."""
     dices, rough = [], []
@@ -249,7 +254,8 @@ def means_over_cases(segmenter, prepared):
         images, classes = bs.to_images(got["images"]), torch.from_numpy(got["classes"])
         dices.append(segmenter.slice_dice(images, bs.tumour_labels(classes)))
         rough.append(roughness(images, classes))
-    return dict(zip(DICES, np.mean(dices, 0).tolist())), float(np.mean(rough))
+    names = [f"Dice {region}" for region in bs.REGIONS]
+    return dict(zip(names, np.mean(dices, 0).tolist())), float(np.mean(rough))
 
 
 def judge(args, device):

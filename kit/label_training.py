@@ -43,14 +43,15 @@ def read_label_maps(folder, outlines, step, seed=0):
     order = torch.randint(len(outlines), (len(paths),), generator=bs.generator(seed, "outlines"))
     brains, maps, hashes = outlines[order] > 0, [], []
     for path, brain in zip(paths, brains):
-        labels, affine = nifti.read_labels(nifti.Case(path.name, {"seg": path}, modern=False))
+        labels, affine = nifti.read_labels(nifti.Case(path.name, {"seg": path}))
         hashes.append(slices.case_hashes(labels, brain.numpy())[0])
         labels, spacing = slices.to_slices(labels), nifti.spacing_of(affine)[::-1]  # along D, H, W
         size = spacing * labels.shape
         centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
         matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
                     for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
-        maps.append(torch.from_numpy(requests.resample(labels, 4, matrices)))
+        count = len(bs.LABELS) + 1
+        maps.append(torch.from_numpy(requests.resample(labels, count, matrices)))
     labels = torch.stack(maps)
     volumes = brains * (labels + 1)
     lost = 1 - int((volumes > 1).sum()) / max(int((labels > 0).sum()), 1)
@@ -65,7 +66,7 @@ class LabelData:
     cases       names of the N training cases
     hashes      see case_hashes
     heads       uint8 (M, D, R, R): N training heads, then relatives, N at a time
-    asked       (M, len(ASKED)), their characteristics
+    asked       (M, E), their characteristics
     fractions   (M, D', K, r, r), their blocks
     shown       uint8: heads that pictures and figures compare with
     shown_are   "held-out" or "training"
@@ -101,7 +102,7 @@ class LabelData:
         self.fractions = requests.block_fractions(self.heads, len(self.names))
 
     def measure(self, volumes):
-        """Characteristics of label maps int (N, D, R, R) -> (N, len(ASKED))."""
+        """Characteristics of label maps int (N, D, R, R) -> (N, E)."""
         return torch.stack([requests.characteristics(classes.long(), self.args.condition,
                                                      self.step_mm) for classes in volumes])
 
@@ -125,7 +126,7 @@ class LabelData:
 
 
 def compare(names, asked, got):
-    """Mean error and rank correlation of the named columns of (N, len(ASKED)), as a dict; columns
+    """Mean error and rank correlation of the named columns of (N, E), as a dict; columns
     without a number are left out."""
     figures = {}
     for name, a, b in zip(names, asked.T, got.T):
@@ -156,7 +157,7 @@ class Heads:
         self.args, self.data = args, data
         self.x0 = requests.head_pictures(data.fractions)                        # (M, D' K, r, r)
         self.network = {"channels": self.x0.shape[1], "classes": 0,
-                        "scalars": 1 + len(requests.ASKED), "patch": 1, "fine": 48}
+                        "scalars": 1 + len(requests.entries()), "patch": 1, "fine": 48}
         self.prior = requests.label_prior(self.x0)
         self.words = f"blocks of {len(data.heads)} heads, {len(data.cases)} of them not moved"
 
@@ -175,7 +176,7 @@ class Heads:
         x0, asked = self.x0[heads], self.data.asked[heads]
         t, eps, keep, _, mirror = bs.training_noise(seed, step, x0.shape, self.args.drop)
         x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
-        asked[:, requests.ASKED.index("x")] *= torch.where(mirror, -1.0, 1.0)
+        asked[:, requests.entries().index("x")] *= torch.where(mirror, -1.0, 1.0)
         asked[(keep == 0)[:, None] | requests.open_entries(len(x0), seed, step)] = torch.nan
         return with_levels(self, t, x0, eps, x0[:, :0], requests.head_scalars(asked))
 
@@ -260,7 +261,7 @@ class Voxels:
         near = requests.nearest_tumour(sampled, data.heads, condition)
         near_shown = requests.nearest_tumour(data.shown, others, condition)
         data.report(self.args, run, data.shown, sampled, {
-            **compare(requests.ASKED, data.measure(data.shown), data.measure(sampled)),
+            **compare(requests.entries(), data.measure(data.shown), data.measure(sampled)),
             **judging.judge_labels(sampled, data.shown, condition, data.step_mm),
             "nearest_training_tumour_dice": near.nanmean().item(),
             "the_same_of_held_out_cases": near_shown.nanmean().item(),

@@ -53,34 +53,6 @@ def hd95(predicted, truth, spacing):
     return max(torch.quantile(distances, 0.95).item() for distances in (torch.cat(to_b), to_a))
 
 
-def components(mask):
-    """Connected components (26 neighbours) of a bool mask (X, Y, Z): int64 (X, Y, Z), 0 outside the
-    mask, 1, 2, ... inside, in any order, without gaps.
-
-    Only the voxels of the mask are visited. Every voxel starts as its own root. For each pair of
-    neighbours the larger root is attached to the smaller one, then every voxel takes the root of
-    its root. Repeat until the roots of all pairs are equal.
-    """
-    voxels = mask.nonzero()
-    root = torch.arange(len(voxels))
-    # the number of each voxel, -1 outside the mask
-    number = torch.full([size + 2 for size in mask.shape], -1)
-    number[1:-1, 1:-1, 1:-1][mask] = root
-    pairs = []
-    for step in range(14, 27):                  # 13 of the 26 neighbours: every pair once
-        offset = torch.tensor([step // 9, step // 3 % 3, step % 3])
-        neighbour = number[tuple((voxels + offset).T)]
-        pairs.append(torch.stack([root, neighbour])[:, neighbour >= 0])
-    a, b = torch.cat(pairs, 1)
-    while not torch.equal(root[a], root[b]):
-        low, high = torch.minimum(root[a], root[b]), torch.maximum(root[a], root[b])
-        root = root.scatter_reduce(0, high, low, "amin")
-        root = root[root]
-    out = torch.zeros(mask.shape, dtype=torch.long)
-    out[mask] = torch.unique(root, return_inverse=True)[1] + 1
-    return out
-
-
 def dilate(mask, times):
     """A bool mask (X, Y, Z) grown `times` by its 18 neighbours (those that share a face or an
     edge): a voxel is set if one in its three 3 x 3 planes is."""
@@ -106,7 +78,7 @@ def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
     box = tuple(slice(max(0, int(at.min()) - reach), int(at.max()) + reach + 1)
                 for at in either.nonzero().T)
     predicted, truth = predicted[box], truth[box]
-    found, zones = components(predicted), components(dilate(truth, reach))
+    found, zones = slices.components(predicted), slices.components(dilate(truth, reach))
     scores, touched = [], found[predicted & (zones > 0)].unique()
     for number in range(1, int(zones.max()) + 1):
         zone = zones == number
@@ -117,9 +89,8 @@ def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
 
 
 def score_case(predicted, truth, spacing, full=True):
-    """All figures of one case: {region: {figure: number}}. predicted, truth: labels int (X, Y, Z)
-    in 0..3; spacing: mm a voxel (3,). full: with HD95 and lesion-wise Dice, which take most of the
-    time."""
+    """All figures of one case: {region: {figure: number}}. predicted, truth: labels int (X, Y, Z);
+    spacing: mm a voxel (3,). full: with HD95 and lesion-wise Dice, which take most of the time."""
     figures, ml = {}, math.prod(float(mm) for mm in spacing) / 1000
     predicted, truth = [bs.regions_of(torch.as_tensor(labels)) for labels in (predicted, truth)]
     for region, a, b in zip(bs.REGIONS, predicted, truth):

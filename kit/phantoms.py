@@ -4,7 +4,6 @@ as real scans.
 They model anatomy and no person: free to make, safe to publish, truth known.
 """
 import os
-import re
 from pathlib import Path
 from statistics import NormalDist
 
@@ -216,7 +215,7 @@ def phantom_scans(rng, fractions, brain, scanner):
                for name, (strength, grain) in TEXTURE.items()}
     longer = (scanner["field"] / 1.5) ** 0.33               # T1 grows with the field
     images = []
-    for modality in bs.MODALITIES:
+    for modality in bs.BRATS[0]:
         times = [t * rng.uniform(0.94, 1.06) for t in scanner[modality.removesuffix("ce")]]
         image = 0
         for name, fraction in fractions.items():
@@ -258,7 +257,7 @@ def phantom(seed, scanner="A", scale=1):
         allowed = (hull > 2) & ~barrier & side
         labels = phantom_tumour(rng, point, volumes, foci, fractions["white"], allowed)
     # partial volume between tumour and tissue: labels blurred by about half a voxel
-    lesions = {name: blur3(labels == k) for k, name in enumerate(bs.LABELS, 1)}
+    lesions = {name: blur3(labels == k) for k, name in enumerate(bs.BRATS[1], 1)}
     healthy = 1 - sum(lesions.values())
     fractions = {name: part * healthy for name, part in fractions.items()} | lesions
     images = phantom_scans(rng, fractions, hull > 0, SCANNERS[scanner])
@@ -283,9 +282,9 @@ def write_phantom(folder, seed, scanner="A", scale=1):
     images, labels, _ = phantom(seed, scanner, scale)
     modern = seed % 2 == 0
     case = f"BraTS-PHA-{seed:05d}-000" if modern else f"BraTS20_Phantom_{seed:05d}"
-    gains = np.random.default_rng([seed, 1]).uniform(300, 1500, len(bs.MODALITIES))
+    gains = np.random.default_rng([seed, 1]).uniform(300, 1500, len(bs.BRATS[0]))
     volumes = {"seg": np.where(labels == 3, 3 if modern else 4, labels).astype(np.uint8)}
-    for modality, image, gain in zip(bs.MODALITIES, images, gains):
+    for modality, image, gain in zip(bs.BRATS[0], images, gains):
         counts = np.where(image > 0, np.clip(np.rint(image * gain), 1, 32767), 0)
         volumes[nifti.NAMES_2023[modality] if modern else modality] = counts.astype(np.int16)
     spacing = voxel_mm(labels.shape)
@@ -303,7 +302,7 @@ def write_phantom(folder, seed, scanner="A", scale=1):
 
 def phantom_seed(name):
     """The seed in the name of a phantom case, None for any other name."""
-    match = re.fullmatch(r"BraTS(-PHA-|20_Phantom_)(\d+)(-000)?", name)
+    match = nifti.PHANTOM.fullmatch(name)
     return int(match[2]) if match else None
 
 

@@ -1,6 +1,7 @@
 """Pictures: slices, label maps, planes, curves.
 """
 import inspect
+import itertools
 
 import numpy as np
 import torch
@@ -12,12 +13,15 @@ from kit import files
 LABEL_COLOURS = {"air": "000000", "brain": "555555", "CSF": "303a60", "grey": "606060",
                  "white": "a0a0a0", "ventricles": "303a60", "NCR": "3b7dd8", "ED": "58b368",
                  "ET": "f2c14e"}                # red, green, blue in hex
+SPARE_COLOURS = "f2c14e", "58b368", "3b7dd8", "d1495b", "9b5de5"     # other labels, in turn
 
 
 def colour_labels(classes, condition):
     """Class map int (H, W), values index CONDITIONS[condition] -> colours float (H, W, 3) in
     0..1."""
-    rgb = [list(bytes.fromhex(LABEL_COLOURS[name])) for name in bs.CONDITIONS[condition]]
+    spare = itertools.cycle(SPARE_COLOURS)
+    hexes = [LABEL_COLOURS.get(name) or next(spare) for name in bs.CONDITIONS[condition]]
+    rgb = [list(bytes.fromhex(colour)) for colour in hexes]
     return np.array(rgb)[np.asarray(classes)] / 255
 
 

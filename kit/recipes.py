@@ -14,7 +14,6 @@ from kit import checks, edits, nifti, phantoms, requests, runs, slices
 
 FRESH = 500_000                 # phantoms whose label maps are used have seeds from this one on
 LABEL_GUIDANCE = 2.0            # guidance scale of the label generator
-VOLUMES = (*bs.LABELS, "ventricles")            # of requests.ASKED, in mL
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Recipe:
     edit     how the tumour is changed, see edits.edit_labels; prepare sets the scale for `target`
     target   (label or region, mL): the tumour is scaled until this volume is right
     model    the LabelGenerator that makes the label map, in place of a case
-    request  what it is asked for, float (len(requests.ASKED),)
+    request  what it is asked for, float (E,)
     """
     key: tuple
     facts: dict
@@ -109,10 +108,11 @@ def requested_labels(args, device, state):
         raise bs.BadInput("--request ventricles: train both networks with --condition ventricles")
     for number in range(args.count):
         request = requests.requested(args.request, number, args.count, args.seed)
-        wanted = dict(zip(requests.ASKED, request.tolist()))
+        wanted = dict(zip(requests.entries(), request.tolist()))
         asked = {name: round(wanted[name], 2) for name in args.request}
+        volumes = *bs.LABELS, "ventricles"
         facts = {"LabelMaps": "generated", "Edits": {}, "Requested": asked,
-                 "RequestedML": {name: ml for name, ml in asked.items() if name in VOLUMES},
+                 "RequestedML": {name: ml for name, ml in asked.items() if name in volumes},
                  "LabelGuidance": LABEL_GUIDANCE, "LabelGeneratorPatients": model.state["patients"],
                  "LabelCheckpointSHA256": model.state["digest"]}
         yield Recipe((args.seed, number), facts, model=model, request=request)
@@ -127,7 +127,8 @@ def segmented_scans(args, device, scratch):
         prepared = slices.prepare_case(case, segmenter.resolution, segmenter.fov, "tumour")
         path = Path(scratch) / f"{number}.nii.gz"
         nifti.write_labels(path, segmenter.segment(prepared), case, prepared["grid"].affine)
-        labelled = nifti.Case(case.case, {**case.files, "seg": path}, modern=True)
+        same = {k: k for k in range(1, len(bs.LABELS) + 1)}
+        labelled = case._replace(files={**case.files, "seg": path}, values=same)
         yield Recipe((args.seed, number), {"LabelMaps": "segmented",
                                            "SegmenterSHA256": segmenter.digest}, labelled)
 

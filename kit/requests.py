@@ -10,7 +10,7 @@ blocks. The blocks decide where the tumour lies and how large it is; the voxels 
             -> sample_draft    voxels of all slabs; settle turns scores into labels of that volume
             -> sample_labels   up to DRAFTS such label maps; the closest to the request is kept
 
-A request is a float tensor (len(ASKED),), NaN where an entry is left open.
+A request is a float tensor (E,), one number for each of entries(), NaN where it is left open.
 
 SOURCES
     [LESION]  parts that count as lesions: Saluja et al. 2023,
@@ -27,15 +27,10 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import edits, files, metrics, runs, slices
+from kit import edits, files, runs, slices
 
 
-# The entries of a request: mL of each label; centre of the tumour in mm from the centre of the
-# head, to the patient's right, front and top; sphericity of the tumour (1 is a ball); number of its
-# connected parts; mL of the ventricles (only under the condition that has them).
-ASKED = ("NCR", "ED", "ET", "x", "y", "z", "sphericity", "lesions", "ventricles")
-IS_VOLUME = torch.tensor([name in (*bs.LABELS, "ventricles") for name in ASKED])
-SPHERICITY, LESIONS = ASKED.index("sphericity"), ASKED.index("lesions")
+SPHERICITY, LESIONS = -3, -2            # their places in a request, see entries
 BLOCK = 4                               # voxels a side of a block; slices of a slab
 # The sampler leaves a little of every class everywhere. A fraction below LEAST_FRACTION becomes 0,
 # and so does a label where neither the block nor one of its 26 neighbours reaches SURE_FRACTION.
@@ -47,10 +42,23 @@ CANDIDATES = 16                         # heads in blocks that are sampled for o
 DRAFTS, NEAR = 4, 0.002
 
 
+def entries():
+    """The names of the entries of a request: mL of each label; centre of the tumour in mm from the
+    centre of the head, to the patient's right, front and top; sphericity of the tumour (1 is a
+    ball); number of its connected parts; mL of the ventricles (only under the condition that has
+    them)."""
+    return *bs.LABELS, "x", "y", "z", "sphericity", "lesions", "ventricles"
+
+
+def is_volume():
+    """Which entries are volumes: bool (E,)."""
+    return torch.tensor([name in (*bs.LABELS, "ventricles") for name in entries()])
+
+
 def volume_entries(condition):
-    """The entries of ASKED that are volumes of classes: [index], in the order of these classes,
-    which are the last ones of the condition."""
-    return [ASKED.index(name) for name in bs.CONDITIONS[condition] if name in ASKED]
+    """The entries that are volumes of classes: [index], in the order of these classes, which are
+    the last ones of the condition."""
+    return [entries().index(name) for name in bs.CONDITIONS[condition] if name in entries()]
 
 
 # ------------------------------------------------------------------ what a label map measures ---
@@ -69,7 +77,7 @@ def sphericity(mask):
 
 def volumes_and_place(fractions, condition, spacing):
     """Class fractions of cubic cells (N, D, K, H, W), `spacing` mm a side -> requests (N,
-    len(ASKED)) that hold the volumes and the place of the tumour, the rest NaN. The place is the
+    E) that hold the volumes and the place of the tumour, the rest NaN. The place is the
     centre of mass of the tumour minus that of the head; NaN without a tumour."""
     tumour, head = fractions[:, :, -len(bs.LABELS):].sum(2), 1 - fractions[:, :, 0]
     # the place of every cell, (3, D, H, W)
@@ -79,23 +87,23 @@ def volumes_and_place(fractions, condition, spacing):
         return torch.einsum("ndhw,adhw->an", mass, at) / mass.sum((1, 2, 3))
 
     up, back, left = (centre(tumour) - centre(head)) * spacing
-    out = torch.full((len(fractions), len(ASKED)), torch.nan)
-    out[:, 3:6] = torch.stack([-left, -back, up], 1)
-    entries = volume_entries(condition)
-    cells = fractions[:, :, -len(entries):].sum((1, 3, 4)).double()
-    out[:, entries] = (cells * spacing ** 3 / 1000).float()
+    out = torch.full((len(fractions), len(entries())), torch.nan)
+    out[:, -6:-3] = torch.stack([-left, -back, up], 1)
+    volumes = volume_entries(condition)
+    cells = fractions[:, :, -len(volumes):].sum((1, 3, 4)).double()
+    out[:, volumes] = (cells * spacing ** 3 / 1000).float()
     return out
 
 
 def characteristics(classes, condition, step):
     """What a request can ask for, measured on a label map: classes int tensor (D, H, W), slices as
-    to_slices has them, cubic voxels of `step` mm -> float32 (len(ASKED),). Parts of the tumour
+    to_slices has them, cubic voxels of `step` mm -> float32 (E,). Parts of the tumour
     below 50 mm3 do not count as lesions [LESION]. Without a tumour place and sphericity are NaN;
     ventricles are NaN where the condition does not have them."""
     onehot = bs.one_hot(classes, len(bs.CONDITIONS[condition]))                 # (D, K, H, W)
     out = volumes_and_place(onehot[None], condition, step)[0]
     tumour = bs.tumour_labels(classes, condition) > 0
-    sizes = torch.bincount(metrics.components(tumour).flatten())[1:]
+    sizes = torch.bincount(slices.components(tumour).flatten())[1:]
     out[LESIONS] = (sizes * step ** 3 >= 50).sum()
     if tumour.any():
         box = tuple(slice(int(at.min()), int(at.max()) + 1) for at in torch.where(tumour))
@@ -105,7 +113,7 @@ def characteristics(classes, condition, step):
 
 def block_characteristics(fractions, condition, step):
     """The same, estimated from blocks: class fractions (N, D', K, r, r), voxels of `step` mm ->
-    (N, len(ASKED)). Lesions are NaN: blocks do not show them. The sphericity s of the fractions is
+    (N, E). Lesions are NaN: blocks do not show them. The sphericity s of the fractions is
     too high, since blocks smooth the surface; 0.8 s - 0.2 is the estimate (python
     tests/bench_labels.py shapes prints how good it is)."""
     out = volumes_and_place(fractions, condition, BLOCK * step)
@@ -114,19 +122,19 @@ def block_characteristics(fractions, condition, step):
 
 
 def scaled(wanted):
-    """Requests or characteristics (..., len(ASKED)) -> about -1..1, as the networks take them:
+    """Requests or characteristics (..., E) -> about -1..1, as the networks take them:
     cube roots of volumes, v^(1/3) / 2.5 - 1 (ventricles v^(1/3) / 2 - 1.5); place / 60;
     2 sphericity - 1; log2(lesions + 1) - 1. NaN stays NaN."""
-    volume, place, sphere, lesions, fluid = wanted.split((3, 3, 1, 1, 1), -1)
+    volume, place, sphere, lesions, fluid = wanted.split((len(bs.LABELS), 3, 1, 1, 1), -1)
     return torch.cat([volume.clamp(min=0) ** (1 / 3) / 2.5 - 1, place / 60, 2 * sphere - 1,
                       torch.log2(lesions + 1) - 1, fluid.clamp(min=0) ** (1 / 3) / 2 - 1.5], -1)
 
 
 def distance(measured, wanted, weight=1.0):
-    """Squared distance of characteristics (..., len(ASKED)) from a request (len(ASKED),), summed
+    """Squared distance of characteristics (..., E) from a request (E,), summed
     over its entries after `scaled` -> (...). Entries left open do not count; a wanted entry that
     was not measured, as the place without a tumour, counts 4. weight: of the entries, a number or
-    (len(ASKED),)."""
+    (E,)."""
     off = torch.nan_to_num((scaled(measured) - scaled(wanted)) ** 2, nan=4.0)
     return (off * ~torch.isnan(wanted) * weight).sum(-1)
 
@@ -256,24 +264,24 @@ def label_prior(x0):
 
 
 def open_entries(count, seed, step):
-    """Entries that training leaves open in `count` requests: bool (count, len(ASKED)). In one half
+    """Entries that training leaves open in `count` requests: bool (count, E). In one half
     of the requests a random number of entries, from none to all. In the other half everything but
     the volumes, and each volume with probability 1/2: people ask for one or two volumes most of the
     time. Seed and training step decide."""
-    chance = torch.rand(count, 2 + len(ASKED), generator=bs.generator(seed, "open", step))
-    volumes_only, level, each = chance.split((1, 1, len(ASKED)), 1)
-    return torch.where(volumes_only < 0.5, ~IS_VOLUME | (each > 0.5), each > level)
+    chance = torch.rand(count, 2 + len(entries()), generator=bs.generator(seed, "open", step))
+    volumes_only, level, each = chance.split((1, 1, len(entries())), 1)
+    return torch.where(volumes_only < 0.5, ~is_volume() | (each > 0.5), each > level)
 
 
 def head_scalars(wanted):
-    """Requests (B, len(ASKED)) -> scalars of the coarse network (B, 1 + len(ASKED)): 0 in the place
+    """Requests (B, E) -> scalars of the coarse network (B, 1 + E): 0 in the place
     of the slice position, which a head does not have, then the request."""
     return F.pad(scaled(wanted), (1, 0))
 
 
 def slab_scalars(index, slabs, wanted):
     """Scalars of the fine network (B, 3): position -1..1 of slab number index (B,) of `slabs`, then
-    sphericity and lesions of the request (B, len(ASKED)), which blocks show badly or not at all."""
+    sphericity and lesions of the request (B, E), which blocks show badly or not at all."""
     position = (index + 0.5) / slabs * 2 - 1
     return torch.cat([position[:, None], scaled(wanted)[:, [SPHERICITY, LESIONS]]], 1)
 
@@ -286,7 +294,7 @@ def range_of(name, text):
     low, dots, high = text.partition("..")
     low, high = float(low), float(high if dots else low)
     least = -1e6 if name in ("x", "y", "z") else 0
-    if name not in [entry.lower() for entry in ASKED] or not least <= low <= high <= 1e6:
+    if name not in [entry.lower() for entry in entries()] or not least <= low <= high <= 1e6:
         raise ValueError
     return low, high
 
@@ -296,18 +304,18 @@ def parse_request(text):
     names what is wrong."""
     words = filter(None, text.replace(" ", "").lower().split(","))
     ranges = edits.parse_words("--request", words, range_of, "cannot be asked for; write et=12 or "
-                               f"et=20..60, of {', '.join(ASKED).lower()}, each once")
-    return {name: ranges[name.lower()] for name in ASKED if name.lower() in ranges}
+                               f"et=20..60, of {', '.join(entries()).lower()}, each once")
+    return {name: ranges[name.lower()] for name in entries() if name.lower() in ranges}
 
 
 def requested(request, number, count, seed):
     """The request for case `number` of `count`: request from parse_request -> float32
-    (len(ASKED),), NaN where open. The values of a range are spread evenly over the cases, in an
+    (E,), NaN where open. The values of a range are spread evenly over the cases, in an
     order of its own for every entry."""
-    out = torch.full((len(ASKED),), torch.nan)
+    out = torch.full((len(entries()),), torch.nan)
     for name, (low, high) in request.items():
         order = torch.randperm(count, generator=bs.generator(seed, "request", name))
-        out[ASKED.index(name)] = low + (high - low) * (int(order[number]) + 0.5) / count
+        out[entries().index(name)] = low + (high - low) * (int(order[number]) + 0.5) / count
     return out
 
 
@@ -351,7 +359,7 @@ class LabelGenerator:
     fine: bs.Denoiser
     condition: str
     step: float                                 # mm a voxel
-    measured: torch.Tensor                      # (N, len(ASKED)), of the heads trained on
+    measured: torch.Tensor                      # (N, E), of the heads trained on
     state: dict | None = None                   # see load_label_generator
 
 
@@ -373,19 +381,19 @@ def load_label_generator(folder, device):
 
 
 def fill_volumes(wanted, known, key):
-    """A request (len(ASKED),) with its open volumes filled by those of one training head: known
-    (N, len(ASKED)), the characteristics of training heads. The head is drawn from the 5% of them
+    """A request (E,) with its open volumes filled by those of one training head: known
+    (N, E), the characteristics of training heads. The head is drawn from the 5% of them
     that are most like the request, or from all if nothing is asked for. So the volumes of many
     generated heads are spread like those of patients; the coarse network alone makes tumours too
     small. Heads without a tumour are drawn only if nothing is asked of the tumour, or lesions=0;
     et=0 asks for a tumour without ET."""
-    is_open, has_tumour = torch.isnan(wanted), known[:, :3].sum(1) > 0
+    is_open, has_tumour = torch.isnan(wanted), known[:, :-6].sum(1) > 0
     if not is_open[:-1].all() and wanted[LESIONS] != 0 and has_tumour.any():
         known = known[has_tumour]
     count = len(known) if is_open.all() else max(1, round(0.05 * len(known)))
     lot = int(torch.randint(count, (1,), generator=bs.generator(*key, "lot")))
     head = known[distance(known, wanted).argsort(stable=True)[lot]]
-    return torch.where(is_open & IS_VOLUME, head, wanted)
+    return torch.where(is_open & is_volume(), head, wanted)
 
 
 def refill(fractions):
@@ -398,7 +406,7 @@ def refill(fractions):
 
 def sample_blocks(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATES, weight=1.0):
     """One head in blocks: a LabelGenerator, of which the coarse network is used, request float
-    (len(ASKED),) -> class fractions (D', K, r, r), sum 1. `candidates` heads are sampled and
+    (E,) -> class fractions (D', K, r, r), sum 1. `candidates` heads are sampled and
     cleaned, see LEAST_FRACTION; the one with the least distance to the request is kept. A class of
     which 0 mL are wanted is removed. key, settings: see sample_labels; weight: see distance."""
     mean = model.coarse.prior["atlas"][0].expand(candidates, -1, -1, -1)        # (N, D' K, r, r)
@@ -411,8 +419,8 @@ def sample_blocks(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATE
     x = x.unflatten(1, (-1, len(bs.CONDITIONS[model.condition])))               # (N, D', K, r, r)
     fractions = ((x + 1) / 2).clamp(1e-6, 1) ** 2
     fractions = fractions / fractions.sum(2, keepdim=True)
-    entries = volume_entries(model.condition)
-    labels = fractions[:, :, -len(entries):]
+    volumes = volume_entries(model.condition)
+    labels = fractions[:, :, -len(volumes):]
     # the largest fraction of a block and its neighbours
     labels *= F.max_pool3d(labels.movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_FRACTION
     fractions = refill(fractions)
@@ -420,7 +428,7 @@ def sample_blocks(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATE
     fractions = fractions / fractions.sum(2, keepdim=True)
     measured = block_characteristics(fractions, model.condition, model.step)
     best = fractions[distance(measured, wanted, weight).argmin()]
-    best[:, -len(entries):][:, wanted[entries] == 0] = 0
+    best[:, -len(volumes):][:, wanted[volumes] == 0] = 0
     return refill(best)
 
 
@@ -496,7 +504,7 @@ def sample_draft(model, wanted, key, settings, candidates, weight):
 
 
 def sample_labels(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATES, drafts=DRAFTS):
-    """One label map on request: a LabelGenerator, request float (len(ASKED),), NaN where open ->
+    """One label map on request: a LabelGenerator, request float (E,), NaN where open ->
     classes int64 (D, R, R). At most `drafts` label maps are sampled, until one is NEAR the request;
     the nearest is kept, the first one if nothing is asked for.
 

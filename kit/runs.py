@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import devices, files, metrics, pictures
+from kit import devices, files, metrics, options, pictures
 
 
 # -------------------------------------------------------------------------------- checkpoints ---
@@ -78,6 +78,24 @@ def load_checkpoint(path, kind="ddpm", say=print, names=NEWEST_FIRST):
     raise bs.BadInput("; ".join(faults) or nothing)
 
 
+def use_names_of(path, text=None):
+    """Set what this process reads and writes to what the checkpoint at `path` was trained with.
+    text: another --label-map, for files that give the same labels other values."""
+    args = load_checkpoint(path, tuple(HOLDS), names=("best.pt", *NEWEST_FIRST))["args"]
+    options.use_names(args.get("modalities"), text or args.get("label_map"))
+
+
+def require_names(state):
+    """BadInput unless a checkpoint was trained with the modalities and labels that this process
+    uses."""
+    args = state["args"]
+    modalities, labels, _ = options.names_in(args.get("modalities"), args.get("label_map"))
+    if (modalities, labels) != (bs.MODALITIES, bs.LABELS):
+        raise bs.BadInput(f"{state['file']} is of {', '.join(modalities + labels)}, not of "
+                          f"{', '.join(bs.MODALITIES + bs.LABELS)}; train all with the same "
+                          "--modalities and --label-map")
+
+
 def read_state(path, kinds):
     """The state in a checkpoint (.pt) or a published file (.npz). Any exception where it is
     damaged, of none of these kinds, incomplete, or holds a pickle of more than data."""
@@ -120,9 +138,11 @@ def publish(run, path):
 
 
 def trained_network(kind, state, weights, device):
-    """The network in a checkpoint, for use: of this class, with these weights, on the device."""
+    """The network in a checkpoint, for use: of this class, with these weights, on the device.
+    BadInput where it was trained with other modalities or labels than this process uses."""
     if state["network"].get("depth", 18) not in bs.STAGES:      # of a former version
         raise bs.BadInput(f"{state['file']}: ResNets other than 18 and 34 are gone; train again")
+    require_names(state)
     net = kind(**state["network"])
     net.load_state_dict(state[weights])
     return devices.place_network(net.eval(), device)

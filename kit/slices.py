@@ -32,28 +32,39 @@ def case_hashes(labels, brain):
     return (of_labels if np.any(labels) else of_brain), of_brain
 
 
-def air_value(scan, where="scans"):
-    """The commonest value on the six faces of a scan (X, Y, Z), such as 0 in BraTS or some negative
-    number after z-scoring. BadInput where no value holds a fifth of them."""
+def not_air(scan, where="scans"):
+    """Where a skull-stripped scan (X, Y, Z) shows brain: bool (X, Y, Z).
+
+    Air is the commonest value on the six faces, such as 0 in BraTS or some negative number after
+    z-scoring. Where no value holds a fifth of them, as after resampling, air is all that differs
+    from their median by at most 2% of what separates it from the brightest voxels. BadInput where
+    less than half of the faces is air then.
+    """
     faces = np.concatenate([scan.take((0, -1), axis).ravel() for axis in range(3)])
     values, counts = np.unique(faces, return_counts=True)
-    if counts.max() < 0.2 * faces.size:
-        raise bs.BadInput(f"{where}: air is not one value; strip the skull with a tool first")
-    return values[counts.argmax()]
+    if counts.max() >= 0.2 * faces.size:
+        return scan != values[counts.argmax()]
+    air = np.median(faces)
+    near = 0.02 * (np.percentile(scan[::3, ::3, ::3], 99.5) - air)
+    if (np.abs(faces - air) <= near).mean() < 0.5:
+        raise bs.BadInput(f"{where}: air is not one dark value at the border; is the skull still "
+                          "there? Strip it first")
+    return np.abs(scan - air) > near
 
 
 def brain_mask(scans, where="scans"):
-    """Voxels inside the brain, bool (X, Y, Z), of skull-stripped scans (C, X, Y, Z): those that
-    differ from the air value in any modality."""
-    return np.any([scan != air_value(scan, where) for scan in scans], axis=0)
+    """Voxels inside the brain, bool (X, Y, Z), of skull-stripped scans (C, X, Y, Z): those that any
+    modality shows, see not_air."""
+    return np.any([not_air(scan, where) for scan in scans], axis=0)
 
 
 def fingerprint(case, *settings):
     """12 hexadecimal digits that change when a file of this Case (by name, size and time) or a
-    setting does, or the number 13: raise it with every change of what prepare_case makes."""
-    stats = [(str(path), path.stat()) for path in case.files.values() if path.exists()]
-    stamp = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return hashlib.sha256(json.dumps([13, *settings, stamp]).encode()).hexdigest()[:12]
+    setting does, or the number 14: raise it with every change of what prepare_case makes."""
+    stats = [(name, path, path.stat()) for name, path in case.files.items() if path.exists()]
+    stamp = [[name, str(path), stat.st_size, stat.st_mtime_ns] for name, path, stat in stats]
+    stamp += [case.channels, case.values, nifti.LABEL_VALUES, bs.LABELS]
+    return hashlib.sha256(json.dumps([14, *settings, stamp]).encode()).hexdigest()[:12]
 
 
 def hashes_of(case):
@@ -240,6 +251,34 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     return np.where(labels > 0, labels + names.index(bs.LABELS[0]) - 1, tissue).astype(np.uint8)
 
 
+def components(mask):
+    """Connected components (26 neighbours) of a bool mask (X, Y, Z): int64 (X, Y, Z), 0 outside the
+    mask, 1, 2, ... inside, in any order, without gaps.
+
+    Only the voxels of the mask are visited. Every voxel starts as its own root. For each pair of
+    neighbours the larger root is attached to the smaller one, then every voxel takes the root of
+    its root. Repeat until the roots of all pairs are equal.
+    """
+    voxels = mask.nonzero()
+    root = torch.arange(len(voxels))
+    # the number of each voxel, -1 outside the mask
+    number = torch.full([size + 2 for size in mask.shape], -1)
+    number[1:-1, 1:-1, 1:-1][mask] = root
+    pairs = []
+    for step in range(14, 27):                  # 13 of the 26 neighbours: every pair once
+        offset = torch.tensor([step // 9, step // 3 % 3, step % 3])
+        neighbour = number[tuple((voxels + offset).T)]
+        pairs.append(torch.stack([root, neighbour])[:, neighbour >= 0])
+    a, b = torch.cat(pairs, 1)
+    while not torch.equal(root[a], root[b]):
+        low, high = torch.minimum(root[a], root[b]), torch.maximum(root[a], root[b])
+        root = root.scatter_reduce(0, high, low, "amin")
+        root = root[root]
+    out = torch.zeros(mask.shape, dtype=torch.long)
+    out[mask] = torch.unique(root, return_inverse=True)[1] + 1
+    return out
+
+
 def majority(fractions):
     """Class fractions float (K, ...) -> class map uint8 (...): the class with the largest one.
     Class 0 is air; what is missing from a sum of 1 is added to it, in place."""
@@ -263,7 +302,8 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     of those read; see classes_of. Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8
     (D, R, R), values index CONDITIONS[condition]; position float32 (D,), see brain_position; labels
     uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
-    read; grid; cut: fraction of brain voxels outside the field of view.
+    read; grid; cut: fraction of brain voxels outside the field of view; lost: mL
+    and number of lesions of which the grid keeps nothing.
     """
     scans, labels, affine = nifti.read_case(case)
     brain = brain_mask(scans, case.folder)
@@ -283,12 +323,30 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     area = np.maximum(grid.shrink(inside), 1e-6)
     images = np.zeros((len(classes), len(scans), resolution, resolution), np.uint8)
     for c, name in enumerate(bs.MODALITIES):
-        scan = to_slices(scale_to_bytes(scans[c], brain, MEDIAN_LANDMARK[name]))
+        scan = to_slices(scale_to_bytes(scans[c], brain, MEDIAN_LANDMARK.get(name, 128)))
         mean = np.where(classes > 0, grid.shrink(scan * inside) / area, 0)
         images[:, c] = np.rint(mean).clip(0, 255)
     cut = 1 - area.sum() * np.prod(grid.step) / inside.sum()
     return {"images": images, "classes": classes, "position": position, "labels": labels,
-            "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut)}
+            "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut),
+            "lost": lost_lesions(labels > 0, bs.tumour_labels(classes, condition) > 0, grid)}
+
+
+def lost_lesions(tumour, kept, grid):
+    """Lesions, connected parts of a tumour, that a grid is too coarse for: (mL, their number).
+    tumour: bool (X, Y, Z) on the grid of the files; kept: bool (D, R, R), what is left of it."""
+    there = np.argwhere(to_slices(tumour))                                      # (N, 3)
+    if not len(there):
+        return 0.0, 0
+    pixels = np.floor((there[:, 1:] + 0.5 - grid.start) / grid.step).astype(int)
+    inside = ((pixels >= 0) & (pixels < grid.resolution)).all(1)
+    shown = np.zeros(len(there), bool)
+    shown[inside] = kept[there[inside, 0], pixels[inside, 0], pixels[inside, 1]]
+    lesion = components(torch.from_numpy(to_slices(tumour).copy()))[tuple(there.T)].numpy()
+    voxels, found = np.bincount(lesion), np.bincount(lesion, shown)
+    lost = (voxels > 0) & (found == 0)
+    ml = np.prod(nifti.spacing_of(grid.affine)) / 1000
+    return float(voxels[lost].sum() * ml), int(lost.sum())
 
 
 def split_patients(cases, split_file=None):
@@ -350,7 +408,8 @@ class Cache:
     position  float32 (N,), a tensor
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
               case_hashes), first, count (its rows), thickness (mm between slices),
-              cut (fraction of the brain outside the field of view)
+              cut (fraction of the brain outside the field of view), lost (mL and number of lesions
+              that the grid is too coarse for)
     meta      classes (their names), modalities, resolution, fov
     """
 
@@ -395,14 +454,15 @@ class Cache:
 
 def cached_case(case, resolution, fov, condition):
     """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,
-    position float32 (n,), facts: its hashes, thickness and cut, see Cache."""
+    position float32 (n,), facts: hashes, thickness, cut and lost, see Cache."""
     got = prepare_case(case, resolution, fov, condition)
     keep = (got["classes"] > 0).mean((1, 2)) > 0.01
     rows = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
     thickness = float(nifti.spacing_of(got["grid"].affine)[2])
     return {"rows": torch.from_numpy(rows),
             "position": torch.from_numpy(got["position"][keep].round(5)),
-            "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"]}}
+            "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"],
+                      "lost": got["lost"]}}
 
 
 def build_cache(cases, folder, resolution, fov, condition, split=None):
@@ -428,6 +488,12 @@ def build_cache(cases, folder, resolution, fov, condition, split=None):
         raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
     wide = sum(entry["cut"] > 0.002 for entry in entries)
     print(f"cache: {len(cases)} cases ({wide} wider than --fov), {first} slices -> {folder}")
+    lost = [entry for entry in entries if entry["lost"][1]]
+    ml, number = map(sum, zip(*[entry["lost"] for entry in entries]))
+    if lost:
+        print(f"note: {number} lesions ({ml:.2f} mL) in {len(lost)} cases, {lost[0]['case']} for "
+              f"one, are too small for {fov / resolution:.1f} mm a pixel and lost; a higher "
+              "--resolution keeps them")
     return Cache(blocks, entries, {"classes": bs.CONDITIONS[condition], "fov": fov,
                                    "modalities": bs.MODALITIES, "resolution": resolution})
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import files, metrics, nifti, pictures, runs, slices, writing
+from kit import edits, files, metrics, nifti, pictures, runs, slices, writing
 
 STUDY_STEPS = 200               # of every segmenter of a study, whatever it is trained on
 PATIENTS = ["2", "10", "all"]   # of the default study
@@ -24,7 +24,16 @@ ARMS = {"real": (None, True, "standard", ()),
         "synthetic": ("synthetic", False, "standard", ("real",)),
         "real + synthetic": ("synthetic", True, "standard", ("real", "real + strong augmentation")),
         "real + balanced": ("balanced", True, "standard", ("real + synthetic",))}
-COLUMNS = *bs.REGIONS, "small ET"
+
+
+def rarest():
+    """The region of which there is least: the last one, ET in BraTS."""
+    return list(bs.REGIONS)[-1]
+
+
+def columns():
+    """The columns of the table."""
+    return [*bs.REGIONS, f"small {rarest()}"]
 
 
 def synthetic_cache(folder, held, args):
@@ -48,19 +57,23 @@ def hashes_of_all(cases):
 
 def make_sets(args, cases, held, out):
     """Train a generator on these real Cases alone and sample sets with it -> {name: their Cache}:
-    "synthetic" from their edited label maps, "balanced" from the same with ET volumes spread evenly
-    over 2 to 40 mL, where a map has ET. What is there already is kept. The commands are printed:
-    anyone can type them. held: see synthetic_cache."""
+    "synthetic" from their edited label maps, "balanced" from the same with volumes of the rarest
+    region spread evenly over 2 to 40 mL, where a map has it. What is there already is kept. The
+    commands are printed: anyone can type them. held: see synthetic_cache."""
     files.write_json(out / "split.json", {"train": sorted(case.case for case in cases)})
     here, data = [shlex.quote(str(path)) for path in (out, args.data or cases[0].folder.parent)]
     split = f"--split {here}/split.json --device {args.device} --seed {args.seed}"
     split += " --skip-bad" * args.skip_bad
+    if args.label_map:
+        split += f" --label-map {args.label_map}"
+    scans = f" --modalities {' '.join(args.modalities)}" if args.modalities else ""
     sets = {"synthetic": "--edit random"}
-    if any((nifti.read_labels(case)[0] == 3).any() for case in cases):
-        sets["balanced"] = "--edit random --balance ET --range 2 40"
+    if any(edits.volume_ml(*nifti.read_labels(case), rarest()) for case in cases):
+        sets["balanced"] = f"--edit random --balance {rarest()} --range 2 40"
     if not (out / "ddpm/closing.json").exists():
-        run_command(f"train_ddpm.py --data {data} {split} --resolution {args.resolution} --fov "
-                    f"{args.fov} --steps {args.generator_steps} --sample-every 0 --out {here}/ddpm")
+        run_command(f"train_ddpm.py --data {data} {split}{scans} --resolution {args.resolution} "
+                    f"--fov {args.fov} --steps {args.generator_steps} --sample-every 0 "
+                    f"--out {here}/ddpm")
     for name, words in sets.items():
         run_command(f"sample.py --checkpoint {here}/ddpm --labels {data} --part train {split} "
                     f"{words} --count {args.made} --steps {args.calls} --out {here}/{name}")
@@ -147,55 +160,57 @@ def study(args, split, device, fit, source):
                 dice = [row["dice"] for row in tested]
                 results.setdefault((size, arm), []).append(dice)
                 print(f"{size} patients, {arm}, seed {seed}: Dice {np.mean(dice):.3f}", flush=True)
-    et = np.array([row["true_ml"] for row in tested if row["region"] == "ET"])
-    report(args, test, results, et, len(order))
+    rare = np.array([row["true_ml"] for row in tested if row["region"] == rarest()])
+    report(args, test, results, rare, len(order))
 
 
 def dice_table(results, small, patients):
-    """Dice of a study -> float64 (A, 4, P, S): arm (with its number of training patients), column
-    of COLUMNS, test patient (mean over time points), seed. results: see report; small: bool (N,),
-    the cases whose ET is the column small ET, which is NaN for other patients; patients: name of
-    each case's patient (N,)."""
-    dice = torch.tensor(list(results.values()), dtype=torch.float64).unflatten(2, (-1, 3))
-    et = torch.where(torch.from_numpy(small), dice[..., 2], np.nan)
-    dice = torch.cat([dice, et[..., None]], 3)                                  # (A, S, N, 4)
+    """Dice of a study -> float64 (A, columns, P, S): arm (with its number of training patients),
+    one of columns(), test patient (mean over time points), seed. results: see report; small: bool
+    (N,), the cases of the last column, which is NaN for other patients; patients: name of each
+    case's patient (N,)."""
+    dice = torch.tensor(list(results.values()), dtype=torch.float64)
+    dice = dice.unflatten(2, (-1, len(bs.REGIONS)))
+    rare = torch.where(torch.from_numpy(small), dice[..., -1], np.nan)
+    dice = torch.cat([dice, rare[..., None]], 3)                                # (A, S, N, columns)
     time_points = [np.where(np.array(patients) == name)[0] for name in dict.fromkeys(patients)]
     by_patient = [dice[:, :, points].nanmean(2) for points in time_points]
     return torch.stack(by_patient, 2).permute(0, 3, 2, 1).contiguous().numpy()
 
 
-def report(args, test, results, et, patients):
+def report(args, test, results, rare, patients):
     """Table, study.json and study.png of a study with so many training patients. results: {(size,
-    arm): for each seed Dice by case and region, a flat list}; test: the Cases; et: mL of ET of
-    each, array (N,).
+    arm): for each seed Dice by case and region, a flat list}; test: the Cases; rare: mL of the
+    rarest region of each, array (N,).
 
     Intervals are about patients: seeds are averaged first, time points of one patient too, and
     differences are paired. "better" and "worse" only where an interval leaves out 0 and at least
     FEW patients are behind it. All seeds of a row share its training patients, generator and
     synthetic set: what other patients or another generator would have given is not in the interval.
     """
-    out, tumours = Path(args.out), [i for i in np.argsort(et, kind="stable") if et[i] > 0]
-    small = tumours[:max(1, len(tumours) // 2)]         # the half of the tumours with less ET
-    dice = dice_table(results, np.isin(range(len(et)), small), [case.patient for case in test])
-    by_seed = np.nanmean(dice, 2)                                               # (A, 4, S)
+    out, tumours = Path(args.out), [i for i in np.argsort(rare, kind="stable") if rare[i] > 0]
+    small = tumours[:max(1, len(tumours) // 2)]         # the half of the tumours with less of it
+    dice = dice_table(results, np.isin(range(len(rare)), small), [case.patient for case in test])
+    by_seed = np.nanmean(dice, 2)                                               # (A, columns, S)
     mean, sd = by_seed.mean(2), by_seed.std(2, ddof=min(1, args.seeds - 1))
     print(f"--- Dice on {len(test)} held-out cases, mean ± spread over {args.seeds} seeds; small "
-          f"ET: the {len(small)} cases with least ET, up to {max(et[small], default=0):.1f} mL")
+          f"{rarest()}: the {len(small)} cases with least of it, up to "
+          f"{max(rare[small], default=0):.1f} mL")
     summary, panels = [], []
     for (size, arm), means, sds in zip(results, mean.tolist(), sd.tolist()):
         saw_all = args.synthetic and ARMS[arm][0] and size < patients
         row = {"patients": size, "arm": arm, "note": "generator saw all" if saw_all else ""}
         text = f"{size:3d} patients  {arm:28}"
-        for column, value, spread in zip(COLUMNS, means, sds):
+        for column, value, spread in zip(columns(), means, sds):
             row[column] = {"dice": value, "sd_over_seeds": spread}
             text += f"  {column} {value:.3f} ± {spread:.3f}"
         print(text, row["note"])
         summary.append(row)
     differences = compare_arms(dict(zip(results, dice.mean(3))))
     files.write_json(out / "study.json", {"rows": summary, "differences": differences,
-                                          "small_et": [test[i].case for i in small]})
+                                          "small": [test[i].case for i in small]})
     sizes, arms = map(np.array, zip(*results))
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(columns()):
         lines = {arm: (sizes[arms == arm], mean[arms == arm, i], sd[arms == arm, i])
                  for arm in dict.fromkeys(arms)}
         panels.append((f"Dice, {column}", "linear", lines))
@@ -205,13 +220,13 @@ def report(args, test, results, et, patients):
 
 def compare_arms(dice):
     """Print the paired differences that ARMS names, with intervals -> list of dicts. dice: {(size,
-    arm): float (4, P)}, by column of COLUMNS and test patient."""
+    arm): float (columns, P)}, by one of columns() and test patient."""
     print("--- paired differences of Dice with 95% interval over patients")
     pairs = [(size, arm, base) for size, arm in dice for base in ARMS[arm][3]]
     differences = []
     for size, arm, base in pairs:
         print(f"{size:3d} patients  {arm} against {base}:")
-        for column, change in zip(COLUMNS, dice[size, arm] - dice[size, base]):
+        for column, change in zip(columns(), dice[size, arm] - dice[size, base]):
             mean, low, high = metrics.bootstrap_interval(change)
             count = int((~np.isnan(change)).sum())
             verdict = "better" * (low > 0) + "worse" * (high < 0)

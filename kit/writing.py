@@ -37,7 +37,7 @@ def write_case(folder, case, images, labels, affine, facts, classes=None):
     (4, 4). facts: what goes into the JSON sidecar beside the volumes. classes: uint8 (X, Y, Z),
     values index the condition; written as CLASSES_NAME. Every file says SYNTHETIC.
     """
-    volumes = {f"{case}-{nifti.NAMES_2023[name]}.nii.gz": image
+    volumes = {f"{case}-{nifti.NAMES_2023.get(name, name)}.nii.gz": image
                for name, image in zip(bs.MODALITIES, images)}
     volumes[f"{case}-seg.nii.gz"] = labels
     if classes is not None:
@@ -66,6 +66,10 @@ def write_dataset_json(folder):
     """dataset.json of all cases in a folder, for nnU-Net (`dataset`; training on regions) and MONAI
     (`training`). regions_class_order: what is WT and nothing more is ED (2), and so on."""
     facts = json.loads((HERE / "dataset.json").read_text())
+    facts["channel_names"] = {str(c): name.upper() for c, name in enumerate(bs.MODALITIES)}
+    if bs.LABELS != bs.BRATS[1]:
+        facts["labels"] = {"background": 0} | {name: k for k, name in enumerate(bs.LABELS, 1)}
+        del facts["regions_class_order"]
     for case in nifti.find_cases(folder):
         paths = {name: path.relative_to(folder).as_posix() for name, path in case.files.items()}
         images = [paths[name] for name in bs.MODALITIES]
@@ -86,7 +90,7 @@ def write_datasheet(folder):
         texts = {str(sidecar.get(name, "missing")) for sidecar in sidecars}
         values[name] = ", ".join(sorted(texts))
     rows = []
-    for name in (*bs.LABELS, "WT"):
+    for name in sidecars[0]["VolumesML"]:
         ml = [sidecar["VolumesML"][name] for sidecar in sidecars]
         rows.append(f"| {name} | {min(ml):.1f} | {np.median(ml):.1f} | {max(ml):.1f} |")
     judged = {"synthetic": {}, "real": {}}

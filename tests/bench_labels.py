@@ -87,7 +87,7 @@ class Slabs:
         self.slabs, self.k = data.fractions.shape[1], len(data.names)
         self.shape = requests.BLOCK * self.k, *data.heads.shape[2:]         # (BLOCK K, R, R)
         self.count = max(1, args.batch // 8)                                        # heads a step
-        self.network = {"channels": self.shape[0], "scalars": 1 + len(requests.ASKED),
+        self.network = {"channels": self.shape[0], "scalars": 1 + len(requests.entries()),
                         "classes": self.shape[0] if way == "neighbour" else 0,
                         "depth": self.slabs if way == "along z" else 1}
         mean = sum(bs.one_hot(head.long(), self.k).mean(0) for head in data.heads) / len(data.heads)
@@ -100,7 +100,7 @@ class Slabs:
         return []
 
     def scalars(self, wanted):
-        """Requests (B, len(ASKED)) -> (B D', 1 + len(ASKED)): position of every slab, request."""
+        """Requests (B, E) -> (B D', 1 + E): position of every slab, request."""
         position = (torch.arange(self.slabs) + 0.5) / self.slabs * 2 - 1
         return torch.cat([position.repeat(len(wanted))[:, None],
                           requests.scaled(wanted).repeat_interleave(self.slabs, 0)], 1)
@@ -147,7 +147,7 @@ class Slabs:
         return bs.sample(predict_v, noise("start"), visited, table, noise)
 
     def sample(self, denoiser, wanted, number):
-        """A label map for a request (len(ASKED),) -> classes int64 (D, R, R)."""
+        """A label map for a request (E,) -> classes int64 (D, R, R)."""
         scalars, below, parts = self.scalars(wanted[None]), torch.zeros(1, *self.shape), []
         size = 1 if self.way == "neighbour" else self.slabs
         for first in range(0, self.slabs, size):
@@ -232,7 +232,7 @@ def compare_guidance(args):
             started = time.time()
             sampled = [requests.sample_labels(model, request, (0, label, i), settings,
                                               args.candidates) for i, request in enumerate(wanted)]
-            seconds, at = (time.time() - started) / args.count, requests.ASKED.index(label)
+            seconds, at = (time.time() - started) / args.count, requests.entries().index(label)
             got = torch.stack([requests.characteristics(classes, model.condition, model.step)
                                for classes in sampled])[:, at].numpy()
             there = ~np.isnan(got)              # without a tumour no sphericity
@@ -279,12 +279,12 @@ def volumes_of(args, model):
 
 
 def print_spreads(measured):
-    """The table of mean and spread of every entry; measured: {set: array (N, len(ASKED))}, unseen
+    """The table of mean and spread of every entry; measured: {set: array (N, E)}, unseen
     cases first. Returns the panels of the plot."""
     print("| what | " + " | ".join(measured) + " | gap, training | gap, generated |")
     print("|" + "---|" * 6)
     panels = []
-    for at, name in enumerate(requests.ASKED):
+    for at, name in enumerate(requests.entries()):
         columns = {source: np.sort(values[:, at][~np.isnan(values[:, at])])
                    for source, values in measured.items()}
         if not all(map(len, columns.values())):
@@ -310,7 +310,7 @@ def compare_shapes(args):
                             for classes in heads])
 
     count = min(args.count, int(seen.sum()), int((~seen).sum()))
-    everything_open = torch.full((len(requests.ASKED),), torch.nan)
+    everything_open = torch.full((len(requests.entries()),), torch.nan)
     settings = {**bs.SAMPLING, "steps": args.calls}
     sampled = torch.stack([requests.sample_labels(model, everything_open, (0, "shapes", i),
                                                   settings) for i in range(count)])

@@ -19,7 +19,7 @@ import train_ddpm
 from nursery import run_script
 
 STEP = 3.0                                      # mm a voxel
-X, SPHERICITY, LESIONS = [requests.ASKED.index(name) for name in ("x", "sphericity", "lesions")]
+X, SPHERICITY, LESIONS = [requests.entries().index(name) for name in ("x", "sphericity", "lesions")]
 
 
 def ball(radius, centre, shape=(48, 64, 64)):
@@ -39,14 +39,14 @@ def head(*lesions):
 
 def measured(classes):
     """{name: value} of characteristics."""
-    return dict(zip(requests.ASKED, requests.characteristics(classes, "tumour", STEP).tolist()))
+    return dict(zip(requests.entries(), requests.characteristics(classes, "tumour", STEP).tolist()))
 
 
 def request(**entries):
     """A request with these entries, the rest open: request(ET=12)."""
-    wanted = torch.full((len(requests.ASKED),), torch.nan)
+    wanted = torch.full((len(requests.entries()),), torch.nan)
     for name, value in entries.items():
-        wanted[requests.ASKED.index(name)] = value
+        wanted[requests.entries().index(name)] = value
     return wanted
 
 
@@ -353,7 +353,7 @@ def test_entries_asked_for_count_more_than_filled_ones():
     heads = torch.stack([request(NCR=0, ED=50, ET=10, x=10), request(NCR=90, ED=30, ET=20, x=10),
                          request(NCR=5, ED=50, ET=20)])
     plain = requests.distance(heads, wanted)
-    weight = torch.full((len(requests.ASKED),), 0.1)
+    weight = torch.full((len(requests.entries()),), 0.1)
     weight[2] = 1.0
     by_et = requests.distance(heads, wanted, weight)
     assert plain[0] < plain[1] + 0.05 and plain[2] == 4
@@ -503,20 +503,20 @@ def test_what_training_leaves_open():
     """Half of all requests are a volume or two alone; in the others anything from none to all is
     open."""
     is_open = requests.open_entries(4000, 0, 1)
-    volumes = torch.tensor([name in (*bs.LABELS, "ventricles") for name in requests.ASKED])
-    chance = torch.rand(4000, 2 + len(requests.ASKED), generator=bs.generator(0, "open", 1))
+    volumes = torch.tensor([name in (*bs.LABELS, "ventricles") for name in requests.entries()])
+    chance = torch.rand(4000, 2 + len(requests.entries()), generator=bs.generator(0, "open", 1))
     few = chance[:, 0] < 0.5
     assert is_open[few][:, ~volumes].all()
     assert 0.45 < is_open[few][:, volumes].float().mean() < 0.55
     given = (~is_open[~few]).sum(1)
-    assert set(given.tolist()) == set(range(len(requests.ASKED) + 1))
+    assert set(given.tolist()) == set(range(len(requests.entries()) + 1))
 
 
 def small_net():
     """A network of heads whose layers that start at zero have learned something."""
     torch.manual_seed(0)
     net = bs.UNet(channels=15, classes=0, width=16, mults=(1, 2), patch=1,
-                  scalars=1 + len(requests.ASKED))
+                  scalars=1 + len(requests.entries()))
     for parameter in net.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -526,10 +526,10 @@ def small_net():
 def test_open_entries_are_a_state_of_their_own():
     """Left open is not 0, for each of them, and open entries give numbers."""
     net, x, t = small_net(), torch.randn(1, 15, 16, 16), torch.full((1,), 500)
-    wanted = torch.zeros(1, len(requests.ASKED))
+    wanted = torch.zeros(1, len(requests.entries()))
     with torch.no_grad():
         given = net(x, t, x[:, :0], requests.head_scalars(wanted))
-        for i, name in enumerate(requests.ASKED):
+        for i, name in enumerate(requests.entries()):
             with_open = wanted.clone()
             with_open[0, i] = torch.nan
             got = net(x, t, x[:, :0], requests.head_scalars(with_open))
@@ -544,7 +544,7 @@ def test_guidance_leaves_the_request_open():
         seen.append(scalars)
         return x_t
 
-    scalars = requests.head_scalars(torch.ones(2, len(requests.ASKED)))
+    scalars = requests.head_scalars(torch.ones(2, len(requests.entries())))
     bs.guided_v(denoiser, torch.randn(2, 5, 8, 8), torch.full((2,), 500), torch.zeros(2, 0, 8, 8),
                 scalars, 2.0)
     assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, 0], scalars[:, 0])

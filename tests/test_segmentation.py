@@ -148,10 +148,10 @@ def test_components_touch_through_corners():
     mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
     mask[5] = True
     mask[5, 1::2, 1:] = False                               # rows joined at their first voxel
-    found = metrics.components(mask)
+    found = slices.components(mask)
     assert found[0, 0, 0] == found[1, 1, 1] != found[3, 3, 3] and found.max() == 3
     assert len(found[5][mask[5]].unique()) == 1 and (found[~mask] == 0).all()
-    assert metrics.components(mask & False).max() == 0
+    assert slices.components(mask & False).max() == 0
 
 
 @pytest.mark.a4
@@ -160,7 +160,7 @@ def test_components_agree_with_a_flood(fraction):
     """Voxel by voxel from each to the next, on noise: pieces that wind through all of it."""
     mask = torch.rand(14, 12, 10) < fraction
     left = {tuple(voxel) for voxel in mask.nonzero().tolist()}
-    found, pieces = metrics.components(mask), 0
+    found, pieces = slices.components(mask), 0
     while left:
         pieces, edge, numbers = pieces + 1, [left.pop()], set()
         while edge:
@@ -181,7 +181,7 @@ def test_components_and_dilation_agree_with_scipy():
     for seed in range(3):
         mask = blobs(seed, level=1.0)
         expected, count = ndimage.label(mask.numpy(), np.ones((3, 3, 3)))
-        found = metrics.components(mask).numpy()
+        found = slices.components(mask).numpy()
         pairs = set(zip(found[mask].tolist(), expected[mask].tolist()))
         assert found.max() == count == len(pairs) > 1
         structure = ndimage.generate_binary_structure(3, 2)

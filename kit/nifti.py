@@ -189,6 +189,8 @@ def list_files(folder, findings):
     """All files below a folder that are not hidden, sorted. findings: list that takes Findings on
     folders that are links or cannot be read."""
     def refuse(error):
+        if not Path(folder).exists():
+            return
         text = f"cannot be read ({error.strerror}); change its permissions or move it away"
         findings.append(Finding("rejected", error.filename, text))
 
@@ -198,7 +200,8 @@ def list_files(folder, findings):
         paths = [Path(place, name) for name in folders]
         findings += [Finding("rejected", str(path), LINK) for path in paths
                      if leads_out(path, folder)]
-        listed += [Path(place, name) for name in names if not name.startswith(".")]
+        listed += [path for path in [Path(place, name) for name in names] + paths
+                   if not path.name.startswith(".")]
     return sorted(listed)
 
 
@@ -313,11 +316,11 @@ def list_layouts(folder, labelled, findings):
     rest = [path for path in paths if not any(home in path.parents for home in raw)]
     entries += [(case, parts, None, None)
                 for case, parts in sort_by_name(rest, labelled, findings).items()]
-    if not entries:
+    if not entries and not any(finding.kind == "rejected" for finding in findings):
         looks = [f" (these look like {what})" for end, what in UNREADABLE.items()
                  if any(path.name.lower().endswith(end) for path in paths)]
-        findings.append(Finding("rejected", str(folder), "no such folder, or no case in it"
-                                f"{''.join(looks[:1])}; expected files like X/X-t1c.nii.gz"))
+        raise bs.BadInput(f"{folder}: no such folder, or no case in it{''.join(looks[:1])}; "
+                          "expected files like X/X-t1c.nii.gz")
     return sorted(entries)
 
 
@@ -371,7 +374,7 @@ def find_cases(folder, labelled=True, findings=None):
             values = dict.fromkeys((1, 2, 3, 4), 1)
         cases.append(Case(case, dict(used), modern, channels, values))
     rejected = [finding for finding in noted if finding.kind == "rejected"]
-    if findings is not None and cases:
+    if findings is not None:
         findings += noted
     elif rejected:
         raise bs.BadInput(f"{rejected[0].where}: {rejected[0].text}")

@@ -1,7 +1,6 @@
 """Phantoms in the layouts that data sets have: what people put behind --data.
 
-    python tests/layouts.py FOLDER      FOLDER/nnunet, FOLDER/decathlon ...: eight coarse phantoms in
-                                        each
+    python tests/layouts.py FOLDER      eight coarse phantoms in each of FOLDER/nnunet, ...
 """
 import json
 import shutil
@@ -14,9 +13,6 @@ import numpy as np
 
 import brainsyn as bs
 from kit import nifti, phantoms
-
-ROOT = Path(bs.__file__).parent
-
 
 def relabelled(path, values):
     """The labels in a file, 1 NCR, 2 ED, 3 or 4 ET, as an image with other values: {label: value}.
@@ -38,7 +34,8 @@ def write_named(cases, folder, name, ends, values, labels_in=None):
             shutil.copy(case.files[kind], home / f"{name(number)}{ends[kind]}.nii.gz")
         place = labels_in or home
         place.mkdir(exist_ok=True)
-        nib.save(relabelled(case.files["seg"], values), place / f"{name(number)}{ends['seg']}.nii.gz")
+        labels = relabelled(case.files["seg"], values)
+        nib.save(labels, place / f"{name(number)}{ends['seg']}.nii.gz")
 
 
 OLD, NEW = {"NCR": 1, "ED": 2, "ET": 4}, {"NCR": 1, "ED": 2, "ET": 3}
@@ -58,7 +55,8 @@ def capitals(cases, folder):
 
 def ucsf(cases, folder):
     """UCSF-PDGM: labels in a second folder, 4 is ET."""
-    ends = {"t1": "_T1", "t1ce": "_T1c", "t2": "_T2", "flair": "_FLAIR", "seg": "_tumor_segmentation"}
+    ends = {"t1": "_T1", "t1ce": "_T1c", "t2": "_T2", "flair": "_FLAIR",
+            "seg": "_tumor_segmentation"}
     write_named(cases, folder / "scans", "UCSF-PDGM-{:04d}".format, ends, OLD, folder / "labels")
 
 

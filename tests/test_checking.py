@@ -232,10 +232,10 @@ REJECTED = {
     "spacing differs": ("t2w", spaced, "affines differ"),
     "fractional labels": ("seg", voxels(lambda d: d * np.float32(0.7)), "fractional"),
     "negative labels": ("seg", replaced(2, -1, np.int16), "labels -1 to"),
-    "unknown labels": ("seg", replaced(2, 7), "to 7"),
-    "0/255 mask": ("seg", voxels(lambda d: (d > 0).astype(np.uint8) * 255), "to 255"),
+    "unknown labels": ("seg", replaced(2, 7), "label 7"),
+    "0/255 mask": ("seg", voxels(lambda d: (d > 0).astype(np.uint8) * 255), "label 255"),
     "cavity": ("seg", replaced(1, 4), "cavity"),
-    "cavity, no ET": ("seg", replaced(3, 4), "cavity"),
+    "cavity, no ET": ("seg", voxels(lambda d: np.array([0, 4, 2, 0], d.dtype)[d]), "cavity"),
     "NaN voxel": ("t2w", voxels(lambda d: np.where(d == d.max(), np.nan, d * 1.0)), "NaN"),
     "infinite label": ("seg", replaced(1, np.inf, np.float32), "infinite"),
     "all zero": ("t2w", voxels(lambda d: d * 0), "from 0 to 0"),
@@ -277,11 +277,12 @@ WARNED = {
     "tumour outside the brain": ("seg", voxels(stray), "outside the brain"),
     "cut scan": ("t2f", voxels(lambda d: d * (np.arange(d.shape[2]) < 34)), "of the brain"),
     "file of another name": (
-        "t2w", lambda path: shutil.copy(path, path.parent / "notes_T2.nii.gz"), "no name of BraTS"),
+        "t2w", lambda path: shutil.copy(path, path.parent / "notes.nii.gz"), "says of no scan"),
 }
 NORMALISED = {
     "orientation differs": ("t2w", as_lps, "LPS"),
     "ET is 4": ("seg", old_names, "ET is 4"),
+    "ET is 4, new names": ("seg", replaced(3, 4), "ET is 4"),
 }
 KINDS = {"rejected": REJECTED, "warned": WARNED, "normalised": NORMALISED}
 FAULTS = {(name, kind): fault for kind, faults in KINDS.items() for name, fault in faults.items()}

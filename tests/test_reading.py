@@ -57,25 +57,28 @@ def test_plain_nii_and_nii_gz_read_equal(phantom_folder, tmp_path):
 
 
 def test_label_conventions():
-    """ET is 4 in old names and 3 in new ones; 4 beside 3, or in new names, is a cavity: refused."""
+    """Values become the labels they are said to be; others, and fractions, are refused. 4 is ET
+    where 3 is not there, and refused beside it."""
     old, new = np.array([[[0, 1, 2, 4]]]), np.array([[[0, 1, 2, 3]]])
-    expected = new.astype(np.uint8)
-    assert np.array_equal(nifti.standard_labels(old, modern=False), expected)
-    assert np.array_equal(nifti.standard_labels(new, modern=True), expected)
-    assert np.array_equal(nifti.standard_labels(new, modern=False), expected)
-    assert np.array_equal(nifti.standard_labels(new * 0.999, modern=True),
-                          expected), "1.998 is 2, not 1"
-    for bad, modern in ((old, True), (np.array([[[3, 4]]]), False), (np.array([[[0, 255]]]), False),
-                        (np.array([[[-1, 1]]]), False), (new * 0.5, False)):
+    expected, case = new.astype(np.uint8), nifti.Case("x", {"seg": "x.nii.gz"})
+    for labels in (old, new):
+        values = nifti.values_in(case, labels, None)
+        assert np.array_equal(nifti.standard_labels(labels, values), expected)
+    assert np.array_equal(nifti.standard_labels(new * 0.999, values), expected), "1.998 is 2, not 1"
+    assert nifti.standard_labels(old, {1: 3, 2: 1, 4: 2}).tolist() == [[[0, 3, 1, 2]]]
+    assert nifti.standard_labels(old, {1: 1, 2: 1, 4: 0}).tolist() == [[[0, 1, 1, 0]]]
+    for bad in (old, np.array([[[0, 255]]]), np.array([[[-1, 1]]]), new * 0.5):
         with pytest.raises(bs.BadInput):
-            nifti.standard_labels(bad, modern)
+            nifti.standard_labels(bad, values)
+    with pytest.raises(bs.BadInput, match="--label-map"):
+        nifti.values_in(case, np.array([[[3, 4]]]), None)
 
 
 def test_a_folder_without_cases_is_refused(tmp_path):
     """No such folder, and one that holds nothing of use."""
     with pytest.raises(bs.BadInput, match="no such folder"):
         nifti.find_cases(tmp_path / "nowhere")
-    with pytest.raises(bs.BadInput, match="no BraTS case"):
+    with pytest.raises(bs.BadInput, match="no case in it"):
         nifti.find_cases(tmp_path)
 
 
@@ -234,6 +237,13 @@ def test_patients_of_all_namings():
     assert patient("Brats18_TCIA01_201_1") == patient("Brats18_TCIA01_201_2")
     assert patient("BraTS2021_00001") != patient("BraTS2021_00002")
     assert patient("BraTS20_Training_001") != patient("BraTS20_Training_002")
+    for first, second in (("UPENN-GBM-00001_11", "UPENN-GBM-00001_21"), ("P7_visit1", "P7_visit2"),
+                          ("UCSF-PDGM-0429", "UCSF-PDGM-0429_FU003"),
+                          ("sub-01_ses-1", "sub-01_ses-2"),
+                          ("A12_20190503", "A12_2020-01-31")):
+        assert patient(first) == patient(second) != first[:2]
+    for name in ("BRATS_001", "UCSF-PDGM-0004", "HUP_2019_003", "case_12"):
+        assert patient(name) == name
 
 
 def test_no_patient_in_two_splits(tmp_path):

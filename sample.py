@@ -76,7 +76,9 @@ def parse_arguments(argv=None):
         if wrong:
             raise bs.BadInput(message)
     args.out = args.out or ("audit" if args.audit else "synthetic")
-    runs.use_names_of(args.segmenter if args.judge else args.checkpoint, args.label_map)
+    trained = args.segmenter if args.judge else args.checkpoint
+    if Path(trained).exists():                  # else whoever loads it says so
+        runs.use_names_of(trained, args.label_map)
     if args.request is not None:
         args.request = requests.parse_request(args.request)
     names = edits.measured_names()

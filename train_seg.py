@@ -252,6 +252,9 @@ def train(args, device):
     cache = devices.first_process_first(lambda: slices.build_cache(
         cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour", split))
     sources = [source(cache, cache.part("train"))]
+    if not len(sources[0].tumour):
+        raise bs.BadInput("no training slice shows tumour, so there is nothing to learn; add cases "
+                          f"with tumour, or give more than --resolution {args.resolution}")
     trained_on = set(cache.hashes("train"))
     if args.synthetic:
         synthetic, sidecars = devices.first_process_first(lambda: study.synthetic_cache(

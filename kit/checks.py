@@ -111,55 +111,74 @@ def exchanged_scans(scaled, healthy):
 def check_scans(case, scans, scaled, brain, healthy):
     """What is odd about the scans of a case: [Finding]. scans float (C, X, Y, Z); scaled, brain,
     healthy as above."""
-    odd = odd_scan(scaled, brain)
-    shown = [(brain & slices.not_air(scan)).sum() / brain.sum() for scan in scans]
-    notes = [nifti.Finding("warned", str(case.files[name]), f"shows {part:.0%} of the brain the "
-                           "other scans show; cut or badly stripped")
-             # 0.98 to 1 in 59 real cases, 0.67 in a cut one
-             for c, (name, part) in enumerate(zip(bs.MODALITIES, shown))
-             if part < 0.95 and odd in (None, c)]
-    if odd is not None and not notes:
-        notes.append(nifti.Finding("warned", str(case.files[bs.MODALITIES[odd]]), "fits none of "
-                                   "the others; is it mirrored, shifted or another patient's?"))
+    odd, shown, notes = odd_scan(scaled, brain), [slices.not_air(scan) for scan in scans], []
+    if odd is not None:                         # a cut scan shows nothing that others do not
+        alone = shown[odd] & (sum(shown) == 1)
+        odd = odd if alone.sum() > 0.02 * shown[odd].sum() else None
+    for c, name in enumerate(bs.MODALITIES):
+        part, text = (shown[c] & brain).sum() / brain.sum(), None
+        if c == odd:
+            text = "fits none of the others; is it mirrored, shifted or another patient's?"
+        elif odd is None and part < 0.95:       # 0.98 to 1 in 59 real cases, 0.67 in a cut one
+            text = f"shows {part:.0%} of the brain the other scans show; cut or badly stripped"
+        if text:
+            notes.append(nifti.Finding("warned", str(case.files[name]), text))
     pair = exchanged_scans(scaled, healthy) if not notes else None
     if pair:
         notes.append(nifti.Finding("warned", str(case.folder), f"{pair} seem to be exchanged"))
     return notes
 
 
-def likely_map(values):
-    """What labels 1, 2, 3 seem to be by what the scans show, as --label-map takes it. values:
-    {number: (rise from T1 to T1ce, brightness on FLAIR)}."""
+def likely_map(values, four):
+    """What labels seem to be by what the scans show, as --label-map takes it. values: {number of a
+    label: (rise from T1 to T1ce, brightness on FLAIR)}; four: label 3 is 4 in the file."""
     names = dict.fromkeys(values, "NCR")
     rest = sorted(values, key=lambda k: values[k][0])
     if len(rest) > 1:
         names[rest.pop()] = "ET"
     names[max(rest, key=lambda k: values[k][1])] = "ED"
-    return ",".join(f"{k}={name}" for k, name in sorted(names.items()))
+    return ",".join(f"{4 if four and k == 3 else k}={name}" for k, name in sorted(names.items()))
 
 
-def check_names(path, scaled, labels):
+def swapped_labels(labels, healthy):
+    """Whether label 1 touches healthy brain, bool (X, Y, Z), more than label 2: NCR lies inside ED
+    in all cases, 0 to 0.38 of it touches healthy brain, of ED 0.18 to 0.6."""
+    near = np.zeros(labels.shape, bool)
+    for axis in range(3):
+        near |= np.roll(healthy, 1, axis) | np.roll(healthy, -1, axis)
+    inner, outer = [near[labels == k].sum() / max((labels == k).sum(), 1) for k in (1, 2)]
+    return inner > outer and (labels == 1).mean() > 1e-4 and (labels == 2).any()
+
+
+def check_names(path, scaled, labels, healthy, four):
     """Whether the scans bear out what the labels of BraTS are called: [Finding]. path: of the
-    labels; scaled as in odd_scan; labels (X, Y, Z) at about 3 mm. In 60 real cases T1ce is at
+    labels; scaled as in odd_scan; labels, healthy (X, Y, Z) at about 3 mm; four: see
+    likely_map. In 60 real cases T1ce is at
     least as far above healthy brain as T1 in ET (0.3 further in all but one), no other label of 30
     voxels or more rises as much as ET, and ED is 0.57 or more above healthy brain on FLAIR."""
     counts = np.bincount(labels.ravel(), minlength=4)
-    if bs.LABELS != bs.BRATS[1] or not {"t1", "t1ce", "flair"} <= {*bs.MODALITIES}:
+    if bs.LABELS != bs.BRATS[1]:
         return []
-    t1, t1ce, flair = [scaled[bs.MODALITIES.index(name)] for name in ("t1", "t1ce", "flair")]
-    shown = {k: ((t1ce - t1)[labels == k].mean(), flair[labels == k].mean())
-             for k in (1, 2, 3) if counts[k] >= 10}
+    shown = {}
+    if {"t1", "t1ce", "flair"} <= {*bs.MODALITIES}:
+        t1, t1ce, flair = [scaled[bs.MODALITIES.index(name)] for name in ("t1", "t1ce", "flair")]
+        shown = {k: ((t1ce - t1)[labels == k].mean(), flair[labels == k].mean())
+                 for k in (1, 2, 3) if counts[k] >= 10}
     rise = shown.get(3, (0, 0))[0]
-    others = [k for k in shown if k < 3 and counts[k] >= 30 and shown[k][0] > rise + 0.3]
-    text = None
-    if 3 in shown and others:
-        text = "another label takes up more contrast agent than ET; are labels {} instead?"
-    elif rise < 0:
-        text = "ET is no brighter on t1ce than on t1; are these exchanged?"
+    others = [shown[k][0] for k in shown if k < 3 and counts[k] >= 30]
+    if rise < 0 and -rise > max(others, default=0):
+        text = "ET is darker on t1ce than on t1; are these exchanged?"
+    elif max(others, default=0) > max(rise, 0) + 0.3 and 3 in shown:
+        text = ("another label takes up more contrast agent than ET; are labels "
+                f"{likely_map(shown, four)}? Then say so by --label-map")
     elif 2 in shown and shown[2][1] < 0.2:
-        text = "ED is not bright on flair; is it another scan, or are labels {}?"
-    return [nifti.Finding("warned", str(path), text.format(f"--label-map {likely_map(shown)}"))
-            ] if text else []
+        text = ("ED is not bright on flair; is that another scan, or are labels "
+                f"{likely_map(shown, four)}? Then say so by --label-map")
+    elif swapped_labels(labels, healthy):
+        text = "NCR touches healthy brain more than ED; are labels 1 and 2 swapped?"
+    else:
+        return []
+    return [nifti.Finding("warned", str(path), text)]
 
 
 def check_labels(path, scans, labels, brain, spacing):
@@ -171,15 +190,7 @@ def check_labels(path, scans, labels, brain, spacing):
     if fit < 0.5:                               # 0.82 to 1 in all; below 0.6 in all when shifted
         raise bs.BadInput(f"{path}: the tumour is shifted or mirrored, or another case's")
     outside = (tumour & ~brain).sum() / tumour.sum()                        # 0.000 in all
-    healthy, near = brain & ~tumour, np.zeros(labels.shape, bool)
-    for axis in range(3):
-        near |= np.roll(healthy, 1, axis) | np.roll(healthy, -1, axis)
-    # NCR lies inside ED in all: 0 to 0.38 of it touches healthy brain, 0.18 to 0.6 of ED does
-    inner, outer = [near[labels == k].sum() / max((labels == k).sum(), 1) for k in (1, 2)]
-    swapped = inner > outer and (labels == 1).mean() > 1e-4 and (labels == 2).any()
     facts = {f"{outside:.0%} of the tumour lies outside the brain": outside > 0.05,
-             "NCR touches healthy brain more than ED; are labels 1 and 2 swapped?":
-             swapped and bs.LABELS == bs.BRATS[1],
              "the tumour would lie better elsewhere; is it shifted or mirrored?": fit < 0.75}
     return [nifti.Finding("warned", str(path), text) for text, holds in facts.items() if holds]
 
@@ -205,7 +216,8 @@ def look_at(case):
     notes += check_scans(case, scans, scaled, brain, healthy)
     if labels.any():                            # a few voxels may lie between those looked at
         notes += check_labels(case.files["seg"], scans, labels, brain, step * spacing)
-        notes += check_names(case.files["seg"], scaled, labels)
+        four = any(note.text.startswith("ET is 4") for note in notes)
+        notes += check_names(case.files["seg"], scaled, labels, healthy, four)
     return notes, signature(scans, brain), there
 
 

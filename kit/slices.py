@@ -3,6 +3,7 @@ cache.
 """
 import hashlib
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,7 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
 
 
 def lost_lesions(tumour, kept, grid):
-    """Lesions, connected parts of a tumour, that a grid is too coarse for: (mL, their number).
+    """Lesions, connected parts of a tumour, of which a grid keeps nothing: (mL, their number).
     tumour: bool (X, Y, Z) on the grid of the files; kept: bool (D, R, R), what is left of it."""
     there = np.argwhere(to_slices(tumour))                                      # (N, 3)
     if not len(there):
@@ -409,7 +410,8 @@ class Cache:
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
               case_hashes), first, count (its rows), thickness (mm between slices),
               cut (fraction of the brain outside the field of view), lost (mL and number of lesions
-              that the grid is too coarse for)
+              of which the grid keeps nothing), finest (resolution at which a pixel of the model is
+              one of the scans)
     meta      classes (their names), modalities, resolution, fov
     """
 
@@ -454,7 +456,7 @@ class Cache:
 
 def cached_case(case, resolution, fov, condition):
     """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,
-    position float32 (n,), facts: hashes, thickness, cut and lost, see Cache."""
+    position float32 (n,), facts: hashes, thickness, cut, lost and finest, see Cache."""
     got = prepare_case(case, resolution, fov, condition)
     keep = (got["classes"] > 0).mean((1, 2)) > 0.01
     rows = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
@@ -462,7 +464,7 @@ def cached_case(case, resolution, fov, condition):
     return {"rows": torch.from_numpy(rows),
             "position": torch.from_numpy(got["position"][keep].round(5)),
             "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"],
-                      "lost": got["lost"]}}
+                      "lost": got["lost"], "finest": math.ceil(resolution * max(got["grid"].step))}}
 
 
 def build_cache(cases, folder, resolution, fov, condition, split=None):
@@ -491,9 +493,10 @@ def build_cache(cases, folder, resolution, fov, condition, split=None):
     lost = [entry for entry in entries if entry["lost"][1]]
     ml, number = map(sum, zip(*[entry["lost"] for entry in entries]))
     if lost:
+        finest = max(-(-entry["finest"] // 16) * 16 for entry in lost)
         print(f"note: {number} lesions ({ml:.2f} mL) in {len(lost)} cases, {lost[0]['case']} for "
-              f"one, are too small for {fov / resolution:.1f} mm a pixel and lost; a higher "
-              "--resolution keeps them")
+              f"one, are too small for {fov / resolution:.1f} mm a pixel: lost; --resolution "
+              f"{finest} keeps them")
     return Cache(blocks, entries, {"classes": bs.CONDITIONS[condition], "fov": fov,
                                    "modalities": bs.MODALITIES, "resolution": resolution})
 

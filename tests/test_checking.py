@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import brainsyn as bs
-from kit import checks, desk, nifti
+from kit import checks, desk, nifti, phantoms
 
 ROOT = Path(bs.__file__).parent
 
@@ -169,6 +170,26 @@ def replaced(value, by, dtype=np.uint8):
     return voxels(lambda d: np.where(d == value, by, d.astype(dtype)).astype(dtype))
 
 
+def relabelled(*labels):
+    """Function that puts other values in the place of 1, 2, 3."""
+    return voxels(lambda d: np.array([0, *labels], d.dtype)[d])
+
+
+def exchanged(first, second):
+    """Function that gives two scans of a case the names of each other."""
+    def plant(path):
+        a, b = [path.with_name(f"BraTS-PHA-00000-000-{what}.nii.gz") for what in (first, second)]
+        a.rename(path.with_name("x")), b.rename(a), path.with_name("x").rename(b)
+    return plant
+
+
+def another_head(path):
+    """The scan is phantom 5's."""
+    with tempfile.TemporaryDirectory() as folder:
+        case = nifti.find_cases(phantoms.write_phantom(folder, 5))[0]
+        rewrite(path, lambda _: data(nib.load(case.files["t2"])))
+
+
 def as_lps(path):
     nib.save(nib.load(path).as_reoriented([[0, -1], [1, -1], [2, 1]]), path)
 
@@ -276,6 +297,13 @@ WARNED = {
     "DICOM in an extension": ("t2w", extended(2, b"anything"), "person"),
     "tumour outside the brain": ("seg", voxels(stray), "outside the brain"),
     "cut scan": ("t2f", voxels(lambda d: d * (np.arange(d.shape[2]) < 34)), "of the brain"),
+    "t1 and t1ce exchanged": ("t1n", exchanged("t1n", "t1c"), "exchanged"),
+    "t2 and flair exchanged": ("t2w", exchanged("t2w", "t2f"), "exchanged"),
+    "t1 and t2 exchanged": ("t2w", exchanged("t2w", "t1n"), "exchanged"),
+    "t2 mirrored": ("t2w", voxels(lambda d: d[::-1]), "fits none of the others"),
+    "t2 of another head": ("t2w", another_head, "fits none of the others"),
+    "labels of BraTS-PED": ("seg", relabelled(3, 2, 1), "1=ET,2=ED,3=NCR"),
+    "labels in another order": ("seg", relabelled(2, 3, 1), "1=ET,2=NCR,3=ED"),
     "file of another name": (
         "t2w", lambda path: shutil.copy(path, path.parent / "notes.nii.gz"), "says of no scan"),
 }

@@ -14,48 +14,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import judging, metrics, nifti, pictures, requests, runs, slices
-
-
-BRATS_SIZE = (155.0, 240.0, 240.0)      # mm along D, H, W: the volume of every BraTS release
-# mm from the first slice, row and column: the centre of the brain there, within 4 mm in 33 cases.
-BRATS_CENTRE = (72.0, 128.0, 119.5)
-
-
-def read_label_maps(folder, outlines, step, seed=0):
-    """Label maps that come without scans: every .nii and .nii.gz at any depth below `folder`,
-    labels 0, 1 NCR, 2 ED, 3 or 4 ET on any grid. They show no brain: each gets the outline of one
-    of `outlines`, classes uint8 (M, D, R, R), cubic voxels of `step` mm, drawn at random. Returns
-
-    volumes   uint8 (N, D, R, R), classes of the condition "tumour"
-    names     [name of the file without .nii.gz]
-    hashes    [the hash of the labels, see case_hashes]
-    lost      fraction of all tumour voxels that lay outside the outline and were cut off
-
-    The middle of the outline's volume is put on the centre of the map's own volume, whatever origin
-    its affine has. A volume of 240 x 240 x 155 mm (within 2 mm) is taken for one of BraTS, in which
-    the brain has its centre at BRATS_CENTRE. BadInput names a file that cannot be read or holds
-    other values, and a folder without such files.
-    """
-    paths = sorted([*Path(folder).rglob("[!.]*.nii"), *Path(folder).rglob("[!.]*.nii.gz")])
-    if not paths:
-        raise bs.BadInput(f"{folder}: holds no label map; expected NIfTI files (.nii.gz or .nii)")
-    order = torch.randint(len(outlines), (len(paths),), generator=bs.generator(seed, "outlines"))
-    brains, maps, hashes = outlines[order] > 0, [], []
-    for path, brain in zip(paths, brains):
-        labels, affine = nifti.read_labels(nifti.Case(path.name, {"seg": path}))
-        hashes.append(slices.case_hashes(labels, brain.numpy())[0])
-        labels, spacing = slices.to_slices(labels), nifti.spacing_of(affine)[::-1]  # along D, H, W
-        size = spacing * labels.shape
-        centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
-        matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
-                    for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
-        count = len(bs.LABELS) + 1
-        maps.append(torch.from_numpy(requests.resample(labels, count, matrices)))
-    labels = torch.stack(maps)
-    volumes = brains * (labels + 1)
-    lost = 1 - int((volumes > 1).sum()) / max(int((labels > 0).sum()), 1)
-    return volumes, [path.name.split(".nii")[0] for path in paths], hashes, lost
+from kit import judging, metrics, pictures, recipes, requests, runs
 
 
 class LabelData:
@@ -84,7 +43,8 @@ class LabelData:
         self.cases = [case["case"] for case in cache.cases if case["part"] == "train"]
         self.hashes = cache.hashes("train")
         if args.label_maps:
-            maps, names, hashes, lost = read_label_maps(args.label_maps, train, step, args.seed)
+            maps, names, hashes, lost = recipes.read_label_maps(args.label_maps, train, step,
+                                                                args.seed)
             dice = requests.nearest_tumour(maps, held_out, args.condition)
             keep = [i for i in range(len(maps)) if not dice[i] > 0.8]           # NaN: no other
             print(f"label maps: {len(maps)} in outlines of training cases, {lost:.1%} of tumours "

@@ -2,6 +2,8 @@
 edited; a label generator; scans without labels, which a segmenter labels. Each source gives
 Recipes.
 """
+import contextlib
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,11 +11,15 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import checks, edits, nifti, phantoms, requests, runs, slices
+from kit import checks, edits, nifti, phantoms, requests, runs, slices, writing
 
 
 FRESH = 500_000                 # phantoms whose label maps are used have seeds from this one on
 LABEL_GUIDANCE = 2.0            # guidance scale of the label generator
+OUTLINES = 8                    # phantoms whose outlines label maps without scans are drawn into
+BRATS_SIZE = (155.0, 240.0, 240.0)      # mm along D, H, W: the volume of every BraTS release
+# mm from the first slice, row and column: the centre of the brain there, within 4 mm in 33 cases.
+BRATS_CENTRE = (72.0, 128.0, 119.5)
 
 
 @dataclass
@@ -27,6 +33,8 @@ class Recipe:
     target   (label or region, mL): the tumour is scaled until this volume is right
     model    the LabelGenerator that makes the label map, in place of a case
     request  what it is asked for, float (E,)
+    classes  a label map without scans in some outline, int (D, R, R), in place of a case; hashes:
+             what case_hashes says of it
     """
     key: tuple
     facts: dict
@@ -35,12 +43,19 @@ class Recipe:
     target: tuple = ()
     model: requests.LabelGenerator | None = None
     request: torch.Tensor | None = None
+    classes: torch.Tensor | None = None
+    hashes: tuple = ()
 
     def prepare(self, resolution, fov, condition):
         """Label map, outline and scans on the model's grid, as slices.prepare_case returns them;
-        where the label map is generated, what requests.prepare_labels returns."""
+        where the label map is generated or has no scans, what requests.prepare_labels returns."""
         if self.case:
             return slices.prepare_case(self.case, resolution, fov, condition, self.relabel)
+        if self.classes is not None:
+            step = fov / resolution
+            prepared = requests.prepare_labels(self.classes, "tumour", step, resolution, fov,
+                                               condition)
+            return prepared | {"hashes": self.hashes}
         classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
                                          {**bs.SAMPLING, "guidance": LABEL_GUIDANCE})
         return requests.prepare_labels(classes, self.model.condition, self.model.step, resolution,
@@ -65,6 +80,72 @@ def cases_of_part(args, folder):
     if not cases:
         raise bs.BadInput(f"{folder}: no case is in part {args.part}; choose another --part")
     return cases
+
+
+def read_label_maps(folder, outlines, step, seed=0):
+    """Label maps that come without scans: every .nii and .nii.gz at any depth below `folder`,
+    labels 0, 1 NCR, 2 ED, 3 or 4 ET on any grid. They show no brain: each gets the outline of one
+    of `outlines`, classes uint8 (M, D, R, R), cubic voxels of `step` mm, drawn at random. Returns
+
+    volumes   uint8 (N, D, R, R), classes of the condition "tumour"
+    names     [name of the file without .nii.gz]
+    hashes    [the hash of the labels, see case_hashes]
+    lost      fraction of all tumour voxels that lay outside the outline and were cut off
+
+    The middle of the outline's volume is put on the centre of the map's own volume, whatever origin
+    its affine has. A volume of 240 x 240 x 155 mm (within 2 mm) is taken for one of BraTS, in which
+    the brain has its centre at BRATS_CENTRE. BadInput names a file that cannot be read or holds
+    other values, and a folder without such files.
+    """
+    paths = sorted([*Path(folder).rglob("[!.]*.nii"), *Path(folder).rglob("[!.]*.nii.gz")])
+    if not paths:
+        raise bs.BadInput(f"{folder}: holds no label map; expected NIfTI files (.nii.gz or .nii)")
+    order = torch.randint(len(outlines), (len(paths),), generator=bs.generator(seed, "outlines"))
+    brains, maps, hashes = outlines[order] > 0, [], []
+    for path, brain in zip(paths, brains):
+        labels, affine = nifti.read_labels(nifti.Case(path.name, {"seg": path}))
+        hashes.append(slices.case_hashes(labels, brain.numpy())[0])
+        labels, spacing = slices.to_slices(labels), nifti.spacing_of(affine)[::-1]  # along D, H, W
+        size = spacing * labels.shape
+        centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
+        matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
+                    for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
+        count = len(bs.LABELS) + 1
+        maps.append(torch.from_numpy(requests.resample(labels, count, matrices)))
+    labels = torch.stack(maps)
+    volumes = brains * (labels + 1)
+    lost = 1 - int((volumes > 1).sum()) / max(int((labels > 0).sum()), 1)
+    return volumes, [path.name.split(".nii")[0] for path in paths], hashes, lost
+
+
+def only_label_maps(folder):
+    """True if a folder holds NIfTI files and none of them is a scan."""
+    paths = [path for path in nifti.list_files(Path(folder), []) if ".nii" in path.name]
+    named = nifti.sort_by_name(paths, True, [])
+    return bool(paths) and not any(kind != "seg" for parts in named.values() for kind, _ in parts) \
+        and not any((path.parents[1] / "dataset.json").exists() for path in paths)
+
+
+def label_maps_alone(args, state, scratch):
+    """Recipes from the label maps of --labels, which come without scans, in outlines of phantoms
+    that are written into the folder `scratch`."""
+    if args.edit or args.balance or args.part or state["condition"] == "tissue":
+        raise bs.BadInput(f"{args.labels}: label maps without scans; they are used as they are, "
+                          "with the condition tumour")
+    phantoms.make_phantoms(scratch, OUTLINES, state["args"]["scanner"])
+    size, fov = state["resolution"], state["fov"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        cache = slices.build_cache(nifti.find_cases(scratch), scratch, size, fov, "tumour")
+    outlines = requests.label_volumes(cache, slices.PARTS, size * 3 // 4)
+    maps, names, hashes, lost = read_label_maps(args.labels, outlines, fov / size, args.seed)
+    print(f"label maps: {len(maps)} without scans, drawn into outlines of phantoms, which cut off "
+          f"{lost:.1%} of the tumours")
+    for number in range(args.count):
+        at = number % len(maps)
+        origin = hashes[at], slices.case_hashes(np.zeros(1), maps[at].numpy() > 0)[1]
+        facts = {"LabelMaps": "label maps alone", "Outlines": "phantoms", "Edits": {},
+                 "RequestedML": {}, **dict(zip(writing.ORIGIN, origin))}
+        yield Recipe((args.seed, number), facts, classes=maps[at].long(), hashes=origin)
 
 
 def edited_cases(args, scanner, scratch):
@@ -140,4 +221,6 @@ def recipes_of(args, device, state, scratch):
         return requested_labels(args, device, state)
     if args.scan:
         return segmented_scans(args, device, scratch)
+    if args.labels and only_label_maps(args.labels):
+        return label_maps_alone(args, state, scratch)
     return edited_cases(args, state["args"]["scanner"], scratch)

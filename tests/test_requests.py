@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import (files, judging, label_training, metrics, nifti, phantoms, requests, runs, slices,
-                 writing)
+from kit import (files, judging, label_training, metrics, nifti, phantoms, recipes, requests, runs,
+                 slices, writing)
 import train_ddpm
 from nursery import run_script
 
@@ -645,7 +645,7 @@ def test_label_maps_get_an_outline(tmp_path):
     write_label_map(tmp_path / "maps/other.nii", other)
     (tmp_path / "maps/.other.nii").write_text("of the file system, not looked at")
     (tmp_path / "maps/notes.txt").write_text("not looked at")
-    volumes, names, hashes, lost = label_training.read_label_maps(tmp_path / "maps", outlines, STEP)
+    volumes, names, hashes, lost = recipes.read_label_maps(tmp_path / "maps", outlines, STEP)
     assert names == ["LPS-seg", "RAS-seg", "other"] and lost < 0.05
     assert len(set(hashes)) == 2 and hashes[0] == hashes[1]
     assert torch.equal(volumes[0], volumes[1]) and torch.equal(volumes > 0, outlines[[0] * 3] > 0)
@@ -663,7 +663,7 @@ def test_tumour_outside_the_outline_is_cut_off(tmp_path):
     labels[2:13, 30:34, 22:26] = 3                      # the brain begins at 12
     write_label_map(tmp_path / "edge.nii.gz", labels)
     outlines = torch.where(ball(20.5, (23.5, 31.5, 31.5)), 1, 0)[None]
-    volumes, *_, lost = label_training.read_label_maps(tmp_path, outlines, STEP)
+    volumes, *_, lost = recipes.read_label_maps(tmp_path, outlines, STEP)
     assert lost == pytest.approx(1 - int((volumes > 1).sum()) / 176) and 0.8 < lost < 1
 
 
@@ -681,7 +681,7 @@ def test_label_maps_that_are_none_are_refused(tmp_path, change, words):
         path.write_bytes(path.read_bytes()[:-20])
     name = tmp_path if change == "none" else path
     with pytest.raises(bs.BadInput, match=f"^{name}: .*{words}"):
-        label_training.read_label_maps(tmp_path, head()[None], STEP)
+        recipes.read_label_maps(tmp_path, head()[None], STEP)
 
 
 @pytest.mark.parametrize("resolution, fov", [(64, 192.0), (32, 192.0), (96, 192.0), (64, 240.0)])

@@ -3,7 +3,7 @@ request -> label map.
 
     python train_ddpm.py                                    phantoms are made, a model is trained
     python train_ddpm.py --data DIR --resolution 128 --minutes 30 --out runs/real
-    python train_ddpm.py --minutes 1                        rough but complete
+    python train_ddpm.py --minutes 1 --out runs/rough       rough but complete
     python train_ddpm.py --generate labels                  label maps from volumes and a place, in
                                                             runs/labels
     python train_ddpm.py --generate labels --label-maps MAPS --data DIR

@@ -116,9 +116,8 @@ def use_names(modalities=BRATS[0], labels=BRATS[1]):
     """
     global MODALITIES, LABELS, REGIONS, CONDITIONS
     MODALITIES, LABELS = tuple(modalities), tuple(labels)
-    REGIONS = {"WT": (2, 1, 3), "TC": (1, 3), "ET": (3,)}
-    if LABELS != BRATS[1]:
-        REGIONS = {name: (k,) for k, name in enumerate(LABELS, 1)}
+    REGIONS = {"WT": (2, 1, 3), "TC": (1, 3), "ET": (3,)} if LABELS == BRATS[1] else {
+        name: (k,) for k, name in enumerate(LABELS, 1)}
     CONDITIONS = {"tumour": ("air", "brain", *LABELS),
                   "tissue": ("air", "CSF", "grey", "white", *LABELS),
                   "ventricles": ("air", "brain", "ventricles", *LABELS)}
@@ -1111,10 +1110,9 @@ class ResUNet(nn.Module):
             self.grow.append(nn.ConvTranspose2d(c, c_out, 2, stride=2))
             self.merge.append(TwoConvolutions(c_out + c_skip, c_out))
             c = c_out
-        regions = predict == "regions"
-        self.head = nn.Conv2d(c, len(REGIONS) if regions else 1 + len(LABELS), 1)
+        self.head = nn.Conv2d(c, len(REGIONS) if predict == "regions" else 1 + len(LABELS), 1)
         nn.init.zeros_(self.head.bias)
-        self.head.bias.data[0 if regions else 1:] = -3 / self.GAIN      # forward multiplies by GAIN
+        self.head.bias.data[predict == "labels":] = -3 / self.GAIN      # forward multiplies by GAIN
 
     def forward(self, images):
         height, width = images.shape[-2:]
@@ -1235,11 +1233,6 @@ def dice(predicted, truth):
     """
     total = int(predicted.sum() + truth.sum())
     return 2 * int((predicted & truth).sum()) / total if total else 1.0
-
-
-def sensitivity(predicted, truth):
-    """Fraction of the true voxels that were found, a float; NaN where there are none."""
-    return int((predicted & truth).sum()) / int(truth.sum()) if truth.any() else math.nan
 
 
 if __name__ == "__main__":

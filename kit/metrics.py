@@ -88,6 +88,11 @@ def lesion_dice(predicted, truth, spacing, reach=3, smallest=50.0):
     return sum(scores) / len(scores) if scores else 1.0
 
 
+def sensitivity(predicted, truth):
+    """Fraction of the true voxels that were found, a float; NaN where there are none."""
+    return int((predicted & truth).sum()) / int(truth.sum()) if truth.any() else math.nan
+
+
 def score_case(predicted, truth, spacing, full=True):
     """All figures of one case: {region: {figure: number}}. predicted, truth: labels int (X, Y, Z);
     spacing: mm a voxel (3,). full: with HD95 and lesion-wise Dice, which take most of the time."""
@@ -95,7 +100,7 @@ def score_case(predicted, truth, spacing, full=True):
     predicted, truth = [bs.regions_of(torch.as_tensor(labels)) for labels in (predicted, truth)]
     for region, a, b in zip(bs.REGIONS, predicted, truth):
         found, true = int(a.sum()) * ml, int(b.sum()) * ml
-        row = {"dice": bs.dice(a, b), "sensitivity": bs.sensitivity(a, b), "predicted_ml": found,
+        row = {"dice": bs.dice(a, b), "sensitivity": sensitivity(a, b), "predicted_ml": found,
                "true_ml": true, "volume_error_ml": abs(found - true)}
         if full:
             row |= {"hd95_mm": hd95(a, b, spacing), "lesion_dice": lesion_dice(a, b, spacing)}

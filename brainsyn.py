@@ -377,11 +377,6 @@ def norm(channels):
     return nn.GroupNorm(channels // GROUP if channels % GROUP == 0 else 1, channels)
 
 
-def count_parameters(net):
-    """How many numbers are learned."""
-    return sum(p.numel() for p in net.parameters())
-
-
 class ResBlock(nn.Module):
     """x (B, c_in, H, W), emb (B, E) -> (B, c_out, H, W).
 

@@ -208,7 +208,7 @@ def learn(args, device, kind, task, facts):
                    {"network": network, "prior": task.prior, "shift": args.shift, **facts})
     task.prior = run.facts["prior"]             # of a resumed run: measured again it may round
     trained = devices.prepare_training(net, optimizer, device)
-    print(f"{bs.count_parameters(net) / 1e6:.1f} M parameters | {task.words}", flush=True)
+    print(f"{pictures.count_parameters(net) / 1e6:.1f} M parameters | {task.words}", flush=True)
 
     def denoiser():
         return bs.Denoiser(ema.copy_of(net, run.step), task.prior, bs.cosine_alpha_bar(args.shift),

@@ -128,8 +128,9 @@ def fit(args, sources, cache, device, trained_on=None):
         if not run.step:
             (Path(args.out) / "best.pt").unlink(missing_ok=True)    # of a run that was deleted
         counts = " + ".join(str(len(part.tumour) + len(part.other)) for part in sources)
-        print(f"ResNet-{args.depth} U-Net, {bs.count_parameters(net) / 1e6:.1f} M parameters | "
-              f"training slices {counts}", flush=True)
+        size = pictures.count_parameters(net) / 1e6
+        print(f"ResNet-{args.depth} U-Net, {size:.1f} M parameters | training slices {counts}",
+              flush=True)
 
     def case_names(step):
         return sorted({part.names([row])[0] for part, row in draw_rows(sources, args, step)})

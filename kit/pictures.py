@@ -122,6 +122,11 @@ def plot_lines(path, panels, xlabel="step", xscale="linear"):
     save_figure(figure, path)
 
 
+def count_parameters(net):
+    """How many numbers are learned."""
+    return sum(p.numel() for p in net.parameters())
+
+
 def layer_table(net, size):
     """Lines of text: every layer of a UNet that holds parameters, in the order of calls, with its
     output shape for one slice of size x size, and how many parameters it has."""
@@ -131,11 +136,11 @@ def layer_table(net, size):
     def note(layer, _, output):
         if list(layer.parameters(recurse=False)):
             lines.append(f"{names[layer]:<28} {str(tuple(output.shape[1:])):<18} "
-                         f"{bs.count_parameters(layer):>10,}")
+                         f"{count_parameters(layer):>10,}")
 
     hook = torch.nn.modules.module.register_module_forward_hook(note)
     with torch.no_grad():
         net(torch.zeros(1, net.channels, size, size), torch.ones(1),
             torch.zeros(1, net.classes, size, size), torch.zeros(1, 1))
     hook.remove()
-    return [*lines, f"{'total':<28} {'':<18} {bs.count_parameters(net):>10,}"]
+    return [*lines, f"{'total':<28} {'':<18} {count_parameters(net):>10,}"]

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
-from kit import devices, files
+from kit import devices, files, pictures
 
 
 def our_network():
@@ -99,7 +99,7 @@ def measure(name, make, device, args, resolution):
     rate, place = counter.get_total_flops() / step, devices.describe(device,
                                                                      args.precision).removeprefix(
         "device ")
-    print(f"| {name} | {place} | {resolution} | " f"{bs.count_parameters(net) / 1e6:.1f} | "
+    print(f"| {name} | {place} | {resolution} | " f"{pictures.count_parameters(net) / 1e6:.1f} | "
           f"{1 / step:.2f} | {args.batch / step:.1f} | {times[0] - step:.1f} | "
           f"{memory / 2 ** 30:.2f} | {rate / 1e9:.3g} | "
           f"{rate / product_rate(device, args.precision):.0%} |", flush=True)

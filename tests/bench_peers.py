@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
-from kit import devices, files, runs
+from kit import devices, files, pictures, runs
 import train_ddpm
 
 # how the names of candidates begin: module
@@ -244,7 +244,7 @@ class Runner:
         else:
             # as their examples do
             self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-4)
-        self.parameters, self.target = bs.count_parameters(self.net), torch.randn_like(
+        self.parameters, self.target = pictures.count_parameters(self.net), torch.randn_like(
             self.net(*self.inputs).detach())
         with FlopCounterMode(display=False) as counter:
             self.train()

@@ -455,7 +455,8 @@ def run_peer(args, name, cache):
                                          else (0.9, 0.999))
         rows, seconds, step, left = cache.part("train"), 0.0, 0, list(minutes)
         with_tumour = slices.has_label(cache, rows, 2)
-        print(f"{name}: {bs.count_parameters(net) / 1e6:.1f} M parameters, lr {lr:g}", flush=True)
+        size = pictures.count_parameters(net) / 1e6
+        print(f"{name}: {size:.1f} M parameters, lr {lr:g}", flush=True)
         while left:
             started = time.time()
             drawn = bs.batch_rows(rows[with_tumour], rows[~with_tumour], 0.5, args.seed, step, 16)

@@ -108,7 +108,7 @@ def test_parameters_reported_are_parameters_counted():
     net = bs.UNet(width=16, mults=(1, 2))
     lines = pictures.layer_table(net, 32)
     rows = [int(line.split()[-1].replace(",", "")) for line in lines[1:]]
-    assert rows[-1] == sum(rows[:-1]) == bs.count_parameters(net) == sum(p.numel()
+    assert rows[-1] == sum(rows[:-1]) == pictures.count_parameters(net) == sum(p.numel()
                                                                          for p in net.parameters())
 
 

@@ -75,8 +75,8 @@ def cases_of_part(args, folder):
     """The real cases in a folder, of --part alone where it is given: the parts that training had,
     for which the folder is checked as training checks it."""
     cases = nifti.find_cases(folder) if not args.skip_bad else []
-    made = all(phantoms.phantom_seed(case.case) is not None for case in cases)
-    if args.skip_bad or args.part and not made:
+    artificial = all(phantoms.phantom_seed(case.case) is not None for case in cases)
+    if args.skip_bad or args.part and not artificial:
         memory = Path(args.checkpoint).parent / "cache"
         cases = checks.usable_cases(folder, args.skip_bad, memory if memory.is_dir() else None)
     checks.refuse_synthetic(cases)

@@ -35,7 +35,8 @@ FLAGS = [
     ("--labels", str, None, "BraTS cases whose label maps are used; else those of fresh phantoms"),
     ("--part", ("train", "val", "test"), None, "of the split of --labels"),
     ("--scan", str, None, "scans: all are segmented first, then synthesised"),
-    ("--request", str, None, "generate label maps, et=12,ed=20..60: mL of et, "
+    # an empty request leaves all open
+    ("--request", str.lower, None, "generate label maps, et=12,ed=20..60: mL of et, "
      "ed, ncr, ventricles; mm x, y, z from the middle to right, front, top; sphericity; lesions"),
     ("--count", options.count, 4, "how many cases to make"),
     ("--edit", str, [], "scale=1.2 shift=10,0,0 (mm) rotate=15 (degrees) elastic=3 (mm) mirror, or "

@@ -14,8 +14,8 @@ class Parser(argparse.ArgumentParser):
 
     A row is (flag, or two of the same meaning, kind, default, help). kind: a function of the text
     (str, count, ...); bool for a flag without a value; or a list, tuple or dict of the only values.
-    A fifth entry is a dict of
-    more keywords for argparse: nargs, metavar. --help shows a default that is a value.
+    A text of kind str may not be empty. A fifth entry is a dict of more keywords for argparse:
+    nargs, metavar. --help shows a default that is a value.
     """
 
     def __init__(self, doc, rows):
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         if kind is bool:
             return self.add_argument(flag, action="store_true", help=text)
         choices = None if callable(kind) else list(kind)
-        kind = type(choices[0]) if choices else kind
+        kind = type(choices[0]) if choices else filled if kind is str else kind
         if default not in (None, []):
             text += " (default: %(default)s)"
         self.add_argument(*flag.split(), type=kind, choices=choices, default=default, help=text,
@@ -46,6 +46,13 @@ class Parser(argparse.ArgumentParser):
         if args.minutes:
             self.set_defaults(steps=None)
         return self.parse_args(argv)
+
+
+def filled(text):
+    """The text. ArgumentTypeError where it is empty, as a variable of a shell that was never set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; did a variable have no value?")
+    return text
 
 
 def number(kind, low, high, text):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import nifti, phantoms, recipes, runs, slices, writing
+from kit import desk, nifti, options, phantoms, recipes, runs, slices, writing
+import sample
 import train_ddpm
+import train_seg
 from nursery import run_script
 
 ROOT = Path(bs.__file__).parent
@@ -250,6 +252,17 @@ def test_bad_input_is_one_sentence(tmp_path, script, arguments, words):
     assert last.startswith("error: ") and words in last and "Traceback" not in text
     written = {path.suffix for path in tmp_path.rglob("*")}
     assert written.isdisjoint([".pt", ".npy", ".json", ".tmp", ".csv"])
+
+
+@pytest.mark.parametrize("command", [train_ddpm, train_seg, sample, desk])
+def test_an_empty_text_is_said(command):
+    """--data "$DATA" where DATA was never set: else phantoms would be made in place of cases."""
+    texts = [(row[0], row[4] if len(row) > 4 else {}) for row in command.FLAGS if row[1] is str]
+    for flag, settings in texts:
+        words = [flag] * flag.startswith("--") + [""] * (2 if settings.get("nargs") == 2 else 1)
+        with pytest.raises(bs.BadInput, match=f"^{flag}: is empty; "):
+            options.Parser("", command.FLAGS).parse_args(words)
+    assert options.Parser("", sample.FLAGS).parse_args(["--request", ""]).request == ""
 
 
 def test_first_look(tmp_path):

@@ -350,6 +350,24 @@ def lost_lesions(tumour, kept, grid):
     return float(voxels[lost].sum() * ml), int(lost.sum())
 
 
+def read_split(path):
+    """What a split file holds, see split_patients: {part: names, a set}. BadInput where it is
+    something else."""
+    try:
+        content = json.loads(Path(path).read_bytes())       # bytes: UTF-8 or 16, as editors save it
+    except (OSError, ValueError) as error:
+        raise bs.BadInput(f"{path}: is no split of cases ({error})") from error
+    if not isinstance(content, dict):
+        raise bs.BadInput(f'{path}: is no split of cases; write {{"train": [names], ...}}')
+    wrong = sorted(set(content) - set(PARTS))
+    if wrong:
+        raise bs.BadInput(f"{path}: {', '.join(wrong)} is no part; use {', '.join(PARTS)}")
+    for part, names in content.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise bs.BadInput(f'{path}: {part} is no list of names; write ["name", ...]')
+    return {part: set(names) for part, names in content.items()}
+
+
 def split_patients(cases, split_file=None):
     """Which cases train, validate, test: {"train": [Case], "val": [...], "test": [...]}.
 
@@ -364,11 +382,7 @@ def split_patients(cases, split_file=None):
     names = {"val": set(patients[2::10]), "test": set(patients[::5])}
     names["train"] = set(patients) - names["val"] - names["test"]
     if split_file is not None:
-        try:
-            content = json.loads(Path(split_file).read_text())
-            names = {part: set(content.get(part, [])) for part in PARTS}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise bs.BadInput(f"{split_file}: is no split of cases ({error})") from error
+        names = {part: set() for part in PARTS} | read_split(split_file)
     unknown = set().union(*names.values()) - set(patients) - {case.case for case in cases}
     if unknown:
         raise bs.BadInput(f"{split_file}: {min(unknown)} is not in the data; correct the name")

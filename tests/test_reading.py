@@ -276,6 +276,24 @@ def test_a_split_file_overrides(tmp_path):
     path.write_text("{")
     with pytest.raises(bs.BadInput, match="split.json"):
         slices.split_patients(cases, path)
+    path.write_text(json.dumps(wanted), encoding="utf-16")      # as PowerShell saves it
+    assert slices.split_patients(cases, path) == split
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"training": ["BraTS-GLI-00003"], "dev": [], "train": ["BraTS-GLI-00003"]}, "dev, training "),
+    ({"train": "BraTS-GLI-00003"}, "train is no list"),
+    ({"train": ["BraTS-GLI-00003"], "val": [3]}, "val is no list"),
+    ({"train": ["BraTS-GLI-00003"], "test": None}, "test is no list"),
+    ([{"train": ["BraTS-GLI-00003"]}], "no split of cases"),
+])
+def test_a_split_file_of_another_form_is_refused(tmp_path, content, words):
+    """A key that means nothing here would leave its cases out in silence."""
+    cases = [nifti.Case(f"BraTS-GLI-{n:05d}-000", {}, True) for n in range(6)]
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(bs.BadInput, match=f"split.json: .*{words}"):
+        slices.split_patients(cases, path)
 
 
 def test_the_cache_is_reused_until_something_changes(coarse_folder, tmp_path, monkeypatch):

@@ -36,7 +36,8 @@ def run_script(main):
 
 def replace_file(path, write):
     """Write a file such that, whatever happens, it is either the old one or the whole new one; or a
-    new folder, which is there as a whole or not at all.
+    new folder, which is there as a whole or not at all. Where another process has made the folder
+    meanwhile, that one stays.
 
     write: function that writes to the path it is given, a temporary one in the same folder.
     A crash leaves at most something ending in .tmp behind, never a half under the real name.
@@ -44,13 +45,32 @@ def replace_file(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)                           # of a process that had the same number
     try:
         write(temporary)
         sync(temporary)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not (temporary.is_dir() and path.is_dir()):
+                raise
         sync(path.parent)
     finally:
         remove(temporary)
+
+
+def remove_litter(folder):
+    """Remove what processes that were killed left of replace_file in a folder. Several processes
+    may write there: what a living one writes stays, and on Windows all, where nobody can ask."""
+    for path in Path(folder).glob(".*.tmp"):
+        number = path.name.split(".")[-2]       # of the process
+        try:
+            if os.name != "nt" and number.isdecimal():
+                os.kill(int(number), 0)         # no signal, a question
+        except ProcessLookupError:
+            remove(path)
+        except (PermissionError, OverflowError):        # it lives; it is no number of a process
+            pass
 
 
 def sync(path):
@@ -65,7 +85,7 @@ def sync(path):
 
 def remove(path):
     """Remove a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def file_hash(path):

@@ -3,7 +3,6 @@ as real scans.
 
 They model anatomy and no person: free to make, safe to publish, truth known.
 """
-import os
 from pathlib import Path
 from statistics import NormalDist
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import nifti
+from kit import files, nifti
 
 
 # tissue: (T1 ms, T2 ms, proton density relative to water), all at 1.5 T. Round textbook values.
@@ -289,15 +288,18 @@ def write_phantom(folder, seed, scanner="A", scale=1):
         volumes[nifti.NAMES_2023[modality] if modern else modality] = counts.astype(np.int16)
     spacing = voxel_mm(labels.shape)
     affine = nib.affines.from_matvec(np.diag(spacing), -(np.array(labels.shape) - 1) / 2 * spacing)
-    building = Path(folder) / f".{case}.{os.getpid()}.tmp"
-    building.mkdir(parents=True, exist_ok=True)
-    for name, volume in volumes.items():
-        image = nib.Nifti1Image(volume, affine)
-        if seed % 4 >= 2:                                   # same voxels in mm, other storage order
-            image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
-        image.header["descrip"] = f"brainsyn phantom {seed} scanner {scanner}".encode()
-        nib.save(image, building / f"{case}{'-' if modern else '_'}{name}.nii.gz")
-    return building.replace(Path(folder) / case)
+
+    def write(building):
+        building.mkdir()
+        for name, volume in volumes.items():
+            image = nib.Nifti1Image(volume, affine)
+            if seed % 4 >= 2:                               # same voxels in mm, other storage order
+                image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
+            image.header["descrip"] = f"brainsyn phantom {seed} scanner {scanner}".encode()
+            nib.save(image, building / f"{case}{'-' if modern else '_'}{name}.nii.gz")
+
+    files.replace_file(Path(folder) / case, write)
+    return Path(folder) / case
 
 
 def phantom_seed(name):
@@ -312,6 +314,7 @@ def make_phantoms(folder, count, scanner="A", scale=1):
 
     Returns the number of cases newly made. About a second a case.
     """
+    files.remove_litter(folder)
     there = {phantom_seed(path.name) for path in Path(folder).glob("BraTS*")}
     seeds = [seed for seed in range(count) if seed not in there]
     nifti.in_threads(lambda seed: write_phantom(folder, seed, scanner, scale), seeds)

@@ -494,6 +494,7 @@ def build_cache(cases, folder, resolution, fov, condition, split=None):
     def load(case):
         return remember(folder, condition, cached_case, case, resolution, fov, condition)
 
+    files.remove_litter(folder)
     blocks = nifti.in_threads(load, cases)
     entries, first = [], 0
     for case, block in zip(cases, blocks):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import desk, devices, files, nifti, runs, slices
+from kit import desk, devices, files, nifti, phantoms, runs, slices
 import sample
 import train_ddpm
 import train_seg
@@ -396,6 +396,49 @@ def test_one_writer_a_folder(here, script):
             script.main(["--out", str(out), "--device", "cpu"])
         assert not list(out.iterdir())
     assert not out.exists(), "a folder that nothing came of is taken away again"
+
+
+SHARED = """
+from kit import files, nifti, phantoms, slices
+def main():
+    phantoms.make_phantoms("A", 2, scale=2)
+    slices.build_cache(nifti.find_cases("A"), "cache", 16, 192.0, "tumour")
+files.run_script(main)
+"""
+
+
+def test_two_first_runs_at_once(tmp_path):
+    """Both make the same phantoms and the same cache: both end well, and nothing is left behind."""
+    (tmp_path / "program.py").write_text(SHARED)
+    status, text = run_script(tmp_path, tmp_path / "program.py", environments=({}, {}))
+    assert status == 0 and text.count("cache: 2 cases") == 2, text
+    assert not list(tmp_path.rglob(".*")) and len(list((tmp_path / "A").iterdir())) == 2
+
+
+def test_a_folder_made_by_another_process_stays(tmp_path):
+    """The slower of two makers of a phantom uses what the faster made."""
+    case = phantoms.write_phantom(tmp_path, 0, scale=4)
+    marked = case / "of the first"
+    marked.touch()
+    assert phantoms.write_phantom(tmp_path, 0, scale=4) == case and marked.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("make", [lambda folder, cases: phantoms.make_phantoms(folder, 1, scale=4),
+                                  lambda folder, cases: slices.build_cache(cases, folder, 16, 192.0,
+                                                                           "tumour")])
+def test_litter_of_the_dead_goes(coarse_folder, tmp_path, make):
+    """Killed in the middle of a phantom or of the cache: a later run clears up. What a living
+    process writes is left alone."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    litter, busy = [tmp_path / f".BraTS-PHA-00009-000.{number}.tmp"
+                    for number in (dead.pid, os.getppid())]
+    busy.mkdir()
+    litter.mkdir()
+    (litter / "half.nii.gz").touch()
+    make(tmp_path, nifti.find_cases(coarse_folder)[:2])
+    assert busy.exists() and not litter.exists()
 
 
 class Spoiled:

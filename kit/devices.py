@@ -53,9 +53,9 @@ def join_processes(name):
     """Join the processes that torchrun started -> this process's torch.device, "cpu" or one of
     "cuda". Only the first process prints from then on. BadInput where there are too few GPUs or
     several machines."""
-    rank = int(os.environ["LOCAL_RANK"])
-    few = name == "cuda" and rank >= torch.cuda.device_count()
-    if few or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+    rank, count = [int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    few = name == "cuda" and count > torch.cuda.device_count()
+    if few or count != int(os.environ["WORLD_SIZE"]):
         raise bs.BadInput("let torchrun start one process a GPU, all on one machine")
     device = torch.device(f"cuda:{rank}" if name == "cuda" else "cpu")
     torch.get_device_module(name).set_device(device)
@@ -63,7 +63,7 @@ def join_processes(name):
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=7))
     if not first_process():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
     return device
 
 
@@ -109,6 +109,18 @@ def require_divisible(batch, device):
 def first_process():
     """True in the process that prints, writes and samples."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def first_to_fail():
+    """True in the process that may say why a run ends: of several the first that asks. The others
+    fail with it, or because of it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":        # started without torchrun
+        return os.environ.get("RANK", "0") == "0"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          wait_for_workers=False)
+    return store.add("brainsyn failed", 1) == 1
 
 
 def slice_of_batch(batch):

@@ -23,13 +23,18 @@ except ImportError:
 
 def run_script(main):
     """Call main() and, where XLA was used, print what it did. A BadInput or an OSError is printed
-    as one sentence and ends the process with status 2; Ctrl-C with 130."""
+    as one sentence and ends the process with status 2; Ctrl-C with 130. Of several processes the
+    first one that fails says why; the others end with status 2."""
     try:
         main()
         devices.xla_report()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (bs.BadInput, OSError) as error:
+    except Exception as error:
+        if not devices.first_to_fail():
+            sys.exit(2)
+        if not isinstance(error, (bs.BadInput, OSError)):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +63,10 @@ def start(folder, program, *words, processes=1, xla_cores=None, status=0, torchr
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         left, text = done.returncode, done.stdout
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
-                      "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
-                      "LOCAL_WORLD_SIZE": str(processes)}
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                  "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+                  "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                  for rank in range(processes)]
         left, text = run_script(folder, folder / "program.py", *words,
@@ -242,8 +240,44 @@ def test_norms_and_dice_of_a_shared_batch(tmp_path):
 def test_what_cannot_be_shared_is_said(tmp_path, script, arguments, words):
     """One sentence under torchrun, nothing written."""
     text = run(tmp_path, script, *arguments, processes=2, status=1)
-    assert "error: " in text and words in text
+    assert text.count("error: ") == 1 and words in text and "Traceback" not in text
     assert {p.name for p in tmp_path.iterdir()} <= {"program.py", "__pycache__"}
+
+
+FAIL = """
+import sys, torch, brainsyn as bs
+from kit import devices, files
+def main():
+    where = sys.argv[1]
+    if where == "before":
+        raise bs.BadInput("the flag is wrong")
+    devices.pick_device("cpu", several=True)
+    first = devices.first_process()
+    def make():
+        if where == "made":
+            raise bs.BadInput("the data are bad")
+    devices.first_process_first(make)
+    if where == "all":
+        raise bs.BadInput("the split is wrong")
+    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    for step in range(3):
+        if where == ("first" if first else "second") and step == 2:
+            raise bs.BadInput("the disk is full")
+        net(torch.ones(1, 2)).sum().backward()
+        devices.broadcast_from_first(step)
+files.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("where", ["before", "made", "all", "first", "second"])
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bad_input_is_said_once(tmp_path, where, torchrun):
+    """In one process or in all, before training or in it: one sentence; the processes that fail
+    because of it say nothing."""
+    text = start(tmp_path, FAIL, where, processes=2, status=1, torchrun=torchrun)
+    assert text.count("error: the ") == 1, text
+    # torchrun has a traceback of its own
+    assert torchrun or "Traceback" not in text and "Error" not in text, text
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 import brainsyn as bs
 from kit import devices
 
@@ -42,7 +44,7 @@ def run_script(main):
 def replace_file(path, write):
     """Write a file such that, whatever happens, it is either the old one or the whole new one; or a
     new folder, which is there as a whole or not at all. Where another process has made the folder
-    meanwhile, that one stays.
+    meanwhile, that one stays. An OSError names the file.
 
     write: function that writes to the path it is given, a temporary one in the same folder.
     A crash leaves at most something ending in .tmp behind, never a half under the real name.
@@ -60,6 +62,10 @@ def replace_file(path, write):
             if not (temporary.is_dir() and path.is_dir()):
                 raise
         sync(path.parent)
+    except OSError as error:
+        if str(temporary) in str(error.filename or temporary):      # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         remove(temporary)
 
@@ -137,7 +143,7 @@ def attempt(what, write):
     try:
         write()
     except OSError as error:
-        print(f"note: {what} could not be written ({error}); training goes on", flush=True)
+        print(f"note: {what} could not be written ({error}); the run goes on", flush=True)
 
 
 def catch_signals():
@@ -155,6 +161,14 @@ def catch_signals():
     return caught
 
 
+def save_tensors(path, tree):
+    """torch.save of tensors, numbers, texts, lists and dicts. OSError where the disk is full: of
+    a file, torch.save would hide it."""
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    Path(path).write_bytes(buffer.getbuffer())
+
+
 def write_csv(path, rows):
     """Write dicts with the same keys as a CSV file; floats with six digits."""
     text = io.StringIO()
@@ -170,4 +184,4 @@ def write_json(path, facts):
     """Write a dict as a JSON file; NaN and infinity, which JSON lacks, become null."""
     facts = json.loads(json.dumps(facts), parse_constant=lambda name: None)
     text = json.dumps(facts, indent=1) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

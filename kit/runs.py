@@ -34,11 +34,9 @@ NEWEST_FIRST = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
 def save_state(path, state):
-    """torch.save of a state, with tensors on the CPU, so that it loads anywhere. OSError where the
-    disk is full."""
-    buffer = io.BytesIO()                       # torch.save hides the OSErrors of a file
-    torch.save(devices.to_host(state), buffer)
-    Path(path).write_bytes(buffer.getbuffer())
+    """Save a state with tensors on the CPU, so that it loads anywhere. OSError where the disk is
+    full."""
+    files.save_tensors(path, devices.to_host(state))
 
 
 def save_checkpoint(folder, state):
@@ -350,7 +348,7 @@ class Run:
 
 def read_log(path):
     """log.csv -> list of dicts of numbers, empty when there is no file yet."""
-    text = Path(path).read_text() if Path(path).exists() else ""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
     rows = csv.DictReader(text.splitlines())
     return [{name: float(row[name]) for name in row} | {"step": int(row["step"])} for row in rows]
 
@@ -373,4 +371,5 @@ def report(args, closing):
     for name, value in closing.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
-        print(f"wrote: {out / name}")
+        if (out / name).exists():               # a picture may be missing
+            print(f"wrote: {out / name}")

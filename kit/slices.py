@@ -411,7 +411,7 @@ def remember(folder, what, make, case, *settings):
             return torch.load(path, mmap=True, weights_only=True)
         except Exception as error:              # a damaged archive raises all kinds of errors
             print(f"note: {path} cannot be used ({error}); made anew")
-    files.replace_file(path, lambda temporary: torch.save(make(case, *settings), temporary))
+    files.replace_file(path, lambda temporary: files.save_tensors(temporary, make(case, *settings)))
     return torch.load(path, mmap=True, weights_only=True)
 
 

@@ -86,7 +86,7 @@ def run_command(command):
     print(f"python {command}", flush=True)
     script, *words = shlex.split(command)
     words = [sys.executable, Path(__file__).parents[1] / script, *words]
-    done = subprocess.run(words, text=True, capture_output=True)
+    done = subprocess.run(words, text=True, errors="replace", capture_output=True)
     if done.returncode:
         raise bs.BadInput(f"{script}: {done.stderr.strip()}")
 
@@ -106,7 +106,7 @@ def study_sizes(args, patients, tests):
 def read_json(path):
     """What a file of a study holds. BadInput where it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise bs.BadInput(f"{path}: damaged ({error}); choose another --out") from error
 

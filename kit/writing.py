@@ -57,7 +57,7 @@ def write_case(folder, case, images, labels, affine, facts, classes=None):
 def write_description(folder):
     """dataset_description.json of a set of synthetic cases, as BIDS wants it for derived data: the
     mark that stands above all its cases."""
-    facts = json.loads((HERE / "dataset_description.json").read_text())
+    facts = json.loads((HERE / "dataset_description.json").read_text(encoding="utf-8"))
     facts["GeneratedBy"][0]["Version"] = bs.__version__
     files.write_json(Path(folder) / "dataset_description.json", facts)
 
@@ -65,7 +65,7 @@ def write_description(folder):
 def write_dataset_json(folder):
     """dataset.json of all cases in a folder, for nnU-Net (`dataset`; training on regions) and MONAI
     (`training`). regions_class_order: what is WT and nothing more is ED (2), and so on."""
-    facts = json.loads((HERE / "dataset.json").read_text())
+    facts = json.loads((HERE / "dataset.json").read_text(encoding="utf-8"))
     facts["channel_names"] = {str(c): name.upper() for c, name in enumerate(bs.MODALITIES)}
     if bs.LABELS != bs.BRATS[1]:
         facts["labels"] = {"background": 0} | {name: k for k, name in enumerate(bs.LABELS, 1)}
@@ -95,14 +95,14 @@ def write_datasheet(folder):
         rows.append(f"| {name} | {min(ml):.1f} | {np.median(ml):.1f} | {max(ml):.1f} |")
     judged = {"synthetic": {}, "real": {}}
     with suppress(OSError, ValueError):         # there is no judge.json yet
-        judged |= json.loads((Path(folder) / "judge.json").read_text())
+        judged |= json.loads((Path(folder) / "judge.json").read_text(encoding="utf-8"))
     figures = [f"| {name} | {judged['synthetic'].get(name)} | {value} |"
                for name, value in judged["real"].items()]
     values |= judged | {
         "cases": len(sidecars), "volumes": "\n".join(rows), "figures": "\n".join(figures),
         "used": sum(sidecar["UsedInTraining"] for sidecar in sidecars)}
-    text = (HERE / "datasheet.md").read_text().format_map(values)
-    files.replace_file(Path(folder) / "DATASHEET.md", lambda path: path.write_text(text))
+    text = (HERE / "datasheet.md").read_text(encoding="utf-8").format_map(values)
+    files.replace_file(Path(folder) / "DATASHEET.md", lambda path: path.write_text(text, "utf-8"))
 
 
 def plot_contact_sheet(folder):
@@ -129,7 +129,7 @@ def read_sidecar(path):
     """The sidecar of a synthetic case as a dict. BadInput where there is none, or it does not say
     where the case comes from."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["SyntheticData"] == "YES" and {*ORIGIN, "GeneratorTrainedOn"} <= set(facts):
             return facts
     raise bs.BadInput(f"{path}: no sidecar of a synthetic case; delete the folder, make it again")

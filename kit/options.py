@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def filled(text):
-    """The text. ArgumentTypeError where it is empty, as a variable of a shell that was never set."""
+    """The text. ArgumentTypeError where it is empty, as of a variable that was never set."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; did a variable have no value?")
     return text

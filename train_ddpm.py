@@ -246,7 +246,8 @@ def learn(args, device, kind, task, facts):
         # ---------------------------------------------------------------------------------------
         run.after_step(finite, losses, task.case_names, levels)
         if args.sample_every and run.step % args.sample_every == 0 and devices.first_process():
-            files.attempt("the sample pictures", lambda: task.picture(denoiser(), run.step))
+            files.attempt("the sample pictures", lambda: task.picture(denoiser(), run.step),
+                          Exception)
         run.record()
     del trained
     if run.finish():

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def run_script(main):
     """Call main() and, where XLA was used, print what it did. A BadInput or an OSError is printed
     as one sentence and ends the process with status 2; Ctrl-C with 130. Of several processes the
     first one that fails says why; the others end with status 2."""
+    os.environ["MPLBACKEND"] = "Agg"            # a notebook's draws nowhere else
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # "±" on a terminal that has ASCII alone
     try:
         main()
         devices.xla_report()
@@ -137,20 +141,22 @@ def sole_writer(folder):
             folder.rmdir()
 
 
-def attempt(what, write):
+def attempt(what, write, faults=OSError):
     """Call write(); if the disk refuses, print a note and go on. For files that a run can do
-    without. what: the file, in words."""
+    without. what: the file, in words; faults: the exceptions that cost no more than a note."""
     try:
         write()
-    except OSError as error:
+    except faults as error:
         print(f"note: {what} could not be written ({error}); the run goes on", flush=True)
 
 
 def catch_signals():
     """Note SIGINT (Ctrl-C) and SIGTERM in a list instead of ending the process, so that a step can
     be finished and saved; a second signal ends the process at once. Returns the list, which fills
-    when signals come."""
+    when signals come; only the main thread can catch any."""
     caught = []
+    if threading.current_thread() is not threading.main_thread():
+        return caught
 
     def note(number, _):
         caught.append(number)

@@ -1,5 +1,6 @@
 """Pictures: slices, label maps, planes, curves.
 """
+import functools
 import inspect
 import itertools
 
@@ -48,9 +49,22 @@ def show(*definitions):
 def new_figure(path, width, height):
     """A figure of so many inches; where no file is asked for (path None) one of pyplot's, which
     notebooks show."""
-    import matplotlib.pyplot as plt
-    make = plt.figure if path is None else plt.Figure
+    if path is None:
+        from matplotlib.pyplot import figure as make
+    else:
+        from matplotlib.figure import Figure as make
     return make(figsize=(width, height), dpi=110)
+
+
+def spared(plot):
+    """A plot function whose errors, whatever they are, cost a note and not the run, unless it draws
+    for a notebook (path None)."""
+    @functools.wraps(plot)
+    def attempt(path, *inputs, **more):
+        faults = () if path is None else Exception
+        files.attempt(path, lambda: plot(path, *inputs, **more), faults)
+
+    return attempt
 
 
 def save_figure(figure, path):
@@ -59,6 +73,7 @@ def save_figure(figure, path):
         files.replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
+@spared
 def plot_rows(path, rows, titles, condition, headline=""):
     """A PNG of pictures in a grid; path None: for a notebook. rows: list of lists of tensors or
     arrays: (H, W) of integers are class maps of the condition, of floats images in [-1, 1];
@@ -87,6 +102,7 @@ def plot_rows(path, rows, titles, condition, headline=""):
     save_figure(figure, path)
 
 
+@spared
 def plot_planes(path, rows, titles, condition):
     """plot_rows of label volumes cut in three planes through the middle of their tumour, or of the
     volume where it has none: rows of volumes int tensors (D, H, W), each of which becomes a slice
@@ -104,6 +120,7 @@ def plot_planes(path, rows, titles, condition):
     plot_rows(path, lines, columns[:-1], condition)
 
 
+@spared
 def plot_lines(path, panels, xlabel="step", xscale="linear"):
     """A PNG of plots side by side; path None: for a notebook. panels: list of (title, style,
     {label: (x, y) or (x, y, error)}); style: the scale of y, "linear" or "log", for lines; "points"

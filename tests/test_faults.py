@@ -1,20 +1,24 @@
 """When things go wrong: killed, full disks, flipped bits, numbers that are not finite.
 Nothing is lost, nothing damaged is used in silence, and the run that comes through ends where the
 undisturbed one does."""
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
 
 import brainsyn as bs
-from kit import desk, devices, files, nifti, phantoms, runs, slices
+from kit import desk, devices, files, nifti, phantoms, pictures, runs, slices
 import sample
 import train_ddpm
 import train_seg
@@ -281,12 +285,68 @@ def test_half_a_state_is_not_resumed(straight, here, part):
         train_ddpm.main([*SHORT[:-1], "31"])
 
 
-def test_a_full_disk_arrives_as_an_oserror():
-    """/dev/full accepts nothing."""
+def test_a_full_disk_arrives_as_an_oserror(coarse_folder, tmp_path, monkeypatch):
+    """/dev/full accepts nothing: no checkpoint and no case of the cache."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(OSError):
         runs.save_state("/dev/full", {"a": torch.zeros(10 ** 6)})
+    monkeypatch.setattr(files, "replace_file", lambda path, write: write("/dev/full"))
+    with pytest.raises(OSError):
+        slices.remember(tmp_path, "tumour", lambda case: {"a": torch.zeros(10 ** 6)},
+                        nifti.find_cases(coarse_folder)[0])
+
+
+@pytest.mark.parametrize("write", [lambda path: Path("/dev/full").write_bytes(b"a"),
+                                   lambda path: (path / "a").write_text("a")])
+def test_what_cannot_be_written_is_named(tmp_path, write):
+    """The operating system names no file where the disk is full, and else the temporary one."""
+    with pytest.raises(OSError, match="/log.csv'") as refused:
+        files.replace_file(tmp_path / "log.csv", write)
+    assert ".tmp" not in str(refused.value)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_note(tmp_path, monkeypatch, capsys):
+    """Whatever is wrong, a run ends with its figures; a notebook is told."""
+    def refuse(*_, **more):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", refuse)
+    files.write_csv(tmp_path / "log.csv", [{"step": 1, **dict.fromkeys(runs.QUARTERS, 0.5)}])
+    runs.report(SimpleNamespace(out=str(tmp_path)), {"fine_power_ratio": 0.9})
+    pictures.plot_rows(tmp_path / "samples.png", [[torch.zeros(4, 4)]], [""], "tumour")
+    text = capsys.readouterr().out
+    assert "fine_power_ratio: 0.9" in text and "wrote: " + str(tmp_path / "closing.json") in text
+    for name in ("curves.png", "samples.png"):
+        assert f"{name} could not be written (no font); the run goes on" in text
+        assert f"wrote: {tmp_path / name}" not in text
+    monkeypatch.setattr(matplotlib.figure.Figure, "suptitle", refuse)
+    with pytest.raises(RuntimeError, match="no font"):
+        pictures.plot_rows(None, [[torch.zeros(4, 4)]], [""], "tumour")
+
+
+def test_a_script_started_from_a_notebook_draws_into_files(monkeypatch):
+    """Jupyter names a backend in the environment of all that it starts."""
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    files.run_script(lambda: None)
+    assert os.environ["MPLBACKEND"] == "Agg"
+
+
+def test_a_terminal_without_a_letter_gets_another(monkeypatch):
+    """LC_ALL=C: "±" and names of cases are printed as far as that goes."""
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    files.run_script(lambda: print("Dice 0.8 ± 0.1", flush=True))
+    assert screen.buffer.getvalue() == b"Dice 0.8 ? 0.1\n"
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    """Gradio and Streamlit call a training in a thread, where Python sets no handlers."""
+    caught = []
+    thread = threading.Thread(target=lambda: caught.append(files.catch_signals()))
+    thread.start()
+    thread.join()
+    assert caught == [[]]
 
 
 @pytest.mark.slow
@@ -306,8 +366,8 @@ def test_a_disk_that_fills_up_stops_no_training(straight, here, monkeypatch, cap
     monkeypatch.setattr(runs, "SAVE_EVERY", 0)
     with pytest.raises(OSError, match="No space"):
         train_ddpm.main(SHORT)
-    assert ("note: the checkpoint could not be written ([Errno 28] No space left on device); "
-            "training goes on") in capsys.readouterr().out
+    assert ("note: the checkpoint could not be written ([Errno 28] No space left on device: "
+            "'runs/ddpm/checkpoint.pt'); the run goes on") in capsys.readouterr().out
     assert runs.load_checkpoint("runs/ddpm")["step"] == 1 and not list(Path("runs/ddpm").glob(".*"))
     full.clear()
     train_ddpm.main(SHORT)
@@ -375,7 +435,8 @@ def test_a_limit_on_file_size_is_one_sentence(straight, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *SHORT], cwd=tmp_path / "work", text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "File too large" in done.stderr and not (tmp_path / "work/runs/ddpm").exists()
+    assert "File too large: 'runs/ddpm/checkpoint.pt'" in done.stderr
+    assert not (tmp_path / "work/runs/ddpm").exists()
 
 
 def test_a_folder_that_takes_nothing_is_one_sentence(tmp_path):

@@ -26,6 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import bench_peers
 import brainsyn as bs
 from kit import devices, files, pictures
 
@@ -124,7 +125,7 @@ def main():
     for device in [devices.pick_device(name) for name in args.device]:
         for resolution in args.resolutions:
             measure("ours", our_network, device, args, resolution)
-            if args.monai:
+            if args.monai and bench_peers.there("MONAI"):
                 measure("MONAI", monai_network, device, args, resolution)
 
 

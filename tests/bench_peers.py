@@ -23,9 +23,10 @@ Compare   figures of one run only: machines are shared. All candidates take turn
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import pkgutil
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -46,10 +47,10 @@ import brainsyn as bs
 from kit import devices, files, pictures, runs
 import train_ddpm
 
-# how the names of candidates begin: module
-PEERS = {"MONAI": "monai", "diffusers": "diffusers",
-         "denoising-diffusion-pytorch": "denoising_diffusion_pytorch",
-         "segmentation_models_pytorch": "segmentation_models_pytorch"}
+# how the names of candidates begin: what is used of that library
+PEERS = {"MONAI": "monai.networks.nets:DiffusionModelUNet", "diffusers": "diffusers:UNet2DModel",
+         "denoising-diffusion-pytorch": "denoising_diffusion_pytorch:Unet",
+         "segmentation_models_pytorch": "segmentation_models_pytorch:Unet"}
 CHANNELS, CLASSES = len(bs.MODALITIES), len(bs.CONDITIONS["tumour"])
 
 
@@ -314,13 +315,13 @@ def spread(values):
 
 
 def there(name):
-    """Whether the library of a candidate is installed; says so if not."""
-    for start, module in PEERS.items():
+    """Whether the library of a candidate can be used; says so if not."""
+    for start, place in PEERS.items():
         if name.startswith(start):
             try:
-                importlib.import_module(module)
-            except ImportError as error:
-                print(f"left out: {name} ({error})")
+                pkgutil.resolve_name(place)
+            except Exception as error:          # a library that does not fit raises what it likes
+                print(f"left out: {name} ({type(error).__name__}: {error})")
                 return False
     return True
 
@@ -465,7 +466,7 @@ def main():
     args = parser.parse_args()
     devices.pick_device("cpu")
     versions = {}
-    for name in ("torch", *PEERS.values()):
+    for name in ("torch", *(re.split("[.:]", place)[0] for place in PEERS.values())):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

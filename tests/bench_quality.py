@@ -435,6 +435,7 @@ def ddp_recipe(args, tuned):
 # name: (recipe, whether tuned, learning rate: tuned the best after two minutes of 1e-3 and 3e-3)
 RECIPES = {"monai": (monai_recipe, False, 1e-4), "monai-tuned": (monai_recipe, True, 3e-3),
            "ddp": (ddp_recipe, False, 1e-4), "ddp-tuned": (ddp_recipe, True, 3e-3)}
+LIBRARIES = {"monai": "MONAI", "ddp": "denoising-diffusion-pytorch"}
 
 
 def run_peer(args, name, cache):
@@ -582,7 +583,8 @@ def main():
         elif what == "samplers":
             samplers(args, cache)
         elif what in RECIPES:
-            run_peer(args, what, cache)
+            if bench_peers.there(LIBRARIES[what.removesuffix("-tuned")]):
+                run_peer(args, what, cache)
         else:
             raise bs.BadInput(f"no such thing: {what}; see --help")
 

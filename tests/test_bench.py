@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes so small that their figures mean nothing."""
 import json
+import sys
 
 import pytest
 
@@ -31,6 +32,25 @@ def test_both_networks_of_that_ratio_do_the_same_work():
     ours, plain = [bench_peers.Runner(name, 32, 2) for name in ("ours", "plain, same architecture")]
     assert ours.flops == pytest.approx(plain.flops, rel=0.01)
     assert ours.parameters == pytest.approx(plain.parameters, rel=0.05)
+
+
+@pytest.mark.parametrize("module, words", [("bench_peers", []), ("bench_devices", ["--monai"]),
+                                           ("bench_quality", ["monai"])])
+def test_a_library_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys, module, words):
+    """Installed, but made for another PyTorch: the benchmark goes on without it."""
+    (tmp_path / "monai").mkdir()
+    (tmp_path / "monai/__init__.py").write_text("raise AttributeError('torch has no such thing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    bench, timed = __import__(module), []
+    if words:
+        for name in {"measure", "prepare"} & set(vars(bench)):
+            monkeypatch.setattr(bench, name, lambda *inputs: timed.append(inputs[0]))
+        monkeypatch.setattr(sys, "argv", [module, *words])
+        bench.main()
+    else:
+        assert not bench.there("MONAI tuned")
+    assert "left out: MONAI" in (text := capsys.readouterr().out) and "no such thing" in text
+    assert "MONAI" not in timed
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def code_cells(path):
     """[(cell, source)] of a notebook's code, and the notebook."""
-    book = json.loads(Path(path).read_text())
+    book = json.loads(Path(path).read_text(encoding="utf-8"))
     cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     return [(cell, "".join(cell["source"])) for cell in cells], book
 
@@ -80,7 +80,7 @@ def run_here(path, save):
             if output["output_type"] == "execute_result":
                 output["execution_count"] = number
     if save:
-        path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def run(path, save=False, seconds=None):

@@ -67,8 +67,8 @@ def replace_file(path, write):
                 raise
         sync(path.parent)
     except OSError as error:
-        if str(temporary) in str(error.filename or temporary):      # a full disk names no file
-            error.filename = str(path)
+        if error.errno and str(temporary) in str(error.filename or temporary):
+            error.filename = str(path)          # a full disk names no file
         raise
     finally:
         remove(temporary)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -79,13 +79,13 @@ def remove_litter(folder):
     may write there: what a living one writes stays, and on Windows all, where nobody can ask."""
     for path in Path(folder).glob(".*.tmp"):
         number = path.name.split(".")[-2]       # of the process
-        try:
-            if os.name != "nt" and number.isdecimal():
+        if os.name == "nt" or not number.isdecimal():
+            continue
+        with suppress(PermissionError, OverflowError):  # another user's; no number of a process
+            try:
                 os.kill(int(number), 0)         # no signal, a question
-        except ProcessLookupError:
-            remove(path)
-        except (PermissionError, OverflowError):        # it lives; it is no number of a process
-            pass
+            except ProcessLookupError:
+                remove(path)
 
 
 def sync(path):

@@ -77,6 +77,7 @@ def parse_arguments(argv=None):
         if wrong:
             raise bs.BadInput(message)
     args.out = args.out or ("audit" if args.audit else "synthetic")
+    args.edit = args.edit if args.edit == ["random"] else edits.parse_edit(args.edit)
     trained = args.segmenter if args.judge else args.checkpoint
     if Path(trained).exists():                  # else whoever loads it says so
         runs.use_names_of(trained, args.label_map)
@@ -85,7 +86,6 @@ def parse_arguments(argv=None):
     names = edits.measured_names()
     if args.balance and args.balance not in names:
         raise bs.BadInput(f"--balance {args.balance}: give one of {', '.join(names)}")
-    args.edit = args.edit if args.edit == ["random"] else edits.parse_edit(args.edit)
     return args
 
 

@@ -79,7 +79,7 @@ def load_checkpoint(path, kind="ddpm", say=print, names=NEWEST_FIRST):
 def use_names_of(path, text=None):
     """Set what this process reads and writes to what the checkpoint at `path` was trained with.
     text: another --label-map, for files that give the same labels other values."""
-    args = load_checkpoint(path, tuple(HOLDS), names=("best.pt", *NEWEST_FIRST))["args"]
+    args = load_checkpoint(path, tuple(HOLDS), lambda _: None, ("best.pt", *NEWEST_FIRST))["args"]
     options.use_names(args.get("modalities"), text or args.get("label_map"))
 
 

@@ -139,9 +139,10 @@ WRONG = {
         ("REGIONS.values()", "((1,), (2,), (3,))"),
         ("REGIONS.values()", "((1, 2, 3), (1, 2), (3,))")],
     "labels_of": [
-        ("(2, 1, 3)", "(1, 2, 3)"),
+        ("members[0]", "members[-1]"),
         ("argmax(0)", "argmax(-1)"),
-        ("zip(probability, (2, 1, 3))", "zip(probability.flip(0), (3, 1, 2))")],
+        ("zip(probability, REGIONS.values())",
+         "zip(probability.flip(0), list(REGIONS.values())[::-1])")],
     "dice_loss": [
         ("(2 * shared", "(shared"),
         ("1 - (", "("),

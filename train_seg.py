@@ -225,7 +225,8 @@ def finish_report(args, segmenter, split, run):
     files.write_csv(out / "cases.csv", rows)
     closing = {"steps": run.step, "minutes": round(run.seconds / 60, 2), "cases": title}
     files.write_json(out / "closing.json", closing | metrics.summarise(rows))
-    print(f"--- {title}, whole volumes on their own grid, after {run.step} steps")
+    print(f"--- {title}, whole volumes on their own grid, after {run.step} steps; nothing: Dice of "
+          "a segmenter that finds nothing")
     print("\n".join(metrics.table_of(rows)))
     print(f"wrote: {out} with best.pt, cases.csv, closing.json, predictions.png, curves.png")
 

@@ -188,7 +188,8 @@ def prepare_blind(cases, resolution, fov):
 
 def summarise(rows):
     """Rows of evaluate -> {region: {figure: mean over the cases that have it, NaN without any}};
-    "missed": in how many cases exactly one of prediction and truth is empty."""
+    "missed": in how many cases exactly one of prediction and truth is empty; "dice_of_nothing": the
+    Dice of a segmenter that finds nothing, 1 in cases without the region."""
     summary = {}
     for region in bs.REGIONS:
         cases = [row for row in rows if row["region"] == region]
@@ -197,15 +198,18 @@ def summarise(rows):
             values = [row[figure] for row in cases]
             mean[figure] = math.nan if np.isnan(values).all() else float(np.nanmean(values))
         mean["missed"] = sum((row["predicted_ml"] > 0) != (row["true_ml"] > 0) for row in cases)
+        mean["dice_of_nothing"] = sum(row["true_ml"] == 0 for row in cases) / len(cases)
         summary[region] = mean
     return summary
 
 
 def table_of(rows):
-    """The closing table of a segmenter as lines of text; rows of evaluate."""
-    row = ("{:<6} {dice:7.3f} {lesion_dice:12.3f} {hd95_mm:8.1f} {sensitivity:12.3f} "
-           "{volume_error_ml:16.1f} {missed:10d} cases")
-    title = "region    Dice  lesion-wise  HD95 mm  sensitivity  volume error mL  found or true only"
+    """The closing table of a segmenter as lines of text; rows of evaluate. Column nothing: Dice of
+    a segmenter that finds nothing."""
+    row = ("{:<6} {dice:7.3f} {dice_of_nothing:9.3f} {lesion_dice:12.3f} {hd95_mm:8.1f} "
+           "{sensitivity:12.3f} {volume_error_ml:16.1f} {missed:10d} cases")
+    title = ("region    Dice  nothing  lesion-wise  HD95 mm  sensitivity  volume error mL  "
+             "found or true only")
     return [title, *(row.format(region, **mean) for region, mean in summarise(rows).items())]
 
 

@@ -238,6 +238,9 @@ def test_tables_leave_out_what_does_not_exist():
     mean = metrics.summarise(rows)["ET"]
     assert mean["sensitivity"] == 1 and mean["dice"] == 0.5 and mean["missed"] == 1
     assert "1 cases" in metrics.table_of(rows)[-1]
+    # a segmenter that finds nothing is right in the case without tumour
+    assert mean["dice_of_nothing"] == 0.5 and metrics.table_of(rows)[0].split()[2] == "nothing"
+    assert metrics.table_of([*rows, *rows[:3]])[-1].split()[2] == "0.333"
 
 
 @pytest.mark.parametrize("kind", ["standard", "strong"])

@@ -105,20 +105,6 @@ def generator_of(args, device):
         "Condition": state["condition"]}
 
 
-def sample_images(args, recipe, prepared, denoiser):
-    """Images float (D, C, R, R) in [-1, 1] of what Recipe.prepare returned; slices above and below
-    the brain are air."""
-    classes = torch.from_numpy(prepared["classes"]).long()                         # (D, R, R)
-    inside = torch.where((classes > 0).any(2).any(1))[0]
-    brain = slice(int(inside[0]), int(inside[-1]) + 1)
-    images = torch.full((len(classes), denoiser.net.channels, *classes.shape[1:]), -1.0)
-    position = torch.from_numpy(prepared["position"][brain])
-    thickness = float(nifti.spacing_of(prepared["grid"].affine)[2])
-    images[brain] = bs.sample_volume(denoiser, classes[brain], position, thickness, recipe.key,
-                                     sampling(args))
-    return images
-
-
 def write_sample(args, recipe, prepared, images, state, facts):
     """Write one case on the model's grid; facts: what the sidecar says of recipe and model. Returns
     the whole sidecar."""
@@ -185,7 +171,9 @@ def make_set(args, device):
             # first: a set that is cut short is marked as well
             writing.write_description(args.out)
             prepared = recipe.prepare(state["resolution"], state["fov"], state["condition"])
-            images = sample_images(args, recipe, prepared, denoiser)
+            thickness = float(nifti.spacing_of(prepared["grid"].affine)[2])
+            images = recipes.sample_case(denoiser, prepared["classes"], thickness, recipe.key,
+                                         sampling(args))
             if args.scan:
                 rows += close_loop(args.out, recipe, prepared, images, state["condition"])
             facts = write_sample(args, recipe, prepared, images, state, facts)

@@ -104,7 +104,7 @@ class Images:
         self.first_lesion = classes.index(bs.LABELS[0])
         has_tumour = slices.has_label(cache, train, self.first_lesion)
         self.pool = train[has_tumour], train[~has_tumour]
-        held_out = np.concatenate([val, test])
+        held_out, self.train = np.concatenate([val, test]), train
         self.shown, self.part = (held_out, "held-out") if len(held_out) else (train, "training")
         self.words = f"{len(train)} training slices, {len(held_out)} held out"
 
@@ -130,32 +130,46 @@ class Images:
         mean, std = bs.expected(self.prior, onehot, scalars[:, 0])
         return t, x0, eps, onehot, scalars, signal, sigma, mean, std
 
-    def draw(self, denoiser, count, key, name, headline):
-        """Sample from the label maps of `count` of the shown slices, always the same ones and with
-        the same noise, and draw up to six beside the scans into the file `name` -> real and sampled
-        images float (N, C, R, R), classes int (N, R, R). key: a word, see bs.generator."""
-        rows = pick_rows(self.cache, self.shown, self.first_lesion, count)
-        real, classes, position = self.cache.batch(rows)
+    def sample(self, denoiser, rows, key):
+        """Images float (N, C, R, R) sampled from the label maps of these cache rows, always with
+        the same noise. key: a word, see bs.generator."""
+        _, classes, position = self.cache.batch(rows)
         settings = {**bs.SAMPLING, "guidance": self.args.guidance, "coherence": 0.0}    # of slices
-        drawn = bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, key), settings)
-        shown = [[classes[i], *real[i], None, *drawn[i]] for i in slices.evenly(len(rows), 6)]
+        return bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, key), settings)
+
+    def plot(self, rows, sampled, name, headline):
+        """Draw up to six of these cache rows beside samples into the file `name`."""
+        real, classes, _ = self.cache.batch(rows)
+        shown = [[classes[i], *real[i], None, *sampled[i]] for i in slices.evenly(len(rows), 6)]
         titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
         pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
-        return real, drawn, classes
 
     def picture(self, denoiser, step):
         """Draw four samples into sample_*.png."""
-        self.draw(denoiser, 4, "shown", f"sample_{step:06d}.png", f"step {step}")
+        rows = pick_rows(self.cache, self.shown, self.first_lesion, 4)
+        sampled = self.sample(denoiser, rows, "shown")
+        self.plot(rows, sampled, f"sample_{step:06d}.png", f"step {step}")
 
     def report(self, denoiser, run):
         """End a run: samples.png, and the figures of up to 64 slices with tumour, held out where
-        the split holds out any."""
-        real, sampled, classes = self.draw(denoiser, 64, "closing", "samples.png", self.part)
-        print(f"--- slices of {self.part} cases, sampled from their label maps")
-        figures = judging.judge_slices(real, sampled, classes, self.args.condition)
-        runs.report(self.args, {"steps": run.step, "minutes": round(run.seconds / 60, 2),
-                                "slices": f"{len(real)} {self.part}",
-                                "sampler_calls": bs.SAMPLING["steps"], **figures})
+        the split holds out any, beside those of the prior alone."""
+        rows = pick_rows(self.cache, self.shown, self.first_lesion, 64)
+        real, classes, position = self.cache.batch(rows)
+        sampled, prior = [self.sample(model, rows, "closing")
+                          for model in (denoiser, judging.prior_alone(denoiser))]
+        self.plot(rows, sampled, "samples.png", self.part)
+        figures = judging.judge_run(real, sampled, prior, classes, self.args.condition)
+        key = self.args.seed, "skill"
+        figures |= {"skill": judging.skill(denoiser, real, classes, position, key),
+                    "real_texture_distance": np.nan}
+        if self.part == "held-out":             # the floor: slices of other heads, as many
+            rows = pick_rows(self.cache, self.train, self.first_lesion, len(rows))
+            others = dict(zip(("images", "classes"), self.cache.batch(rows)))
+            figures["real_texture_distance"] = judging.texture_distance(
+                {"images": real, "classes": classes}, others)
+        print(f"--- {len(real)} slices of {self.part} cases, sampled from their label maps")
+        lines = judging.slice_table(figures) + judging.doubts(figures)
+        runs.report(self.args, run, {"slices": f"{len(real)} {self.part}", **figures}, lines)
 
 
 def train(args, device):

@@ -1,4 +1,7 @@
-"""Does a sample obey its mask, is air black, is the picture as sharp and as contrasted as a scan?
+"""What did a network learn, beyond its prior? Do samples look like scans, do they obey their masks?
+
+Figures stand beside those of the prior alone, which brightens every label as it should be and
+blackens air before any training: what it has too, a network need not have learned.
 
 SOURCES
     [FID]     Frechet distance of features: Heusel et al. 2017, arXiv 1706.08500
@@ -7,6 +10,7 @@ SOURCES
               Progressive Growing of GANs for Improved Quality, Stability, and Variation
 """
 import argparse
+import dataclasses
 
 import numpy as np
 import torch
@@ -20,7 +24,59 @@ DRAWS = 10                      # of equally many cases from each set
 # Modalities and the label that is brighter there than healthy brain.
 BRIGHT = ("t1ce", "ET"), ("flair", "ED")
 DISTANCES = "Frechet distance", "texture distance"
+SKILL_AT = 125, 375, 625, 875   # noise levels
+PATCHES = 200_000               # of a set in a texture distance; few look further apart
 
+
+# ------------------------------------------------------------------------------ the prior alone ---
+
+class ZeroNet(torch.nn.Module):
+    """In place of a network, with its numbers of channels and classes: outputs 0."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.channels, self.classes, self.out_channels = net.channels, net.classes, net.out_channels
+
+    def forward(self, x_t, t, onehot, scalars):
+        return x_t.new_zeros(len(x_t), self.out_channels, *x_t.shape[2:])
+
+
+def prior_alone(denoiser):
+    """The Denoiser as it was before any training: the same prior and schedule, and a ZeroNet."""
+    return dataclasses.replace(denoiser, net=ZeroNet(denoiser.net))
+
+
+def skill(denoiser, x0, classes, position, key):
+    """By how much a network removes noise better than the prior alone: 1 - the mean squared error
+    of x0_hat inside the brain / that of the prior alone, at each noise level of SKILL_AT -> list. 0
+    is the prior alone, 1 is perfect. x0 (N, C, H, W), classes (N, H, W), position (N,); key: of
+    generator. NaN without brain."""
+    found, onehot = [], bs.one_hot(classes, denoiser.net.classes)
+    for level in SKILL_AT:
+        t = torch.full((len(x0),), level)
+        signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
+        x_t = bs.add_noise(x0, torch.randn(x0.shape, generator=bs.generator(*key, level)), signal,
+                           sigma)
+        errors = []
+        for model in (denoiser, prior_alone(denoiser)):
+            x0_hat, _ = bs.split_v(x_t, model(x_t, t, onehot, position[:, None]), signal, sigma)
+            errors.append(((x0_hat - x0) ** 2).movedim(1, -1)[classes > 0].mean().item())
+        found.append(1 - errors[0] / errors[1])
+    return found
+
+
+def table(rows, columns=("samples", "prior alone", "real")):
+    """Lines of a closing table. rows: (figure, then a number or a text for every column); NaN,
+    where there is nothing to measure, is a dash."""
+    def text(value):
+        return value if isinstance(value, str) else "-" if np.isnan(value) else f"{value:.3f}"
+
+    width = max(len(row[0]) for row in rows)
+    return [f"{name:{width}}" + "".join(f"{text(value):>13}" for value in values)
+            for name, *values in [("figure", *columns), *rows]]
+
+
+# -------------------------------------------------------------------------------------- slices ---
 
 def healthy_brain(classes, condition):
     """Bool, True where a class map shows brain without tumour."""
@@ -101,6 +157,48 @@ def judge_slices(real, sampled, classes, condition):
             "grey_white_ratio": figures["sampled_grey_white"] / figures["real_grey_white"]}
 
 
+def judge_run(real, sampled, prior, classes, condition):
+    """judge_slices of samples, and of those of the prior alone as "prior_...", with texture
+    distances. Arguments as there; prior: drawn on the same label maps with the same noise."""
+    figures, alone = [judge_slices(real, images, classes, condition) for images in (sampled, prior)]
+    for images, row in ((sampled, figures), (prior, alone)):
+        row["texture_distance"] = texture_distance({"images": real, "classes": classes},
+                                                   {"images": images, "classes": classes})
+    return figures | {f"prior_{name.removeprefix('sampled_')}": value
+                      for name, value in alone.items() if not name.startswith(("real_", "slices_"))}
+
+
+def slice_table(figures):
+    """The closing table of a run of images, lines of text, what shows the network first. figures:
+    of judge_run, with "skill" and "real_texture_distance", the floor."""
+    rows = [(f"skill at t = {t}", value, 0.0, 1.0) for t, value in zip(SKILL_AT, figures["skill"])]
+    rows.append(("texture distance", *(figures[f"{source}texture_distance"]
+                                       for source in ("", "prior_", "real_"))))
+    for words, name in (("fine detail / real", "fine_power_ratio"),
+                        ("grey-white contrast / real", "grey_white_ratio")):
+        own = np.nan if np.isnan(figures[name]) else 1.0
+        rows.append((words, figures[name], figures[f"prior_{name}"], own))
+    names = {f"{modality}_{label}_above_brain": f"{label} above brain on {modality}, of "
+             f"{figures[f'slices_with_{label}']} slices"
+             for modality, label in BRIGHT if f"slices_with_{label}" in figures}
+    for name, words in (names | {"air_black": "air at or below -0.95"}).items():
+        rows.append((words, *(figures[f"{source}_{name}"]
+                              for source in ("sampled", "prior", "real"))))
+    return table(rows)
+
+
+def doubts(figures):
+    """Sentences about figures of real slices that are too low to be true; figures: of
+    judge_slices."""
+    return [f"note: {label} is brighter than brain on {modality} in "
+            f"{figures[f'real_{modality}_{label}_above_brain']:.0%} only of the real slices: were "
+            "scans exchanged, or do labels mean something else? Run python brainsyn.py DIR"
+            for modality, label in BRIGHT if figures.get(f"slices_with_{label}", 0) >= 5
+            and figures[f"real_{modality}_{label}_above_brain"] < 0.8]
+
+
+# ---------------------------------------------------------------------------------- label maps ---
+
 def label_figures(classes, condition):
     """How a label map hangs together, classes int (D, H, W) -> {name: value}, NaN where there is no
     tumour (apart: no ET):
@@ -127,21 +225,30 @@ def label_figures(classes, condition):
 def judge_labels(sampled, real, condition, step):
     """Figures of sampled label volumes beside real ones, int (N, D, R, R) and (M, D, R, R),
     voxels of `step` mm -> {name: value}: the means of label_figures over the volumes of each set,
-    as "made_..." and "real_...", and "shape_distance", the Frechet distance of the characteristics
-    of volumes with a tumour, scaled as for the network. NaN where fewer than two have one."""
-    figures, shapes = {}, []
+    as "made_..." and "real_...", and "shape_distance"."""
+    figures = {}
     for source, volumes in (("real", real), ("made", sampled)):
         rows = [label_figures(volume.long(), condition) for volume in volumes]
         for name in rows[0]:
             values = [row[name] for row in rows] + [np.nan]
             figures[f"{source}_{name}"] = float(np.nanmean(values))
-        rows = [requests.characteristics(volume.long(), condition, step) for volume in volumes]
+    return figures | {"shape_distance": shape_distance(sampled, real, condition, step)}
+
+
+def shape_distance(volumes, others, condition, step):
+    """Frechet distance of the characteristics of label volumes with a tumour, scaled as for the
+    network. Arguments as in judge_labels; NaN where fewer than two have a tumour."""
+    shapes = []
+    for group in (volumes, others):
+        rows = [requests.characteristics(volume.long(), condition, step) for volume in group]
         shape = requests.scaled(torch.stack(rows))
         if "ventricles" not in bs.CONDITIONS[condition]:
             shape = shape[:, :-1]
         shapes.append(shape[~shape.isnan().any(1)])
-    enough = min(map(len, shapes)) > 1
-    return figures | {"shape_distance": frechet_distance(*shapes) if enough else np.nan}
+    return frechet_distance(*shapes) if min(map(len, shapes)) > 1 else np.nan
+
+
+# ------------------------------------------------------------------------------- sets of cases ---
 
 
 def frechet_distance(a, b):
@@ -161,17 +268,18 @@ def texture_distance(a, b):
     """What pictures look like close up, anywhere in the brain: the sliced Wasserstein distance of
     their patches [SWD].
 
-    a, b: dicts with images (N, C, H, W) and classes (N, H, W). Taken are all patches of 7 x 7
-    pixels and all channels whose middle lies in the brain, once of fine detail (picture minus its
-    3x3 mean), once of the picture at half size; in units of a's standard deviation per channel.
+    a, b: dicts with images (N, C, H, W) and classes (N, H, W). Taken are patches of 7 x 7 pixels
+    and all channels whose middle lies in the brain, all or PATCHES of them evenly spread, once of
+    fine detail (picture minus its 3x3 mean), once of the picture at half size; in units of a's
+    standard deviation per channel.
     Each of 64 random unit vectors turns every patch into a number. Compared are 2000 evenly spaced
     order statistics of both sets; the mean |difference| is averaged over vectors and both scales.
     0 for equal sets. Unlike features of a segmenter it sees folds. NaN where a set has no such
-    patch. DIFFERS: both sets in a's units (there each in its own), two scales, quantiles of all
-    patches in place of a random selection.
+    patch. DIFFERS: both sets in a's units (there each in its own), two scales, quantiles of evenly
+    spread patches in place of a random selection.
     """
     vectors = torch.randn(64, 49 * a["images"].shape[1], generator=bs.generator(0, "texture"))
-    vectors, distances = F.normalize(vectors).view(64, -1, 7, 7), []
+    vectors, distances = F.normalize(vectors), []
     for scale in ("fine", "half"):
         quantiles = []
         for group in (a, b):
@@ -180,9 +288,12 @@ def texture_distance(a, b):
             brain = F.interpolate((group["classes"] > 0).float()[None], view.shape[-2:])[0] > 0
             if group is a:
                 unit = view.movedim(1, 0)[:, brain].std(1).view(1, -1, 1, 1).clamp(min=1e-6)
-            numbers = F.conv2d(view / unit, vectors).movedim(1, 0)[:, brain[:, 3:-3, 3:-3]]
-            if not numbers.numel():
+            middles = brain[:, 3:-3, 3:-3].nonzero()
+            if not len(middles):
                 return np.nan
+            n, y, x = middles[slices.evenly(len(middles), PATCHES)].T
+            patches = (view / unit).unfold(2, 7, 1).unfold(3, 7, 1)[n, :, y, x]     # (P, C, 7, 7)
+            numbers = vectors @ patches.flatten(1).T                                # (64, P)
             ranks = torch.linspace(0, numbers.shape[1] - 1, 2000).long()
             quantiles.append(numbers.sort(dim=1).values[:, ranks])          # (64, 2000)
         distances.append((quantiles[0] - quantiles[1]).abs().mean().item())

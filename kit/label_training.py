@@ -66,35 +66,44 @@ class LabelData:
         return torch.stack([requests.characteristics(classes.long(), self.args.condition,
                                                      self.step_mm) for classes in volumes])
 
-    def draw(self, function, args, count, *networks, **settings):
+    def draw(self, function, args, count, *networks, untrained=False, **settings):
         """What sample_blocks or sample_labels makes of the characteristics of the first `count`
-        shown heads. args: of this network's run."""
+        shown heads. args: of this network's run; untrained: every network outputs 0."""
+        if untrained:
+            networks = [net and judging.prior_alone(net) for net in networks]
         model = requests.LabelGenerator(*networks, args.condition, self.step_mm, self.asked)
         sampling = {**bs.SAMPLING, "guidance": args.guidance}
         return torch.stack([function(model, wanted, (args.seed, "shown", i), sampling, **settings)
                             for i, wanted in enumerate(self.measure(self.shown[:count]))])
 
-    def report(self, args, run, real, sampled, figures):
+    def report(self, args, run, real, sampled, figures, lines):
         """The end of a run: samples.png, classes of `shown` heads beside those sampled with their
-        characteristics, and runs.report of these figures. args: of this network's run."""
+        characteristics, and runs.report of figures and lines. args: of this network's run."""
         pictures.plot_planes(Path(args.out) / "samples.png", list(zip(real, sampled))[:6],
                              [self.shown_are, "SYNTHETIC"], args.condition)
-        print(f"--- sampled with the characteristics of {self.shown_are} cases")
-        runs.report(args, {"steps": run.step, "minutes": round(run.seconds / 60, 2),
-                           "heads": f"{len(sampled)} {self.shown_are}",
-                           "sampler_calls": bs.SAMPLING["steps"], **figures})
+        print(f"--- {len(real)} heads with the characteristics of {self.shown_are} cases")
+        runs.report(args, run, {"heads": f"{len(sampled)} {self.shown_are}", **figures}, lines)
 
 
-def compare(names, asked, got):
+def compare(names, asked, got, source=""):
     """Mean error and rank correlation of the named columns of (N, E), as a dict; columns
-    without a number are left out."""
+    without a number are left out. source: begins the names of figures."""
     figures = {}
     for name, a, b in zip(names, asked.T, got.T):
         a, b = torch.stack([a, b])[:, ~torch.isnan(a + b)]
         if len(a):
-            figures[f"{name}_error"] = (a - b).abs().mean().item()
-            figures[f"{name}_rank_correlation"] = metrics.rank_correlation(a.tolist(), b.tolist())
+            figures[f"{source}{name}_error"] = (a - b).abs().mean().item()
+            correlation = metrics.rank_correlation(a.tolist(), b.tolist())
+            figures[f"{source}{name}_rank_correlation"] = correlation
     return figures
+
+
+def error_rows(figures, units):
+    """Rows of a closing table: errors in figures of compare, of samples and of those of networks
+    that output 0 (source "prior_"). units: {name: mm, mL or nothing}."""
+    keys = {name: f"{name}_error" for name in units}
+    return [(", ".join([f"{name} error", *unit]), figures.get(keys[name], np.nan),
+             figures.get(f"prior_{keys[name]}", np.nan), 0.0) for name, unit in units.items()]
 
 
 def with_levels(learner, t, x0, eps, onehot, scalars):
@@ -140,9 +149,11 @@ class Heads:
         asked[(keep == 0)[:, None] | requests.open_entries(len(x0), seed, step)] = torch.nan
         return with_levels(self, t, x0, eps, x0[:, :0], requests.head_scalars(asked))
 
-    def sample(self, denoiser, count):
-        """Blocks sampled with the characteristics of the first `count` shown heads."""
-        return self.data.draw(requests.sample_blocks, self.args, count, denoiser, None)
+    def sample(self, denoiser, count, untrained=False):
+        """Blocks sampled with the characteristics of the first `count` shown heads. untrained: see
+        LabelData.draw."""
+        return self.data.draw(requests.sample_blocks, self.args, count, denoiser, None,
+                              untrained=untrained)
 
     def picture(self, denoiser, step):
         """sample_STEP.png: three heads in blocks."""
@@ -151,11 +162,15 @@ class Heads:
     def report(self, denoiser, run):
         """The end of a run: how well the volumes of blocks come as asked for."""
         data, real = self.data, requests.block_fractions(self.data.shown, len(self.data.names))
-        sampled = self.sample(denoiser, len(real))
-        asked, got = [requests.block_characteristics(heads, self.args.condition, data.step_mm)
-                      for heads in (real, sampled)]
-        data.report(self.args, run, real.argmax(2), sampled.argmax(2),
-                    compare(bs.LABELS, asked, got))
+        sampled, prior = [self.sample(denoiser, len(real), untrained=word)
+                          for word in (False, True)]
+        asked, got, without = [
+            requests.block_characteristics(heads, self.args.condition, data.step_mm)
+            for heads in (real, sampled, prior)]
+        figures = (compare(bs.LABELS, asked, got)
+                   | compare(bs.LABELS, asked, without, "prior_"))
+        data.report(self.args, run, real.argmax(2), sampled.argmax(2), figures,
+                    judging.table(error_rows(figures, dict.fromkeys(bs.LABELS, ["mL"]))))
 
 
 class Voxels:
@@ -202,11 +217,13 @@ class Voxels:
         return with_levels(self, t, x0, eps, blocks,
                            requests.slab_scalars(index, self.slabs, asked))
 
-    def sample(self, denoiser, count):
-        """Label maps sampled with the characteristics of the first `count` shown heads."""
+    def sample(self, denoiser, count, untrained=False):
+        """Label maps sampled with the characteristics of the first `count` shown heads. untrained:
+        see LabelData.draw."""
         folder = Path(self.args.out).parent / "coarse"
         coarse, _ = runs.load_generator(folder, denoiser.device, kind="labels")
-        return self.data.draw(requests.sample_labels, self.args, count, coarse, denoiser, drafts=1)
+        return self.data.draw(requests.sample_labels, self.args, count, coarse, denoiser, drafts=1,
+                              untrained=untrained)
 
     def picture(self, denoiser, step):
         """sample_STEP.png: three heads."""
@@ -215,14 +232,46 @@ class Voxels:
     def report(self, denoiser, run):
         """The end of a run: how well requests are met, how label maps hang together, how close they
         are to the heads learned from."""
-        condition, data = self.args.condition, self.data
-        sampled = self.sample(denoiser, len(data.shown))
-        others = data.heads if data.shown_are == "held-out" else data.heads[:0]
+        condition, data, names = self.args.condition, self.data, requests.entries()
+        shown, unmoved = data.shown, data.heads[:len(data.cases)]
+        sampled, prior = [self.sample(denoiser, len(shown), untrained=word)
+                          for word in (False, True)]
+        asked, got, without = [data.measure(heads) for heads in (shown, sampled, prior)]
+        figures, alone = [judging.judge_labels(heads, shown, condition, data.step_mm)
+                          for heads in (sampled, prior)]
+        figures |= compare(names, asked, got) | compare(names, asked, without, "prior_")
+        figures |= {f"prior_{name.removeprefix('made_')}": value for name, value in alone.items()
+                    if not name.startswith("real_")}
+        held_out = data.shown_are == "held-out"
+        others = unmoved[slices.evenly(len(unmoved), len(shown))]
+        figures["real_shape_distance"] = (judging.shape_distance(
+            others, shown, condition, data.step_mm) if held_out else np.nan)
         near = requests.nearest_tumour(sampled, data.heads, condition)
-        near_shown = requests.nearest_tumour(data.shown, others, condition)
-        data.report(self.args, run, data.shown, sampled, {
-            **compare(requests.entries(), data.measure(data.shown), data.measure(sampled)),
-            **judging.judge_labels(sampled, data.shown, condition, data.step_mm),
-            "nearest_training_tumour_dice": near.nanmean().item(),
-            "the_same_of_held_out_cases": near_shown.nanmean().item(),
-            "copies": int((near > 0.9).sum())})
+        near_shown = requests.nearest_tumour(shown, data.heads if held_out else data.heads[:0],
+                                             condition)
+        figures |= {"nearest_training_tumour_dice": near.nanmean().item(),
+                    "the_same_of_held_out_cases": near_shown.nanmean().item(),
+                    "copies": int((near > 0.9).sum())}
+        data.report(self.args, run, shown, sampled, figures, label_lines(figures))
+
+
+# What says how a label map hangs together, see judging.label_figures, in words.
+HANGS_TOGETHER = {"pieces": "pieces of tumour", "slice_dice": "Dice from slice to slice",
+                  "outside": "fraction outside of the head", "apart": "fraction of ET apart"}
+
+
+def label_lines(figures):
+    """The end of a run of label maps in lines of text: volumes in a sentence, then what the
+    networks decide as a table. figures: see Voxels.report."""
+    volumes = [f"{name} {figures[f'{name}_error']:.2f} mL"
+               for name in (*bs.LABELS, "ventricles") if f"{name}_error" in figures]
+    rows = error_rows(figures, {"x": ["mm"], "y": ["mm"], "z": ["mm"], "sphericity": [],
+                                "lesions": []})
+    rows += [(words, *(figures[f"{source}_{name}"] for source in ("made", "prior", "real")))
+             for name, words in HANGS_TOGETHER.items()]
+    rows.append(("shape distance", *(figures[f"{source}shape_distance"]
+                                     for source in ("", "prior_", "real_"))))
+    rows.append(("Dice with nearest training tumour", figures["nearest_training_tumour_dice"],
+                 np.nan, figures["the_same_of_held_out_cases"]))
+    return [f"volumes are off by {', '.join(volumes)}: settle makes them, no network does",
+            *judging.table(rows), f"copies of training tumours (Dice above 0.9): {figures['copies']}"]

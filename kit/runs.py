@@ -359,17 +359,19 @@ def curve(log, column):
     return [row["step"] for row in rows], [row[column] for row in rows]
 
 
-def report(args, closing):
-    """End a generator's run: write curves.png and closing.json, print closing (figures, a dict) and
-    the paths."""
+def report(args, run, figures, lines):
+    """End a generator's run: write curves.png and closing.json (figures, a dict, and how long the
+    run was), print lines of text and the paths."""
     out = Path(args.out)
     log = read_log(out / "log.csv")
-    lines = {label: curve(log, name) for name, label in QUARTERS.items()}
+    curves = {label: curve(log, name) for name, label in QUARTERS.items()}
     pictures.plot_lines(out / "curves.png",
-                        [("squared error of v in units of the prior's", "log", lines)])
-    files.write_json(out / "closing.json", closing)
-    for name, value in closing.items():
-        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+                        [("squared error of v in units of the prior's", "log", curves)])
+    closing = {"steps": run.step, "minutes": round(run.seconds / 60, 2),
+               "sampler_calls": bs.SAMPLING["steps"]}
+    files.write_json(out / "closing.json", closing | figures)
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in closing.items()))
+    print("\n".join(lines))
     for name in ("checkpoint.pt", "samples.png", "curves.png", "log.csv", "closing.json"):
         if (out / name).exists():               # a picture may be missing
             print(f"wrote: {out / name}")

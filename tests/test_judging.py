@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+import brainsyn as bs
 from kit import judging, metrics, nifti, slices
+import train_ddpm
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,147 @@ def test_swapped_labels_are_noticed(held_out):
     other = images.roll(1, 0).flip(-1)
     fraction, _ = judging.lesion_contrast(other, classes, "tumour", "t1ce", "ET")
     assert fraction < 0.9
+
+
+class Oracle(torch.nn.Module):
+    """A network that knows x0 (N, C, H, W) where `known`, and goes `share` of the way from what the
+    prior guesses to it; elsewhere it goes far off."""
+
+    def __init__(self, denoiser, x0, known, share):
+        super().__init__()
+        self.channels, self.classes, self.out_channels = 4, 5, 4
+        self.denoiser, self.x0, self.known, self.share = denoiser, x0, known, share
+
+    def forward(self, x_t, t, onehot, scalars):
+        signal, sigma = bs.signal_sigma(self.denoiser.alpha_bar, t)
+        mean, std = bs.expected(self.denoiser.prior, onehot, scalars[:, 0])
+        guess = bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma, mean, std)
+        v = (signal * x_t - self.x0) / sigma
+        out = self.share * (v - guess) / bs.prior_error(signal, sigma, std)
+        return torch.where(self.known, out, 9.0)
+
+
+@pytest.fixture(scope="module")
+def untrained(held_out):
+    """A small network as it is before training, with the prior of the held-out slices."""
+    images, classes = held_out
+    prior = bs.measure_prior([(images, classes, torch.zeros(len(images)))], "tumour")
+    return bs.Denoiser(bs.UNet(width=16, mults=(1,)).eval(), prior, bs.cosine_alpha_bar(2.0),
+                       torch.device("cpu"), 64)
+
+
+def test_skill_is_0_for_the_prior_alone_and_1_if_perfect(held_out, untrained):
+    """Half way from the prior to the truth is 3/4, at every noise level; what is drawn in air does
+    not count. No brain, no figure."""
+    images, classes = held_out
+    position, brain = torch.zeros(len(images)), (classes > 0).unsqueeze(1)
+
+    def skill(net):
+        denoiser = bs.Denoiser(net, untrained.prior, untrained.alpha_bar, untrained.device, 64)
+        return judging.skill(denoiser, images, classes, position, (0,))
+
+    assert skill(untrained.net) == [0.0] * len(judging.SKILL_AT)
+    for share, figure in ((1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)):
+        found = skill(Oracle(untrained, images, brain, share))
+        assert found == pytest.approx([figure] * len(judging.SKILL_AT), abs=1e-3)
+    nothing = judging.skill(untrained, images, classes * 0, position, (0,))
+    assert np.isnan(nothing).all()
+
+
+def test_the_prior_alone_draws_what_an_untrained_network_draws(held_out, untrained):
+    """Bit for bit, whatever the network in its place has learned."""
+    classes, position = held_out[1][:3], torch.zeros(3)
+    trained = bs.UNet(width=16, mults=(1,)).eval()
+    torch.nn.init.normal_(trained.conv_out.weight, std=0.1)
+    trained = bs.Denoiser(trained, untrained.prior, untrained.alpha_bar, untrained.device)
+    drawn, alone, learned = [
+        bs.sample_volume(model, classes, position, 1.0, (0, 0))
+        for model in (untrained, judging.prior_alone(trained), trained)]
+    assert torch.equal(drawn, alone) and not torch.equal(alone, learned)
+
+
+def test_every_figure_stands_beside_that_of_the_prior_alone(held_out):
+    """Of samples that are the scans themselves, and of a prior alone that blurs and greys them."""
+    images, classes = held_out
+    prior = torch.nn.functional.avg_pool2d(images, 3, 1, 1) + 0.06
+    figures = judging.judge_run(images, images, prior, classes, "tumour")
+    assert figures["texture_distance"] == 0 and figures["prior_texture_distance"] > 0.05
+    assert figures["fine_power_ratio"] == 1 and figures["prior_fine_power_ratio"] < 0.5
+    assert figures["sampled_air_black"] == 1 and figures["prior_air_black"] < 0.01
+    names = {name for name in figures if name.startswith("sampled_")}
+    assert {name.replace("sampled_", "prior_") for name in names} <= set(figures)
+    assert len(names) == 4 and "prior_grey_white_ratio" in figures
+    assert not [name for name in figures if name.startswith(("prior_real", "prior_slices"))]
+
+
+def test_the_table_begins_with_what_the_network_learned(held_out):
+    """Skill, texture, fine detail and grey-white contrast; then what the prior has too. Each number
+    in its column, a dash where there is none."""
+    images, classes = held_out
+    figures = judging.judge_run(images, images * 0.5, images * 0, classes, "tumour")
+    figures |= {"skill": [0.1, 0.2, 0.3, np.nan], "real_texture_distance": 0.026}
+    lines = judging.slice_table(figures)
+    cells = [line.split("  ")[0] for line in lines]
+    assert cells[:5] == ["figure", *(f"skill at t = {t}" for t in judging.SKILL_AT)]
+    assert [line.split()[-3:] for line in lines[1:5]] == [
+        ["0.100", "0.000", "1.000"], ["0.200", "0.000", "1.000"], ["0.300", "0.000", "1.000"],
+        ["-", "0.000", "1.000"]]
+    wanted = [f"{figures[name]:.3f}" for name in ("texture_distance", "prior_texture_distance",
+                                                  "real_texture_distance")]
+    assert cells[5] == "texture distance" and lines[5].split()[-3:] == wanted
+    assert cells[6] == "fine detail / real" and lines[6].split()[-3:] == ["0.250", "0.000", "1.000"]
+    assert "grey-white" in cells[7] and "ET above brain on t1ce" in cells[8]
+    assert "ED above brain on flair" in cells[9] and cells[10].startswith("air")
+    air = [f"{figures[f'{source}_air_black']:.3f}" for source in ("sampled", "prior", "real")]
+    assert lines[10].split()[-3:] == air == ["0.000", "0.000", "1.000"]
+    assert len(lines) == 11 and len(set(map(len, lines))) == 1
+
+
+def test_real_figures_too_low_to_be_true_are_doubted(held_out):
+    """T1ce exchanged with a scan that is dark in ET: a sentence that says what to suspect. Not for
+    scans that are right, nor from four slices or at 80%."""
+    images, classes = held_out
+    figures = judging.judge_slices(images, images, classes, "tumour")
+    assert judging.doubts(figures) == []
+    wrong = images.clone()
+    wrong[:, bs.MODALITIES.index("t1ce")] *= -1
+    note, = judging.doubts(judging.judge_slices(wrong, images, classes, "tumour"))
+    assert "ET" in note and "t1ce" in note and "exchanged" in note and "brainsyn.py DIR" in note
+    low = figures | {"real_flair_ED_above_brain": 0.79, "slices_with_ED": 5}
+    assert len(judging.doubts(low)) == 1
+    assert not judging.doubts(low | {"slices_with_ED": 4})
+    assert not judging.doubts(low | {"real_flair_ED_above_brain": 0.8})
+
+
+def test_a_run_reports_on_its_network_and_doubts_its_data(phantom_folder, tmp_path, monkeypatch):
+    """An untrained network closes with skill 0 and the figures of the prior alone; of exchanged
+    scans that is said."""
+    args = train_ddpm.parse_arguments(["--resolution", "32", "--width", "16", "--mults", "1",
+                                       "--out", str(tmp_path)])
+    cache = slices.build_cache(nifti.find_cases(phantom_folder), tmp_path / "cache", 32, 192.0,
+                               "tumour")
+    cache.rows = [row.copy() for row in cache.rows]
+    for row in cache.rows:
+        row[1] = np.where(row[-1] > 0, 255 - row[1], 0)             # T1ce
+    images = train_ddpm.Images(args, cache)
+    denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,)).eval(), images.prior,
+                           bs.cosine_alpha_bar(2.0), torch.device("cpu"))
+    kept = {}
+    monkeypatch.setattr(train_ddpm.runs, "report",
+                        lambda args, run, figures, lines: kept.update(figures, lines=lines))
+    images.report(denoiser, SimpleNamespace(step=0, seconds=0))
+    assert kept["skill"] == [0.0] * 4 and kept["slices"].endswith("held-out")
+    for name in ("texture_distance", "fine_power_ratio"):
+        assert kept[name] == kept[f"prior_{name}"]
+    at = [train_ddpm.pick_rows(cache, rows, 2, 48) for rows in (images.shown, images.train)]
+    real, others = [dict(zip(("images", "classes"), cache.batch(rows))) for rows in at]
+    assert kept["real_texture_distance"] == judging.texture_distance(real, others) > 0
+    assert kept["slices_with_ET"] >= 5 and "exchanged" in kept["lines"][-1]
+    torch.nn.init.normal_(denoiser.net.conv_out.weight, std=0.1)
+    before = kept["prior_texture_distance"]
+    images.report(denoiser, SimpleNamespace(step=0, seconds=0))
+    assert before == kept["prior_texture_distance"] != kept["texture_distance"]
+    assert max(kept["skill"]) < 0
 
 
 def test_small_regions_are_not_counted():
@@ -164,6 +307,20 @@ def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
     assert changed(blur(images) + noise) > 1.5 * floor
     nothing = {**real, "classes": torch.zeros_like(real["classes"])}
     assert np.isnan(judging.texture_distance(real, nothing))
+
+
+def test_some_patches_are_as_good_as_all(slice_sets, monkeypatch):
+    """Half of them, evenly spread: the distance differs by a tenth at most. A few would not do."""
+    real, other = slice_sets["real"], slice_sets["training"]
+    monkeypatch.setattr(judging, "PATCHES", 10 ** 9)
+    every = judging.texture_distance(real, other)
+    count = int((real["classes"][:, 3:-3, 3:-3] > 0).sum())
+    found = []
+    for number in (count // 2, 1000):
+        monkeypatch.setattr(judging, "PATCHES", number)
+        found.append(judging.texture_distance(real, other))
+    assert found[0] != every and found[0] == pytest.approx(every, rel=0.1) and (
+        found[1] > 1.5 * every)
 
 
 def test_every_case_gives_equally_many_slices(slice_sets):

@@ -736,17 +736,67 @@ def test_training_labels_makes_both_networks(work):
             assert (folder / "runs/labels" / part / name).stat().st_size > 0, name
     figures = json.loads((folder / "runs/labels/fine/closing.json").read_text())
     assert {"ET_error", "x_error", "real_pieces", "made_pieces", "made_outside", "made_apart",
-            "shape_distance", "nearest_training_tumour_dice", "copies"} <= set(figures)
+            "shape_distance", "nearest_training_tumour_dice", "copies", "prior_x_error",
+            "prior_sphericity_error", "prior_pieces", "prior_slice_dice", "prior_outside",
+            "prior_apart", "prior_shape_distance", "real_shape_distance"} <= set(figures)
     assert "ventricles_error" not in figures
     figures = json.loads((folder / "runs/labels/coarse/closing.json").read_text())
-    assert "ET_error" in figures and "x_error" not in figures
+    assert {"ET_error", "prior_ET_error"} <= set(figures) and "x_error" not in figures
     shutil.copytree(folder / "runs/labels", folder / "runs/again")
     status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4,
                               "--out", "runs/again")
     assert status == 0 and said.count("resumed: ") == 2, said
+    lines = said[said.index("volumes are off by NCR "):].splitlines()
+    assert lines[1].split() == ["figure", "samples", "prior", "alone", "real"]
+    assert [line.split("  ")[0] for line in lines[2:5]] == [f"{name} error, mm" for name in "xyz"]
+    assert not [line for line in lines[2:] if line.startswith(bs.LABELS)]
     for part in ("coarse", "fine"):             # sidecars name generators by their hash
         assert len({files.file_hash(folder / "runs" / run / part / "checkpoint.pt")
                     for run in ("labels", "again")}) == 1
+
+
+def test_labels_of_the_prior_alone_come_from_no_network(work):
+    """What both parts draw untrained is what networks fresh from their class draw; after training
+    they draw something else."""
+    args = train_ddpm.parse_arguments(["--generate", "labels", *map(str, TINY), "--batch", "4",
+                                       "--out", str(work[0] / "runs/labels")])
+    cache = slices.build_cache(nifti.find_cases(work[0] / "runs/phantoms/A")[:6],
+                               work[0] / "runs/cache", 32, 192.0, "tumour")
+    data = label_training.LabelData(args, cache)
+    model = requests.load_label_generator(work[0] / "runs/labels", torch.device("cpu"))
+    for denoiser in (model.coarse, model.fine):
+        torch.nn.init.normal_(denoiser.net.conv_out.weight, std=0.1)
+    fresh = [bs.Denoiser(bs.UNet(**state["network"]).eval(), denoiser.prior, denoiser.alpha_bar,
+                         denoiser.device) for denoiser, state in (
+        (model.coarse, model.state),
+        (model.fine, runs.load_checkpoint(work[0] / "runs/labels/fine", "labels")))]
+    for function, last in ((requests.sample_blocks, None), (requests.sample_labels, 1)):
+        trained, alone, without = [
+            data.draw(function, args, 1, *networks, untrained=word)
+            for networks, word in (((model.coarse, last and model.fine), False),
+                                   ((model.coarse, last and model.fine), True),
+                                   ((fresh[0], last and fresh[1]), False))]
+        assert torch.equal(alone, without) and not torch.equal(trained, alone)
+
+
+def test_the_table_of_labels_shows_what_networks_decide():
+    """Volumes are one sentence; every number stands in its column, a dash where there is none."""
+    names = [*(f"{name}_error" for name in (*bs.LABELS, "x", "y", "z", "sphericity", "lesions")),
+             "pieces", "slice_dice", "outside", "apart", "shape_distance"]
+    figures = {f"prior_{name}": 20.0 + at for at, name in enumerate(names)}
+    for at, name in enumerate(names):
+        hangs = name in label_training.HANGS_TOGETHER
+        figures[f"made_{name}" if hangs else name] = 1.0 + at
+        if hangs or name == "shape_distance":
+            figures[f"real_{name}"] = 40.0 + at
+    figures |= {"nearest_training_tumour_dice": 0.5, "the_same_of_held_out_cases": 0.25, "copies": 3}
+    del figures["z_error"], figures["prior_z_error"]            # no head has a tumour, say
+    first, title, *rows, last = label_training.label_lines(figures)
+    assert first.startswith("volumes are off by NCR 1.00 mL, ED 2.00 mL, ET 3.00 mL: ")
+    assert title.split()[1:] == ["samples", "prior", "alone", "real"] and last.endswith(": 3")
+    got = [[word if word == "-" else float(word) for word in row.split()[-3:]] for row in rows]
+    assert got == [[4, 23, 0], [5, 24, 0], ["-", "-", 0], [7, 26, 0], [8, 27, 0],
+                   *([1.0 + at, 20.0 + at, 40.0 + at] for at in range(8, 13)), [0.5, "-", 0.25]]
 
 
 @pytest.mark.slow

@@ -49,8 +49,16 @@ def test_training_makes_everything_it_promises(trained):
     assert "\r" not in text and "device " in text
     closing = json.loads((folder / "runs/ddpm/closing.json").read_text())
     for name in ("sampled_t1ce_ET_above_brain", "sampled_flair_ED_above_brain", "sampled_air_black",
-                 "fine_power_ratio", "grey_white_ratio", "slices_with_ET"):
-        assert name in closing and f"{name}:" in text
+                 "fine_power_ratio", "grey_white_ratio", "slices_with_ET", "texture_distance",
+                 "real_texture_distance", "prior_texture_distance", "prior_air_black"):
+        assert name in closing
+    assert len(closing["skill"]) == 4 and closing["steps"] == 12
+    table = text[text.index("figure "):].splitlines()
+    assert table[0].split() == ["figure", "samples", "prior", "alone", "real"]
+    assert table[1].startswith("skill at t = 125") and table[10].startswith("air at or below")
+    assert table[5].split() == ["texture", "distance", *(
+        f"{closing[name]:.3f}" for name in ("texture_distance", "prior_texture_distance",
+                                            "real_texture_distance"))]
 
 
 def test_bad_cases_stop_every_command_unless_left_out(lay_phantoms, tmp_path):

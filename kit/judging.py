@@ -11,19 +11,21 @@ SOURCES
 """
 import argparse
 import dataclasses
+import tempfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import checks, files, nifti, requests, runs, slices, writing
+from kit import checks, files, nifti, recipes, requests, runs, slices, writing
 
 SLICES_A_CASE = 40              # that are compared
 DRAWS = 10                      # of equally many cases from each set
 # Modalities and the label that is brighter there than healthy brain.
 BRIGHT = ("t1ce", "ET"), ("flair", "ED")
-DISTANCES = "Frechet distance", "texture distance"
+PLANES = "axial", "coronal", "sagittal"
+DISTANCES = *(f"texture distance, {plane}" for plane in PLANES), "Frechet distance"
 SKILL_AT = 125, 375, 625, 875   # noise levels
 PATCHES = 200_000               # of a set in a texture distance; few look further apart
 
@@ -300,43 +302,79 @@ def texture_distance(a, b):
     return sum(distances) / 2
 
 
+def planes_of(got):
+    """A case seen along three axes: what prepare_case returns -> {"axial": (images uint8
+    (D, C, R, R), classes uint8 (D, R, R), position (D,)), and "coronal" and "sagittal": (images
+    uint8 (R, C, R, R), classes (R, R, R))}, these of cubic voxels."""
+    classes, size = got["classes"], got["classes"].shape[-1]
+    spacing = nifti.spacing_of(got["grid"].model_affine())
+    ratio = spacing[0] / spacing[2]                                         # slices a new voxel
+    weights = slices.area_weights(len(classes), size, (len(classes) - size * ratio) / 2, ratio)
+    cube = requests.resample(classes, len(bs.CONDITIONS["tumour"]), [weights])
+    area = np.tensordot(weights, (classes > 0).astype(np.float32), 1)       # of brain
+    images = np.tensordot(weights, got["images"].astype(np.float32), 1).swapaxes(0, 1)  # C first
+    images = np.rint(images / np.maximum(area, 1e-6) * (cube > 0)).clip(0, 255).astype(np.uint8)
+    return {"axial": (got["images"], classes, got["position"]),
+            "coronal": (images.transpose(2, 0, 1, 3), cube.transpose(1, 0, 2)),
+            "sagittal": (images.transpose(3, 0, 1, 2), cube.transpose(2, 0, 1))}
+
+
 def slice_set(segmenter, prepared):
     """Slices of cases as one dict of tensors: images (N, C, R, R) in [-1, 1], classes (N, R, R),
-    position (N,), case (N,), features (N, F) of the segmenter: SLICES_A_CASE slices of each, evenly
-    spread over those with brain on 5% of the picture (some twice where a case has fewer), so that
-    equal numbers of cases are equal numbers of slices. prepared: list of what prepare_case returns.
-    """
-    parts = []
+    position (N,), case (N,), features (N, F) of the segmenter; "coronal images", as bytes, "coronal
+    classes" and the same of sagittal slices. Of each case SLICES_A_CASE slices along every axis,
+    evenly spread over those with brain on 5% of the picture (some twice where there are fewer), so
+    that equal numbers of cases are equal numbers of slices. prepared: list of what prepare_case
+    returns."""
+    parts = {plane: [] for plane in PLANES}
     for got in prepared:
-        shown = np.where((got["classes"] > 0).mean((1, 2)) > 0.05)[0]
-        rows = shown[np.linspace(0, len(shown) - 1, SLICES_A_CASE).astype(int)]
-        parts.append([got[name][rows] for name in ("images", "classes", "position")])
-    images, classes, position = [torch.from_numpy(np.concatenate(part)) for part in zip(*parts)]
+        for plane, arrays in planes_of(got).items():
+            shown = np.where((arrays[1] > 0).mean((1, 2)) > 0.05)[0]
+            rows = shown[np.linspace(0, len(shown) - 1, SLICES_A_CASE).astype(int)]
+            parts[plane].append([array[rows] for array in arrays])
+    joined = {plane: [torch.from_numpy(np.concatenate(part)) for part in zip(*parts[plane])]
+              for plane in PLANES}
+    images, classes, position = joined["axial"]
     images, case = bs.to_images(images), torch.arange(len(prepared))
-    return {"images": images, "classes": classes, "position": position,
-            "case": case.repeat_interleave(SLICES_A_CASE), "features": segmenter.features(images)}
+    group = {"images": images, "classes": classes, "position": position,
+             "case": case.repeat_interleave(SLICES_A_CASE), "features": segmenter.features(images)}
+    for plane in PLANES[1:]:
+        group[f"{plane} images"], group[f"{plane} classes"] = joined[plane]
+    return group
+
+
+def distances_of(a, b):
+    """DISTANCES of two sets of slices from slice_set: list of numbers."""
+    pairs = [(a, b)] + [[{"images": bs.to_images(group[f"{plane} images"]),
+                          "classes": group[f"{plane} classes"]} for group in (a, b)]
+                        for plane in PLANES[1:]]
+    return [*(texture_distance(*pair) for pair in pairs),
+            frechet_distance(a["features"], b["features"])]
 
 
 def compare_draws(sets):
     """Distances of synthetic from held-out real slices, and of training from held-out real slices:
-    the floor. sets: {"synthetic", "real", "training"} from slice_set.
+    the floor. sets: {"synthetic", "real", "training", perhaps "prior"} from slice_set; "prior": the
+    synthetic cases in the same order, drawn by the prior alone.
 
     A set of more cases is nearer to anything. Therefore every one of DRAWS draws takes the same
     number of cases from each set, at random. Returns ({"synthetic": {name of DISTANCES: mean over
-    draws}, "real": {..}}, the same with standard deviations, number of cases).
+    draws}, "prior": {..}, "real": {..}}, the same with standard deviations, number of cases).
     """
     cases = min(len(group["case"].unique()) for group in sets.values())
-    rng, found = np.random.default_rng(0), {"synthetic": [], "real": []}
+    other = {"synthetic": "synthetic", "prior": "prior", "real": "training"}
+    rng, found = np.random.default_rng(0), {name: [] for name in other if name in sets}
     for _ in range(DRAWS):
-        drawn = {}
+        chosen, drawn = {}, {}
+        for name in ("synthetic", "real", "training"):
+            chosen[name] = rng.permutation(int(sets[name]["case"].max()) + 1)[:cases]
+        chosen["prior"] = chosen["synthetic"]
         for name, group in sets.items():
-            chosen = rng.permutation(int(group["case"].max()) + 1)[:cases]
-            rows = torch.isin(group["case"], torch.from_numpy(chosen))
+            rows = torch.isin(group["case"], torch.from_numpy(chosen[name]))
             drawn[name] = {key: values[rows] for key, values in group.items()}
-        for name, other in (("synthetic", drawn["synthetic"]), ("real", drawn["training"])):
-            frechet = frechet_distance(drawn["real"]["features"], other["features"])
-            found[name].append([frechet, texture_distance(drawn["real"], other)])
-    found = {name: np.array(rows).T.copy() for name, rows in found.items()}     # (2, DRAWS)
+        for name, rows in found.items():
+            rows.append(distances_of(drawn["real"], drawn[other[name]]))
+    found = {name: np.array(rows).T.copy() for name, rows in found.items()}     # (4, DRAWS)
     mean = {name: dict(zip(DISTANCES, rows.mean(1).tolist())) for name, rows in found.items()}
     sd = {name: dict(zip(DISTANCES, rows.std(1).tolist())) for name, rows in found.items()}
     return mean, sd, cases
@@ -369,22 +407,53 @@ def means_over_cases(segmenter, prepared):
     return dict(zip(names, np.mean(dices, 0).tolist())), float(np.mean(rough))
 
 
+def draw_prior_alone(cases, path, device, folder):
+    """Synthetic Cases once more, as the prior of their generator draws them alone: the same label
+    maps, outlines, noise and settings, written into `folder` -> list of Cases. An empty list, and
+    a line that says why, where the checkpoint at `path` did not make all of them."""
+    facts = [writing.synthetic_facts(case) for case in cases]
+    try:
+        denoiser, state = runs.load_generator(path, device)
+        if {row["CheckpointSHA256"] for row in facts} != {files.file_hash(state["file"])}:
+            raise bs.BadInput(f"{path} is not the generator of all cases; name it by --checkpoint")
+    except bs.BadInput as error:
+        print(f"no column prior alone: {error}")
+        return []
+    for case, row in zip(cases, facts):
+        scans, labels, affine = nifti.read_case(case)
+        classes = np.where(labels > 0, labels + 1, (scans > 0).any(0))
+        if state["condition"] != "tumour":
+            classes, _ = nifti.read_nifti(case.folder / writing.CLASSES_NAME.format(case.case))
+        classes = slices.to_slices(classes).astype(np.uint8)
+        settings = {name: row[name.capitalize()] for name in bs.SAMPLING}
+        key = row["Seed"], int(row["Case"].split("-")[2])
+        thickness = float(nifti.spacing_of(affine)[2])
+        images = recipes.sample_case(prior_alone(denoiser), classes, thickness, key, settings)
+        counts = np.moveaxis(writing.image_counts(images, classes), 1, 0)
+        writing.write_case(folder, case.case, slices.from_slices(counts), labels, affine, row)
+    return nifti.find_cases(folder)
+
+
 def judge(args, device):
-    """How good a folder of synthetic cases is, beside real held-out cases: table, judge.json."""
+    """How good a folder of synthetic cases is, beside real held-out cases and, where --checkpoint
+    made it, beside what the prior alone draws: table, judge.json."""
     segmenter = runs.load_segmenter(args.segmenter, device)
     synthetic = nifti.find_cases(args.judge)
     split, hashes = held_out_split(args, segmenter, synthetic)
     real, training = split["test"], split["train"]
     some = [training[i] for i in slices.evenly(len(training), 5 * len(real))]
-    grid = segmenter.resolution, segmenter.fov, "tumour"
+    grid, groups = (segmenter.resolution, segmenter.fov, "tumour"), {"synthetic": synthetic}
     prepared, sets = {}, {}
-    for name, cases in (("synthetic", synthetic), ("real", real), ("training", some)):
-        prepared[name] = [slices.prepare_case(case, *grid) for case in cases]
-        sets[name] = slice_set(segmenter, prepared[name])
+    with tempfile.TemporaryDirectory() as scratch:
+        alone = draw_prior_alone(synthetic, args.checkpoint, device, scratch)
+        groups |= {"prior": alone} if alone else {}
+        for name, cases in (groups | {"real": real, "training": some}).items():
+            prepared[name] = [slices.prepare_case(case, *grid) for case in cases]
+            sets[name] = slice_set(segmenter, prepared[name])
     figures, sd, drawn = compare_draws(sets)
     for name, row in figures.items():
         dices, rough = means_over_cases(segmenter, prepared[name])
-        figures[name] = {**dices, **row, "slice-to-slice roughness": rough}
+        figures[name] = {**row, **dices, "slice-to-slice roughness": rough}
     overlap = sum(writing.contaminated(case, hashes) for case in synthetic)
     report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real), "cases_a_draw": drawn,
               "slices_a_draw": drawn * SLICES_A_CASE,
@@ -392,8 +461,10 @@ def judge(args, device):
     files.write_json(f"{args.judge}/judge.json", report)
     print(f"{len(synthetic)} synthetic cases ({overlap} owe to held-out ones), {len(real)} real")
     print(f"ones held out; distances: ten draws of {drawn} cases, {drawn * SLICES_A_CASE} slices")
-    print(f"{'':26} synthetic      real (Dice is the ceiling, distances are the floor)")
-    for figure, value in figures["real"].items():
-        spread = [f"± {row[figure]:.3f}" for row in sd.values() if figure in row]
-        print(f"{figure:26}{figures['synthetic'][figure]:10.4f}{value:10.4f}", *spread)
+    print("real: of distances the floor, training against held-out cases; of Dice the ceiling")
+    names = [name.replace("prior", "prior alone") for name in figures]
+    rows = [(figure, *(row[figure] for row in figures.values()),
+             "  ± " + ", ".join(f"{row[figure]:.3f}" for row in sd.values())
+             if figure in DISTANCES else "") for figure in figures["real"]]
+    print("\n".join(table(rows, (*names, ""))))
     print(f"wrote: {args.judge}/judge.json")

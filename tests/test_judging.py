@@ -323,6 +323,33 @@ def test_some_patches_are_as_good_as_all(slice_sets, monkeypatch):
         found[1] > 1.5 * every)
 
 
+def test_three_planes_show_the_same_head():
+    """Slices half as thick as pixels are wide: coronal and sagittal pictures are of cubic voxels,
+    means over the brain in two slices, the head in the middle; axial slices are as they were."""
+    classes = np.zeros((32, 24, 24), np.uint8)
+    classes[7:24, 6:18, 4:20] = 1               # the lowest slice alone in its voxel
+    depth, row, column = np.meshgrid(*map(np.arange, classes.shape), indexing="ij")
+    images = np.stack([5 * depth, 9 * row, 9 * column, 200 + 0 * row], 1) * (classes > 0)[:, None]
+    grid = slices.Grid((24, 24, 32), np.diag([3.0, 3.0, 1.5, 1.0]), 24, (0.0, 0.0), (1.0, 1.0))
+    got = {"images": images.astype(np.uint8), "classes": classes, "grid": grid,
+           "position": np.zeros(32, np.float32)}
+    planes = judging.planes_of(got)
+    assert planes["axial"][0] is got["images"] and planes["axial"][1] is classes
+    (front, of_front), (side, of_side) = planes["coronal"], planes["sagittal"]
+    assert front.shape == side.shape == (24, 4, 24, 24)
+    # 32 slices of 1.5 mm are 16 voxels: 4 below, 4 above; voxel 7 has half a slice of brain
+    at = np.arange(8, 16)
+    assert of_front.any((0, 2)).nonzero()[0].tolist() in ([*range(8, 16)], [*range(7, 16)])
+    assert of_front.any((1, 2)).nonzero()[0].tolist() == [*range(6, 18)]
+    assert of_side.any((1, 2)).nonzero()[0].tolist() == [*range(4, 20)]
+    mean = np.rint(5 * (2 * (at - 4) + 0.5))                # of slices 2 k and 2 k + 1
+    assert np.array_equal(front[10, 0, 8:16, 5], mean) and np.array_equal(side[5, 0, 8:16, 10], mean)
+    assert (front[10, 1, 8:16, 4:20] == 90).all() and (side[5, 2, 8:16, 6:18] == 45).all()
+    assert front[10, 2, 9, 4:20].tolist() == [9 * w for w in range(4, 20)]
+    assert side[5, 1, 9, 6:18].tolist() == [9 * h for h in range(6, 18)]
+    assert set(np.unique(front[:, 3])) == {0, 200}          # no air in the mean at the edge
+
+
 def test_every_case_gives_equally_many_slices(slice_sets):
     """Figures that depend on the number of slices are computed on equal numbers, all heights
     included."""
@@ -340,6 +367,24 @@ def test_a_set_of_copies_is_found_far(slice_sets, monkeypatch):
     synthetic, real = mean["synthetic"], mean["real"]
     assert cases == 6 and set(sd["real"]) == set(real)
     assert synthetic["Frechet distance"] > 1.3 * real["Frechet distance"]
+
+
+def test_the_prior_alone_is_judged_on_the_same_heads(slice_sets, monkeypatch):
+    """Drawn in the same order as the synthetic cases: the same pictures have the same distances
+    though only two of the heads count; blurred from the side, they differ in that plane alone."""
+    monkeypatch.setattr(judging, "DRAWS", 3)
+    few = {name: values[slice_sets["training"]["case"] < 2]
+           for name, values in slice_sets["training"].items()}
+    sets = {**slice_sets, "synthetic": slice_sets["real"], "training": few}
+    same = judging.compare_draws({**sets, "prior": sets["synthetic"]})[0]
+    assert same["prior"] == same["synthetic"] and list(same["real"]) == list(judging.DISTANCES)
+    smooth = torch.nn.functional.avg_pool2d(sets["synthetic"]["coronal images"].float(), 3, 1, 1)
+    other = {**sets["synthetic"], "coronal images": smooth.to(torch.uint8)}
+    mean, sd, cases = judging.compare_draws({**sets, "prior": other})
+    assert cases == 2 and set(sd) == set(mean) == {"synthetic", "prior", "real"}
+    differ = {name for name, value in mean["prior"].items() if value != mean["synthetic"][name]}
+    assert differ == {"texture distance, coronal"}
+    assert mean["prior"][differ.pop()] > 1.5 * mean["synthetic"]["texture distance, coronal"]
 
 
 def test_distances_are_between_equal_numbers_of_cases(slice_sets, monkeypatch):

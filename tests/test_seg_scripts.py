@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import desk, nifti, phantoms, runs, slices, study, writing
+from kit import desk, judging, nifti, phantoms, runs, slices, study, writing
 import sample
 import train_ddpm
 import train_seg
@@ -57,7 +57,7 @@ def test_training_ends_with_a_table_and_its_files(work):
                                                "predictions.png", "closing.json"}
     table = text[text.index("region    Dice"):].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["WT", "TC", "ET"]
-    for word in ("Dice", "HD95 mm", "sensitivity", "volume error mL"):
+    for word in ("Dice", "nothing", "HD95 mm", "sensitivity", "volume error mL"):
         assert word in table[0]
     split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
     rows = list(csv.DictReader((out / "cases.csv").open()))
@@ -301,18 +301,70 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_judging_writes_one_table_and_one_json(made):
-    """Re-segmentation beside the ceiling, distances beside the floor and the number of images,
-    roughness."""
+    """Texture in three planes first, then features, re-segmentation and roughness; beside the prior
+    alone, the floor or ceiling, and the number of images. Without the generator a line says why
+    the prior alone is missing."""
     folder, _ = made
-    text = run(folder, "sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter",
-               "runs/seg")
+    command = ["sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter", "runs/seg"]
+    text = run(folder, *command)
     report = json.loads((folder / "synthetic/judge.json").read_text())
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
-    for name in ("Dice WT", "Dice TC", "Dice ET", "Frechet distance", "texture distance",
-                 "slice-to-slice roughness"):
-        assert name in text and {name} <= set(report["synthetic"]) & set(report["real"])
+    names = [*judging.DISTANCES, "Dice WT", "Dice TC", "Dice ET", "slice-to-slice roughness"]
+    for source in ("synthetic", "prior", "real"):
+        assert list(report[source]) == names
+    places = [text.index(f"\n{name} ") for name in names]
+    assert places == sorted(places) and "prior alone" in text
+    other = run(folder, *command, "--checkpoint", "runs/nowhere")
+    assert "no column prior alone: runs/nowhere: no checkpoint there" in other
+    assert "prior" not in json.loads((folder / "synthetic/judge.json").read_text())
     assert f"ten draws of {report['cases_a_draw']} cases, {report['slices_a_draw']} slices" in text
     assert report["cases_a_draw"] == 2 and report["slices_a_draw"] == 80
+
+
+def case_files(folder):
+    """{name: voxels} of all volumes of the cases in a folder."""
+    return {path.name: nib.load(path).get_fdata() for path in folder.glob("*/*.nii.gz")}
+
+
+@pytest.mark.parametrize("condition", ["tumour", pytest.param("tissue", marks=pytest.mark.slow)])
+def test_the_prior_alone_draws_the_same_cases_again(made, tmp_path, monkeypatch, condition):
+    """From a set's own files: with the network in place every scan comes back as it is, so label
+    map, outline, noise and settings are those of the set; with the prior alone scans differ and
+    labels do not."""
+    folder, out = made[0], "runs/ddpm" if condition == "tumour" else "runs/tissue"
+    run(folder, "train_ddpm.py", *SHORT[2:], "--phantoms", "10", "--steps", "4", "--condition",
+        condition, "--out", out)
+    state, checkpoint = runs.load_checkpoint(folder / out), tmp_path / "loud"
+    del state["file"]
+    torch.nn.init.normal_(state["ema"]["conv_out.weight"], std=0.1)     # a network that shows
+    checkpoint.mkdir()
+    runs.save_checkpoint(checkpoint, state)
+    run(folder, "sample.py", "--checkpoint", checkpoint, "--labels", "runs/phantoms/A", "--edit",
+        "random", "--count", "2", "--steps", "3", "--guidance", "1.5", "--seed", "7", "--out",
+        tmp_path / "set")
+    cases = nifti.find_cases(tmp_path / "set")
+    arguments = cases, checkpoint, torch.device("cpu")
+    assert len(judging.draw_prior_alone(*arguments, tmp_path / "alone")) == 2
+    monkeypatch.setattr(judging, "prior_alone", lambda denoiser: denoiser)
+    judging.draw_prior_alone(*arguments, tmp_path / "again")
+    want, again, alone = [case_files(tmp_path / name) for name in ("set", "again", "alone")]
+    want = {name: voxels for name, voxels in want.items() if name in again}
+    assert len(want) == 10 and set(again) == set(alone) == set(want)
+    for name, voxels in want.items():
+        assert np.abs(again[name] - voxels).max() <= 1
+        assert np.array_equal(alone[name], voxels) == ("-seg." in name)
+
+
+def test_the_prior_alone_of_another_generator_is_not_drawn(made, tmp_path, capsys):
+    """The checkpoint must be that of all sidecars: else nothing is drawn, and why is said."""
+    folder = shutil.copytree(made[0] / "synthetic", tmp_path / "set")
+    cases = nifti.find_cases(folder)
+    path = cases[1].folder / f"{cases[1].case}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"CheckpointSHA256": "0"}))
+    arguments = made[0] / "runs/ddpm", torch.device("cpu"), tmp_path / "alone"
+    assert judging.draw_prior_alone(cases, *arguments) == []
+    assert "is not the generator of all cases" in capsys.readouterr().out
+    assert len(judging.draw_prior_alone(cases[:1], *arguments)) == 1
 
 
 def test_a_segmenter_that_knows_the_held_out_cases_may_not_judge(made, tmp_path):

@@ -178,8 +178,8 @@ def slice_table(figures):
                                        for source in ("", "prior_", "real_"))))
     for words, name in (("fine detail / real", "fine_power_ratio"),
                         ("grey-white contrast / real", "grey_white_ratio")):
-        own = np.nan if np.isnan(figures[name]) else 1.0
-        rows.append((words, figures[name], figures[f"prior_{name}"], own))
+        same = np.nan if np.isnan(figures[name]) else 1.0
+        rows.append((words, figures[name], figures[f"prior_{name}"], same))
     names = {f"{modality}_{label}_above_brain": f"{label} above brain on {modality}, of "
              f"{figures[f'slices_with_{label}']} slices"
              for modality, label in BRIGHT if f"slices_with_{label}" in figures}

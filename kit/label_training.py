@@ -274,4 +274,5 @@ def label_lines(figures):
     rows.append(("Dice with nearest training tumour", figures["nearest_training_tumour_dice"],
                  np.nan, figures["the_same_of_held_out_cases"]))
     return [f"volumes are off by {', '.join(volumes)}: settle makes them, no network does",
-            *judging.table(rows), f"copies of training tumours (Dice above 0.9): {figures['copies']}"]
+            *judging.table(rows),
+            f"copies of training tumours (Dice above 0.9): {figures['copies']}"]

@@ -343,7 +343,8 @@ def test_three_planes_show_the_same_head():
     assert of_front.any((1, 2)).nonzero()[0].tolist() == [*range(6, 18)]
     assert of_side.any((1, 2)).nonzero()[0].tolist() == [*range(4, 20)]
     mean = np.rint(5 * (2 * (at - 4) + 0.5))                # of slices 2 k and 2 k + 1
-    assert np.array_equal(front[10, 0, 8:16, 5], mean) and np.array_equal(side[5, 0, 8:16, 10], mean)
+    assert np.array_equal(front[10, 0, 8:16, 5], mean)
+    assert np.array_equal(side[5, 0, 8:16, 10], mean)
     assert (front[10, 1, 8:16, 4:20] == 90).all() and (side[5, 2, 8:16, 6:18] == 45).all()
     assert front[10, 2, 9, 4:20].tolist() == [9 * w for w in range(4, 20)]
     assert side[5, 1, 9, 6:18].tolist() == [9 * h for h in range(6, 18)]

@@ -789,7 +789,8 @@ def test_the_table_of_labels_shows_what_networks_decide():
         figures[f"made_{name}" if hangs else name] = 1.0 + at
         if hangs or name == "shape_distance":
             figures[f"real_{name}"] = 40.0 + at
-    figures |= {"nearest_training_tumour_dice": 0.5, "the_same_of_held_out_cases": 0.25, "copies": 3}
+    figures |= {"nearest_training_tumour_dice": 0.5, "the_same_of_held_out_cases": 0.25,
+                "copies": 3}
     del figures["z_error"], figures["prior_z_error"]            # no head has a tumour, say
     first, title, *rows, last = label_training.label_lines(figures)
     assert first.startswith("volumes are off by NCR 1.00 mL, ED 2.00 mL, ET 3.00 mL: ")

@@ -14,8 +14,9 @@ Reads     a checkpoint of train_ddpm.py; label maps from one of four sources: Br
 Writes    out/BraTS-SYN-00000-000/...: t1n, t1c, t2w, t2f and seg as NIfTI (and classes, if the
           condition has more than tumour), a JSON sidecar that says how the case was made; beside
           them contact_sheet.png (and loop.png), dataset.json, DATASHEET.md;
-          --judge: judge.json; --audit: audit.json, its verdict in sidecars and datasheet, and
-          pairs.png, which shows real scans
+          --judge: judge.json, with what the prior alone draws where --checkpoint made the set;
+          --audit: audit.json, its verdict in sidecars and datasheet, and pairs.png, which shows
+          real scans
 Again     the same command makes only what is missing; finished cases are never touched
 """
 import tempfile
@@ -45,7 +46,8 @@ FLAGS = [
      "choice of case and scale"),
     ("--range", options.positive, None, "mL that --balance spans, low and high", {"nargs": 2}),
     # model
-    ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights"),
+    ("--checkpoint", str, "runs/ddpm", "run of train_ddpm.py, or a file of weights; with "
+     "--judge that which made the set"),
     ("--label-checkpoint", str, "runs/labels", "run of train_ddpm.py --generate labels"),
     ("--segmenter", str, "runs/seg", "run of train_seg.py, for --scan and --judge"),
     ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),

@@ -15,8 +15,8 @@ Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it l
           (their voxels)
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
 Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a
-          minute of phantoms and cache. On held-out slices, in float32, at step 1381 of 2000: skill
-          0.71, 0.72, 0.58, 0.27 at four noise levels, texture distance 0.025 (the prior
+          minute of phantoms and cache. On held-out slices, in float32: skill
+          0.71, 0.73, 0.59, 0.28 at four noise levels, texture distance 0.025 (the prior
           alone 0.389, training slices 0.017), fine detail 0.90 of the real.
           Labels: 2400 and 600 steps, 7 min 9 s with phantoms and figures on a slow machine;
           held-out heads' volumes, asked for with all else they have, come within 0.5 (NCR), 0.1

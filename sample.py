@@ -126,6 +126,11 @@ def write_sample(args, recipe, prepared, images, state, facts):
              "GeneratorTrainedOn": [digest[:16] for digest in sorted(trained_on)],
              "GeneratorPatients": state["patients"], "GeneratorVersion": state["version"],
              "GeneratorData": "patients" if "patients" in data else "phantoms"}
+    if recipe.model:
+        step = state["fov"] / state["resolution"]
+        found = requests.characteristics(torch.from_numpy(classes).long(), condition, step)
+        facts["Measured"] = {name: round(value, 2) for name, value in zip(
+            requests.entries(), found.tolist()) if value == value}
     all_classes = None
     if condition != "tumour":
         facts["Classes"], all_classes = list(names), slices.from_slices(classes)
@@ -149,15 +154,18 @@ def close_loop(out, recipe, prepared, images, condition):
 
 
 def report_set(written):
-    """Print how near volumes come to what was asked for. written: list of sidecars."""
+    """Print how near volumes, and what else was asked for, come. written: list of sidecars."""
     first = written[0] if written else {}
-    for name in first.get("RequestedML", {}):
-        pairs = [(facts["RequestedML"][name], facts["VolumesML"][name]) for facts in written]
+    volumes = first.get("RequestedML", {})
+    for name in volumes | first.get("Requested", {}):
+        wanted, got = ("RequestedML", "VolumesML") if name in volumes else ("Requested", "Measured")
+        pairs = [(facts[wanted][name], facts[got].get(name, np.nan)) for facts in written]
         asked, measured = np.array(pairs).T
-        error = np.abs(asked - measured).mean()
+        error, unit = np.abs(asked - measured).mean(), "mL" if name in volumes else ""
+        unit = "mm" if name in ("x", "y", "z") else unit
         rank = f", correlation {metrics.rank_correlation(asked, measured):.3f}"
-        print(f"{name}: asked {asked.min():.1f} to {asked.max():.1f} mL, mean error {error:.2f} mL"
-              + (rank if np.ptp(asked) else ""))
+        print(f"{name}: asked {asked.min():.1f} to {asked.max():.1f} {unit}, mean error {error:.2f} "
+              f"{unit}" + (rank if np.ptp(asked) else ""))
 
 
 def make_set(args, device):

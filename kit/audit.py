@@ -296,7 +296,8 @@ def audit_cases(args, state, facts):
     it was trained on, its case_hashes as a set)]. facts: sidecars of the synthetic cases. Left out
     is a case that was trained on in part, or only by a generator of labels. BadInput where there
     are no training cases of the checkpoint or no others."""
-    wanted = {"out": args.checkpoint, "split": None, "scanner": state["args"]["scanner"]}
+    wanted = {"out": args.checkpoint, "split": None, "scanner": state["args"]["scanner"],
+              "phantoms": state["args"]["phantoms"]}
     cases, _ = checks.find_data(argparse.Namespace(**vars(args) | wanted))
     first = {case.patient: case for case in reversed(cases)}
     known, real = set(state["trained_on"]), []

@@ -385,7 +385,9 @@ def held_out_split(args, segmenter, synthetic):
     cases. BadInput where the segmenter was trained or chosen by one of the test cases, or trained
     on one of the `synthetic` Cases, or where one of these has no sidecar."""
     sidecars = {writing.sidecar_hash(case) for case in synthetic}
-    _, split = checks.find_data(argparse.Namespace(**vars(args) | {"out": args.segmenter}))
+    trained = runs.load_checkpoint(args.segmenter, "segmenter", names=("best.pt",))["args"]
+    wanted = {"out": args.segmenter, "phantoms": trained["phantoms"]}
+    _, split = checks.find_data(argparse.Namespace(**vars(args) | wanted))
     hashes = {digest for case in split["test"] for digest in slices.hashes_of(case)}
     if not hashes or segmenter.seen & hashes:
         raise bs.BadInput(f"no case is held out from {args.segmenter}; give --data and --split")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import brainsyn as bs
-from kit import judging, metrics, pictures, recipes, requests, runs
+from kit import judging, metrics, pictures, recipes, requests, runs, slices
 
 
 class LabelData:

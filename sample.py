@@ -164,8 +164,8 @@ def report_set(written):
         error, unit = np.abs(asked - measured).mean(), "mL" if name in volumes else ""
         unit = "mm" if name in ("x", "y", "z") else unit
         rank = f", correlation {metrics.rank_correlation(asked, measured):.3f}"
-        print(f"{name}: asked {asked.min():.1f} to {asked.max():.1f} {unit}, mean error {error:.2f} "
-              f"{unit}" + (rank if np.ptp(asked) else ""))
+        print(f"{name}: asked {asked.min():.1f} to {asked.max():.1f} {unit}, mean error "
+              f"{error:.2f} {unit}" + (rank if np.ptp(asked) else ""))
 
 
 def make_set(args, device):

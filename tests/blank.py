@@ -119,6 +119,9 @@ def import_statements(path):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             statements[node.name] = f"from {module} import {node.name}"
+            changed = [name for part in ast.walk(node) if isinstance(part, ast.Global)
+                       for name in part.names]  # such as REGIONS, which use_names sets
+            statements |= {name: f"from {module} import {name}" for name in changed}
         elif isinstance(node, ast.Assign):
             for target in node.targets:
                 statements[ast.unparse(target)] = f"from {module} import {ast.unparse(target)}"

@@ -313,10 +313,11 @@ def test_a_picture_that_cannot_be_drawn_costs_a_note(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", refuse)
     files.write_csv(tmp_path / "log.csv", [{"step": 1, **dict.fromkeys(runs.QUARTERS, 0.5)}])
-    runs.report(SimpleNamespace(out=str(tmp_path)), {"fine_power_ratio": 0.9})
+    runs.report(SimpleNamespace(out=str(tmp_path)), SimpleNamespace(step=1, seconds=1.0),
+                {"fine_power_ratio": 0.9}, ["fine detail 0.9"])
     pictures.plot_rows(tmp_path / "samples.png", [[torch.zeros(4, 4)]], [""], "tumour")
     text = capsys.readouterr().out
-    assert "fine_power_ratio: 0.9" in text and "wrote: " + str(tmp_path / "closing.json") in text
+    assert "fine detail 0.9" in text and "wrote: " + str(tmp_path / "closing.json") in text
     for name in ("curves.png", "samples.png"):
         assert f"{name} could not be written (no font); the run goes on" in text
         assert f"wrote: {tmp_path / name}" not in text

@@ -299,7 +299,7 @@ def on_xla(plain):
 @pytest.mark.parametrize("xla_cores", [1, 2])
 def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, xla_cores):
     """Twelve steps on any number of devices: the same weights and EMA; the step is compiled once,
-    and sampling adds one graph; nothing runs on the CPU."""
+    sampling adds one graph, and the prior alone another; nothing runs on the CPU."""
     (folder, alone), text = plain, on_xla(xla_cores)
     assert f"device xla{f' x {xla_cores}' if xla_cores > 1 else ''}, float32" in text
     for part in ("weights", "ema"):
@@ -308,7 +308,7 @@ def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, xla_cores):
     compiled = [int(n) for n in re.findall(r"compiled (\d+)\n", text)]
     assert len(compiled) == 12 and len(set(compiled)) == 1, f"again after step 1: {compiled}"
     total = re.search(r"XLA compiled (\d+) graphs in [\d.]+ s; run on the CPU: nothing\n", text)
-    assert total and int(total[1]) <= compiled[0] + 2, text
+    assert total and int(total[1]) <= compiled[0] + 3, text
 
 
 SHOW_SHARDING = """

@@ -472,7 +472,8 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
 
 @pytest.mark.slow
 def test_the_study_compares_and_goes_on_where_it_was_stopped(work):
-    """Table, JSON and plot for every arm; generators are trained on those patients alone; a second call trains nothing again; other settings are refused."""
+    """Table, JSON and plot for every arm; generators are trained on those patients alone; a second
+    call trains nothing again; other settings are refused."""
     folder, _ = work
     command = ["--study", "--phantoms", "10", "--resolution", "32", "--batch", "2", "--steps", "2",
                "--patients", "1", "--seeds", "1", "--generator-steps", "2", "--made", "2",

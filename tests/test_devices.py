@@ -296,7 +296,7 @@ def on_xla(plain):
 
 
 @needs_xla
-@pytest.mark.parametrize("xla_cores", [1, 2])
+@pytest.mark.parametrize("xla_cores", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_xla_gives_the_weights_of_the_cpu(plain, on_xla, xla_cores):
     """Twelve steps on any number of devices: the same weights and EMA; the step is compiled once,
     sampling adds one graph, and the prior alone another; nothing runs on the CPU."""

@@ -469,6 +469,7 @@ files.run_script(main)
 """
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once(tmp_path):
     """Both make the same phantoms and the same cache: both end well, and nothing is left behind."""
     (tmp_path / "program.py").write_text(SHARED)

@@ -362,6 +362,7 @@ def test_every_case_gives_equally_many_slices(slice_sets):
         assert group["position"].min() < -0.6 and group["position"].max() > 0.6
 
 
+@pytest.mark.slow
 def test_a_set_of_copies_is_found_far(slice_sets, monkeypatch):
     """One head six times over is further from the held-out heads than other heads are."""
     monkeypatch.setattr(judging, "DRAWS", 3)
@@ -371,6 +372,7 @@ def test_a_set_of_copies_is_found_far(slice_sets, monkeypatch):
     assert synthetic["Frechet distance"] > 1.3 * real["Frechet distance"]
 
 
+@pytest.mark.slow
 def test_the_prior_alone_is_judged_on_the_same_heads(slice_sets, monkeypatch):
     """Drawn in the same order as the synthetic cases: the same pictures have the same distances
     though only two of the heads count; blurred from the side, they differ in that plane alone."""

@@ -199,6 +199,7 @@ def two(tmp_path_factory, lay_phantoms):
         options.use_names()
 
 
+@pytest.mark.slow
 def test_two_modalities_and_one_label(two, names):
     """Trained, sampled, judged and audited: every command obeys what the checkpoint says."""
     state = runs.load_checkpoint(two / "runs/ddpm")
@@ -216,6 +217,7 @@ def test_two_modalities_and_one_label(two, names):
     assert len(scans) == 2 and set(np.unique(labels)) == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_names_is_refused(two, names):
     """Loaded beside others, it says what it was trained on."""
     names()
@@ -223,6 +225,7 @@ def test_a_checkpoint_of_other_names_is_refused(two, names):
         runs.load_generator(two / "runs/ddpm", bs.torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_label_maps_without_scans_are_drawn_into_outlines(heads, tmp_path, lay_phantoms,
                                                           monkeypatch, capsys):
     """sample.py --labels takes them, says whose outlines they got, and that they are patients'."""

@@ -161,8 +161,8 @@ def report_set(written):
         wanted, got = ("RequestedML", "VolumesML") if name in volumes else ("Requested", "Measured")
         pairs = [(facts[wanted][name], facts[got].get(name, np.nan)) for facts in written]
         asked, measured = np.array(pairs).T
-        error, unit = np.abs(asked - measured).mean(), "mL" if name in volumes else ""
-        unit = "mm" if name in ("x", "y", "z") else unit
+        error = np.abs(asked - measured).mean()
+        unit = "mL" if name in volumes else "mm" * (name in ("x", "y", "z"))
         rank = f", correlation {metrics.rank_correlation(asked, measured):.3f}"
         print(f"{name}: asked {asked.min():.1f} to {asked.max():.1f} {unit}, mean error "
               f"{error:.2f} {unit}" + (rank if np.ptp(asked) else ""))

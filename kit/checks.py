@@ -97,7 +97,7 @@ def exchanged_scans(scaled, healthy):
     healthy bool (X, Y, Z). Fluid is dark on T1 and FLAIR and bright on T2: so T1 goes along with
     FLAIR more than with T2 (by 0.19 at least in 60 real cases, a cut one aside), and with T1ce (by
     0.17); and T1ce more with T1 than with T2 (by 0.05)."""
-    like = np.atleast_2d(np.corrcoef(scaled[:, healthy].clip(-3, 3)))
+    like = np.corrcoef(scaled[:, healthy].clip(-3, 3))
     for near, far, margin, pair in ((("t1", "flair"), ("t1", "t2"), 0.1, "t2 and flair"),
                                     (("t1", "t1ce"), ("t1", "t2"), 0.0, "t1ce and t2"),
                                     (("t1", "t1ce"), ("t1ce", "t2"), 0.0, "t1 and t2")):
@@ -108,15 +108,16 @@ def exchanged_scans(scaled, healthy):
     return None
 
 
-def check_scans(case, scans, scaled, brain, healthy):
-    """What is odd about the scans of a case: [Finding]. scans float (C, X, Y, Z); scaled, brain,
-    healthy as above."""
-    odd, shown, notes = odd_scan(scaled, brain), [slices.not_air(scan) for scan in scans], []
+def check_scans(case, shown, scaled, healthy):
+    """What is odd about the scans of a case: [Finding]. shown: where each shows brain, bool (C, X,
+    Y, Z); scaled, healthy as above."""
+    brain = shown.any(0)
+    odd, notes = odd_scan(scaled, brain), []
     if odd is not None:                         # a cut scan shows nothing that others do not
-        alone = shown[odd] & (sum(shown) == 1)
+        alone = shown[odd] & (shown.sum(0) == 1)
         odd = odd if alone.sum() > 0.02 * shown[odd].sum() else None
     for c, name in enumerate(bs.MODALITIES):
-        part, text = (shown[c] & brain).sum() / brain.sum(), None
+        part, text = shown[c].sum() / brain.sum(), None
         if c == odd:
             text = "fits none of the others; is it mirrored, shifted or another patient's?"
         elif odd is None and part < 0.95:       # 0.98 to 1 in 59 real cases, 0.67 in a cut one
@@ -152,10 +153,10 @@ def swapped_labels(labels, healthy):
 
 def check_names(path, scaled, labels, healthy, four):
     """Whether the scans bear out what the labels of BraTS are called: [Finding]. path: of the
-    labels; scaled as in odd_scan; labels, healthy (X, Y, Z) at about 3 mm; four: see
-    likely_map. In 60 real cases T1ce is at
-    least as far above healthy brain as T1 in ET (0.3 further in all but one), no other label of 30
-    voxels or more rises as much as ET, and ED is 0.57 or more above healthy brain on FLAIR."""
+    labels; scaled as in odd_scan; labels, healthy (X, Y, Z) at about 3 mm; four: see likely_map. In
+    60 real cases T1ce is at least as far above healthy brain as T1 in ET (0.3 further in all but
+    one), no other label of 30 voxels or more rises as much as ET, and ED is 0.57 or more above
+    healthy brain on FLAIR."""
     counts = np.bincount(labels.ravel(), minlength=4)
     if bs.LABELS != bs.BRATS[1]:
         return []
@@ -207,13 +208,14 @@ def look_at(case):
     step = np.maximum(1, np.rint(3 / spacing)).astype(int)
     coarse = (..., *[slice(None, None, int(k)) for k in step])              # voxels of 3 mm
     scans, labels = scans[coarse].copy(order="K"), labels[coarse]
-    brain = slices.brain_mask(scans, case.folder)
+    shown = np.stack([slices.not_air(scan, case.folder) for scan in scans])
+    brain = shown.any(0)
     if brain.sum() < 500:                       # 14 mL; a head has a hundred times as much
         raise bs.BadInput(f"{case.folder}: shows hardly any brain; export it again")
     healthy = brain & (labels == 0)
     scaled = np.stack([(scan - np.median(scan[healthy])) / (scan[healthy].std() + 1e-6)
                        for scan in scans])
-    notes += check_scans(case, scans, scaled, brain, healthy)
+    notes += check_scans(case, shown, scaled, healthy)
     if labels.any():                            # a few voxels may lie between those looked at
         notes += check_labels(case.files["seg"], scans, labels, brain, step * spacing)
         four = any(note.text.startswith("ET is 4") for note in notes)
@@ -274,7 +276,6 @@ def join_patients(cases, heads, findings):
     list that takes what was joined."""
     mean = heads.sum(0) / np.maximum((heads != 0).sum(0), 1)
     close = np.triu(np.corrcoef(np.where(heads != 0, heads - mean, 0)), 1)
-    cases = list(cases)
     for i, j in np.argwhere(close > ALIKE):
         first, second = cases[i].patient, cases[j].patient
         if first != second:

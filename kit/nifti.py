@@ -36,12 +36,11 @@ COMMENTS = ("descrip", "intent_name", "aux_file", "db_name")    # header fields 
 LABEL_VALUES = {}
 MOST_VISITS = 12                        # what is shared by more cases is no patient's name
 # What people have that is not read, by the ends of file names.
-UNREADABLE = {"_unstripped.nii.gz": "scans with skull; give those without",
-              ".dcm": "DICOM series; convert them with dcm2niix and strip the skull",
-              ".mha": "MetaImage files; convert them to NIfTI", ".mgz": "FreeSurfer files; convert "
-              "them to NIfTI", ".nrrd": "NRRD files; convert them to NIfTI",
-              ".h5": "HDF5 slices; take the NIfTI release", ".png": "pictures; volumes are needed",
-              ".tif": "pictures; volumes are needed"}
+UNREADABLE = {("_unstripped.nii.gz",): "scans with skull; give those without",
+              (".dcm",): "DICOM series; convert them with dcm2niix and strip the skull",
+              (".mha", ".mgz", ".nrrd"): "MetaImage, FreeSurfer or NRRD; convert them to NIfTI",
+              (".h5",): "HDF5 slices; take the NIfTI release",
+              (".png", ".tif"): "pictures; volumes are needed"}
 LINK = "is a link that leads out of the folder; copy the files, or name the folder they lie in"
 spacing_of = nib.affines.voxel_sizes    # affine (4, 4) -> mm a voxel along each axis (3,)
 
@@ -148,7 +147,7 @@ class Case(NamedTuple):
     files: dict                                 # {"t1": path, ..., "seg": path}; seg may be missing
     modern: bool = False                        # 2023 names: 3 is ET, 4 may be a cavity
     channels: dict | None = None                # {"t1": 0, ...} where one file holds all scans
-    values: dict | None = None                  # {value in its labels: label}, where that is known
+    values: dict | None = None                  # {value in its labels: number}, where that is known
     known_as: str = ""                          # the patient, where the name does not tell
 
     @property
@@ -224,9 +223,9 @@ def file_name():
     return re.compile(rf"(?P<case>.+?)[-_](?P<what>{what})\.nii(\.gz)?$", re.IGNORECASE)
 
 
-def sort_by_name(paths, labelled, findings):
-    """Files that are named by case and modality -> {case: [("t1" .. "seg", path)]}. findings: list
-    that takes Findings on other NIfTI files."""
+def sort_by_name(folder, paths, labelled, findings):
+    """Files below a folder that are named by case and modality -> {case: [("t1" .. "seg", path)]}.
+    findings: list that takes Findings on the layout and on other NIfTI files."""
     found, pattern, others = {}, file_name(), set()
     for path in paths:
         match = pattern.match(path.name)
@@ -239,7 +238,7 @@ def sort_by_name(paths, labelled, findings):
     for name, sign in (("UCSF-PDGM", "tumor_segmentation"), ("UPENN-GBM", "t1gd"), ("BIDS", "t1w")):
         if sign in others:
             text = f"laid out as {name}: read in place, files end in {', '.join(sorted(others))}"
-            findings.append(Finding("normalised", str(paths[0].parents[1]), text))
+            findings.append(Finding("normalised", str(folder), text))
     return found
 
 
@@ -257,15 +256,14 @@ def label_named(name):
 
 def values_of(path, labels):
     """What the values in labels mean, by the "labels" of a dataset.json: {"0": "background"} of the
-    decathlon, {"background": 0} or regions {"whole": [1, 2, 3]} of nnU-Net -> {value: label}, see
-    Case. BadInput where a name is not understood."""
-    names, members = {}, {}
+    decathlon, {"background": 0} or regions {"whole": [1, 2, 3]} of nnU-Net -> {value: number of a
+    label}. BadInput where a name is not understood."""
+    regions = []
     for key, entry in labels.items():
         name, values = (entry, key) if str(key).isdecimal() else (key, entry)
-        for value in values if isinstance(values, list) else [values]:
-            size = len(values) if isinstance(values, list) else 1
-            if size < members.get(int(value), (9, ""))[0]:      # the smallest region counts
-                names[int(value)], members[int(value)] = name, (size, name)
+        regions.append((values if isinstance(values, list) else [values], name))
+    regions.sort(key=lambda region: -len(region[0]))            # of several the smallest counts
+    names = {int(value): name for values, name in regions for value in values}
     found = {value: label_named(name) for value, name in names.items()}
     unknown = [names[value] for value, label in found.items() if label is None]
     if unknown:
@@ -302,23 +300,23 @@ def list_layouts(folder, labelled, findings):
         if path.name == "dataset.json" and (path.parent / "imagesTr").is_dir():
             try:
                 facts = json.loads(path.read_text(encoding="utf-8"))
-                values = LABEL_VALUES or values_of(path, facts.get("labels", {}))
+                values = labelled and (LABEL_VALUES or values_of(path, facts.get("labels", {})))
                 found, channels = list_raw(path.parent, facts, labelled)
             except (ValueError, AttributeError, TypeError) as error:
                 findings.append(Finding("rejected", str(path), f"cannot be read ({error})"))
                 continue
             name = "the Medical Segmentation Decathlon" if channels else "nnU-Net"
-            meant = ", ".join(f"{value} {bs.LABELS[k - 1]}" for value, k in values.items() if k)
+            meant = [f"{value} {bs.LABELS[k - 1]}" for value, k in (values or {}).items() if k]
             findings.append(Finding("normalised", str(path.parent), "laid out as raw data of "
-                                    f"{name}: read in place; labels are {meant}"))
+                                    f"{name}: read in place; labels: {', '.join(meant) or 'none'}"))
             entries += [(case, parts, channels, values) for case, parts in found.items()]
             raw.append(path.parent)
     rest = [path for path in paths if not any(home in path.parents for home in raw)]
     entries += [(case, parts, None, None)
-                for case, parts in sort_by_name(rest, labelled, findings).items()]
+                for case, parts in sort_by_name(folder, rest, labelled, findings).items()]
     if not entries and not any(finding.kind == "rejected" for finding in findings):
-        looks = [f" (these look like {what})" for end, what in UNREADABLE.items()
-                 if any(path.name.lower().endswith(end) for path in paths)]
+        looks = [f" (these look like {what})" for ends, what in UNREADABLE.items()
+                 if any(path.name.lower().endswith(ends) for path in paths)]
         raise bs.BadInput(f"{folder}: no such folder, or no case in it{''.join(looks[:1])}; "
                           "expected files like X/X-t1c.nii.gz")
     return sorted(entries)
@@ -360,9 +358,13 @@ def find_cases(folder, labelled=True, findings=None):
     findings: list that takes these as Findings instead; cases they concern are left out.
     """
     cases, noted = [], []
-    for case, found, channels, values in list_layouts(Path(folder), labelled, noted):
+    entries = list_layouts(Path(folder), labelled, noted)
+    often = Counter(case for case, *_ in entries)
+    for case, found, channels, values in entries:
         used = files_of_case(found)
         fault = fault_of_case(case, used or found, Path(folder), labelled)
+        if often[case] > 1:
+            fault = found[0][1], f"case {case} is there twice, in another folder too; keep one"
         if fault:
             noted.append(Finding("rejected", str(fault[0]), fault[1]))
             continue
@@ -410,16 +412,16 @@ def enhances(case, mask):
 
 
 def values_in(case, labels, notes):
-    """{value: label} of a Case, see there: what its data set or --label-map says; else as BraTS has
-    it. ET is 4 up to 2021 and 3 since 2023; since 2024, 4 is a resection cavity: where names do not
-    tell, the scans do. notes: list that takes a Finding on that."""
+    """{value: number} of a Case, see there: what its data set or --label-map says; else as BraTS
+    has it. ET is 4 up to 2021 and 3 since 2023; since 2024, 4 is a resection cavity: where names do
+    not tell, the scans do. notes: list that takes a Finding on that."""
     if case.values or LABEL_VALUES:
         return case.values or LABEL_VALUES
     fours = np.abs(labels - 4) < 0.5
     if not fours.any() or bs.LABELS != bs.BRATS[1]:
         return {k: k for k in range(1, len(bs.LABELS) + 1)}
     beside = (np.abs(labels - 3) < 0.5).any()
-    asked = case.modern and not beside and {"t1ce"} <= set(case.files)
+    asked = case.modern and not beside and "t1ce" in case.files
     if beside or asked and not enhances(case, fours):
         raise bs.BadInput(f"{case.files['seg']}: label 4 is a cavity here (since 2024) or oedema "
                           "(BraTS-PED: --label-map 1=ET,2=NCR,3=NCR,4=ED); say what it is, such as "
@@ -439,8 +441,7 @@ def read_labels(case, notes=None):
 
 def read_scan(case, name, notes=None):
     """One scan of a Case and its affine, see read_nifti. name: of MODALITIES."""
-    channel = case.channels and case.channels[name]
-    return read_nifti(case.files[name], notes, channel)
+    return read_nifti(case.files[name], notes, case.channels and case.channels[name])
 
 
 def read_case(case, notes=None):

@@ -95,7 +95,7 @@ def names_in(modalities=None, text=None):
         labels = bs.BRATS[1]
     labels = tuple(dict.fromkeys(labels))
     modalities = tuple(nifti.kind_of(name) for name in modalities or bs.BRATS[0])
-    healthy = {"air", "brain", "CSF", "grey", "white", "ventricles"}
+    healthy = {name for classes in bs.CONDITIONS.values() for name in classes} - {*bs.LABELS}
     if len(values) < len(pairs) or len({*modalities}) < len(modalities) or healthy & {*labels}:
         raise bs.BadInput("--modalities, --label-map: each name and value once, none of healthy "
                           "brain")

@@ -33,8 +33,8 @@ class Recipe:
     target   (label or region, mL): the tumour is scaled until this volume is right
     model    the LabelGenerator that makes the label map, in place of a case
     request  what it is asked for, float (E,)
-    classes  a label map without scans in some outline, int (D, R, R), in place of a case; hashes:
-             what case_hashes says of it
+    classes  a label map without scans in some outline, int (D, R, R), in place of a case; facts
+             hold the hashes of both
     """
     key: tuple
     facts: dict
@@ -44,7 +44,6 @@ class Recipe:
     model: requests.LabelGenerator | None = None
     request: torch.Tensor | None = None
     classes: torch.Tensor | None = None
-    hashes: tuple = ()
 
     def prepare(self, resolution, fov, condition):
         """Label map, outline and scans on the model's grid, as slices.prepare_case returns them;
@@ -55,7 +54,7 @@ class Recipe:
             step = fov / resolution
             prepared = requests.prepare_labels(self.classes, "tumour", step, resolution, fov,
                                                condition)
-            return prepared | {"hashes": self.hashes}
+            return prepared | {"hashes": tuple(self.facts[name] for name in writing.ORIGIN)}
         classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
                                          {**bs.SAMPLING, "guidance": LABEL_GUIDANCE})
         return requests.prepare_labels(classes, self.model.condition, self.model.step, resolution,
@@ -128,8 +127,7 @@ def read_label_maps(folder, outlines, step, seed=0):
         centre = BRATS_CENTRE if np.abs(size - BRATS_SIZE).max() < 2 else size / 2
         matrices = [slices.area_weights(n_in, n_out, (at - n_out * step / 2) / mm, step / mm)
                     for n_in, n_out, at, mm in zip(labels.shape, brain.shape, centre, spacing)]
-        count = len(bs.LABELS) + 1
-        maps.append(torch.from_numpy(requests.resample(labels, count, matrices)))
+        maps.append(torch.from_numpy(requests.resample(labels, len(bs.LABELS) + 1, matrices)))
     labels = torch.stack(maps)
     volumes = brains * (labels + 1)
     lost = 1 - int((volumes > 1).sum()) / max(int((labels > 0).sum()), 1)
@@ -138,10 +136,11 @@ def read_label_maps(folder, outlines, step, seed=0):
 
 def only_label_maps(folder):
     """True if a folder holds NIfTI files and none of them is a scan."""
-    paths = [path for path in nifti.list_files(Path(folder), []) if ".nii" in path.name]
-    named = nifti.sort_by_name(paths, True, [])
-    return bool(paths) and not any(kind != "seg" for parts in named.values() for kind, _ in parts) \
-        and not any((path.parents[1] / "dataset.json").exists() for path in paths)
+    paths = nifti.list_files(Path(folder), [])
+    named = nifti.sort_by_name(folder, paths, True, [])
+    kinds = {kind for parts in named.values() for kind, _ in parts}
+    return (kinds <= {"seg"} and any(".nii" in path.name for path in paths)
+            and not any((path.parent / "imagesTr").is_dir() for path in paths))
 
 
 def label_maps_alone(args, state, scratch):
@@ -163,7 +162,7 @@ def label_maps_alone(args, state, scratch):
         origin = hashes[at], slices.case_hashes(np.zeros(1), maps[at].numpy() > 0)[1]
         facts = {"LabelMaps": "label maps alone", "Outlines": "phantoms", "Edits": {},
                  "RequestedML": {}, **dict(zip(writing.ORIGIN, origin))}
-        yield Recipe((args.seed, number), facts, classes=maps[at].long(), hashes=origin)
+        yield Recipe((args.seed, number), facts, classes=maps[at].long())
 
 
 def edited_cases(args, scanner, scratch):

@@ -346,8 +346,8 @@ def lost_lesions(tumour, kept, grid):
     lesion = components(torch.from_numpy(to_slices(tumour).copy()))[tuple(there.T)].numpy()
     voxels, found = np.bincount(lesion), np.bincount(lesion, shown)
     lost = (voxels > 0) & (found == 0)
-    ml = np.prod(nifti.spacing_of(grid.affine)) / 1000
-    return float(voxels[lost].sum() * ml), int(lost.sum())
+    mm3 = voxels[lost].sum() * np.prod(nifti.spacing_of(grid.affine))
+    return float(mm3 / 1000), int(lost.sum())
 
 
 def read_split(path):

@@ -64,8 +64,7 @@ def make_sets(args, cases, held, out):
     here, data = [shlex.quote(str(path)) for path in (out, args.data or cases[0].folder.parent)]
     split = f"--split {here}/split.json --device {args.device} --seed {args.seed}"
     split += " --skip-bad" * args.skip_bad
-    if args.label_map:
-        split += f" --label-map {args.label_map}"
+    split += f" --label-map {args.label_map}" * bool(args.label_map)
     scans = f" --modalities {' '.join(args.modalities)}" if args.modalities else ""
     sets = {"synthetic": "--edit random"}
     if any(edits.volume_ml(*nifti.read_labels(case), rarest()) for case in cases):

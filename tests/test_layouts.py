@@ -77,6 +77,29 @@ def test_labels_of_a_data_set_that_are_not_understood_are_named(heads, tmp_path,
     assert np.array_equal(labels, expected)
 
 
+def test_a_case_in_two_raw_folders_is_there_twice(heads, tmp_path):
+    """The same name in two data sets: refused, as in two folders of BraTS."""
+    for name in ("one", "other"):
+        layouts.nnunet(heads[:1], tmp_path / name)
+    with pytest.raises(bs.BadInput, match="glioma_000 is there twice"):
+        nifti.find_cases(tmp_path)
+
+
+def test_the_folder_may_be_here(heads, tmp_path, monkeypatch):
+    """--data . and --labels . with files right in it."""
+    (tmp_path / "data").mkdir()
+    layouts.bids(heads[:1], tmp_path / "far")
+    for path in (tmp_path / "far").rglob("*.nii.gz"):
+        path.rename(tmp_path / "data" / path.name)
+    monkeypatch.chdir(tmp_path / "data")
+    findings = []
+    assert len(nifti.find_cases(".", True, findings)) == 1 and findings[-1].where == "."
+    assert not recipes.only_label_maps(".")
+    for path in (tmp_path / "data").glob("*[!g].nii.gz"):
+        path.unlink()
+    assert recipes.only_label_maps(".")
+
+
 def test_a_folder_that_must_not_be_read_is_rejected(heads, tmp_path, monkeypatch):
     """No permission: named, not left out."""
     layouts.brats(heads, tmp_path / "data")

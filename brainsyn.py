@@ -21,7 +21,7 @@ The training step itself is in train_ddpm.py (and train_seg.py), between two lin
 
 GLOSSARY (the same names everywhere)
     modality    one kind of MRI scan: T1, T1ce (T1 with contrast agent), T2, FLAIR
-    label       what a tumour voxel is: NCR necrotic core, ED oedema, ET enhancing tumour
+    label       what a tumour voxel is, 1..L: NCR necrotic core, ED oedema, ET enhancing tumour
     region      a union of labels: WT whole tumour, TC tumour core, ET; see REGIONS
     class       a label, or a kind of healthy voxel (air, brain ...); see CONDITIONS
     label map   a class number for every pixel: `classes`, integers (B, H, W); as `onehot` it is
@@ -1080,8 +1080,8 @@ class TwoConvolutions(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """images (B, channels, H, W) in [-1, 1] -> logits (B, outputs, H, W): of WT, TC, ET, each for a
-    sigmoid (predict "regions"); or of background, NCR, ED, ET for one softmax ("labels").
+    """images (B, channels, H, W) in [-1, 1] -> logits (B, outputs, H, W): of REGIONS, each for a
+    sigmoid (predict "regions"); or of background and LABELS for one softmax ("labels").
 
     Any H and W: padded with air to multiples of 32 inside, cropped after. depth: 18 or 34.
     Going up, every level is a transposed convolution to twice the size, the encoder's features of
@@ -1120,12 +1120,12 @@ class ResUNet(nn.Module):
 
 
 def regions_of(labels):
-    """Labels int (...) -> bool (len(REGIONS), ...): WT, TC, ET, each a union of labels."""
+    """Labels int (...) in 0..L -> bool (len(REGIONS), ...): WT, TC, ET, each a union of labels."""
     return torch.stack([sum(labels == k for k in members) > 0 for members in REGIONS.values()])
 
 
 def labels_of(probability, predict):
-    """Probabilities (K, ...) -> labels uint8 (...).
+    """Probabilities (K, ...) -> labels uint8 (...) in 0..L.
 
     predict "labels": the likeliest of background, NCR, ED, ET. "regions": channels WT, TC, ET, as
     BraTS does it: where WT is above one half the label is ED; then, where TC is, NCR; then, where
@@ -1156,10 +1156,10 @@ def dice_loss(probability, target, smooth=1.0):
 
 def segmentation_loss(logits, labels, predict):
     """Cross-entropy + Dice loss, a scalar. logits (B, outputs, H, W); labels int64 (B, H, W) in
-    0..3.
+    0..L.
 
-    "regions": binary cross-entropy and Dice of each region. "labels": cross-entropy over four
-    classes, and Dice of the three that are tumour.
+    "regions": binary cross-entropy and Dice of each region. "labels": cross-entropy over
+    background and labels, and Dice of the labels.
     """
     logits = logits.float()
     if predict == "regions":

@@ -85,7 +85,7 @@ def draw_rows(sources, args, step):
 
 def draw_batch(sources, args, step):
     """The slices of that part, augmented: images float (B, C, R, R) in [-1, 1] and labels int (B,
-    R, R) in 0..3."""
+    R, R) in 0..L."""
     parts = [cache.batch([row]) for cache, row in draw_rows(sources, args, step)]
     images, classes, _ = map(torch.cat, zip(*parts))
     return bs.augment(images, bs.tumour_labels(classes), args.augment, (args.seed, "augment", step),

@@ -145,17 +145,17 @@ class Segmenter:
 
     def slice_labels(self, images):
         """Labels of slices on the model's grid: images float (D, C, R, R) in [-1, 1] -> uint8 (D,
-        R, R) in 0..3."""
+        R, R) in 0..L."""
         return bs.labels_of(self.probability(images).movedim(1, 0), self.net.predict)
 
     def slice_dice(self, images, labels):
-        """Dice of WT, TC, ET over all slices of one case on the model's grid: images float (D, C,
-        R, R) in [-1, 1], labels int (D, R, R) -> list of three."""
+        """Dice of every region over all slices of one case on the model's grid: images float (D, C,
+        R, R) in [-1, 1], labels int (D, R, R) -> list."""
         truth = bs.regions_of(torch.as_tensor(labels))
         return [bs.dice(a, b) for a, b in zip(bs.regions_of(self.slice_labels(images)), truth)]
 
     def segment(self, got):
-        """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..3 on the grid of the
+        """got: from prepare_case on this grid -> labels uint8 (X, Y, Z) in 0..L on the grid of the
         scans. Probabilities are resampled linearly, then labels are decided; 0 outside the
         brain."""
         probability = self.probability(bs.to_images(got["images"]))             # (D, K, R, R)
@@ -165,8 +165,8 @@ class Segmenter:
 
     def evaluate(self, prepared, see=None, full=True):
         """Segment and score cases on their own grid -> [{"case": name, "region": "WT", "dice": ...,
-        ...}], three rows a case. prepared: from prepare_blind; see: function (Case, got, predicted
-        labels), called for each case; full: as for score_case."""
+        ...}], a row for each region of each case. prepared: from prepare_blind; see: function
+        (Case, got, predicted labels), called for each case; full: as for score_case."""
         rows = []
         for case, got, truth in prepared:
             predicted = self.segment(got)

@@ -27,7 +27,7 @@ def colour_labels(classes, condition):
 
 
 def overlay(image, labels, strength=0.55):
-    """A picture (H, W) in [-1, 1] under its labels int (H, W) in 0..3 -> colours (H, W, 3) in
+    """A picture (H, W) in [-1, 1] under its labels int (H, W) in 0..L -> colours (H, W, 3) in
     0..1."""
     grey = np.repeat((np.asarray(image)[..., None] + 1) / 2, 3, -1).clip(0, 1)
     labels = np.asarray(labels, int)

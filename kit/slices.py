@@ -20,7 +20,7 @@ PARTS = ("train", "val", "test")
 
 
 def case_hashes(labels, brain):
-    """sha256 (hex) of a label map, uint8 (X, Y, Z) in canonical axes, values 0..3, and of a brain's
+    """sha256 (hex) of a label map, uint8 (X, Y, Z) in canonical axes, values 0..L, and of a brain's
     outline, bool (X, Y, Z): of the text of the shape, then the voxels as uint8.
 
     A synthetic case says by them where its labels and outline come from without naming a patient,
@@ -234,7 +234,7 @@ def classes_of(scans, labels, brain, spacing, condition, replaced):
     """The class map of a case on the grid of its files: uint8 (X, Y, Z), values index
     CONDITIONS[condition].
 
-    scans float (C, X, Y, Z), labels uint8 in 0..3, brain bool, spacing mm (3,). replaced: bool,
+    scans float (C, X, Y, Z), labels uint8 in 0..L, brain bool, spacing mm (3,). replaced: bool,
     where the scans show a tumour. Where `labels` have none there, tissue is that of the mirrored
     side of the brain.
     """
@@ -299,7 +299,7 @@ def brain_position(classes, fault):
 def prepare_case(case, resolution, fov, condition, relabel=None):
     """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
 
-    relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..3 that take the place
+    relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..L that take the place
     of those read; see classes_of. Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8
     (D, R, R), values index CONDITIONS[condition]; position float32 (D,), see brain_position; labels
     uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels

@@ -33,7 +33,7 @@ def image_counts(images, classes):
 def write_case(folder, case, images, labels, affine, facts, classes=None):
     """Write one synthetic case as a BraTS-2023 folder, whole or not at all; returns the folder.
 
-    images: counts int16 (C, X, Y, Z); labels: uint8 (X, Y, Z) in 0..3; both canonical, with affine
+    images: counts int16 (C, X, Y, Z); labels: uint8 (X, Y, Z) in 0..L; both canonical, with affine
     (4, 4). facts: what goes into the JSON sidecar beside the volumes. classes: uint8 (X, Y, Z),
     values index the condition; written as CLASSES_NAME. Every file says SYNTHETIC.
     """

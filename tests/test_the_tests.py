@@ -286,12 +286,14 @@ def wrong_answer(name, change):
 
 
 def passes(folder, assignment, text, *words):
-    """Whether all tests of the functions that `text` defines pass with it as the hand-in."""
+    """Whether all tests of the functions that `text` defines pass with it as the hand-in. What
+    pytest does to explain a failure, which takes longer than the tests, is left out."""
     (folder / "hand_in.py").write_text(text)
     program = folder / "program.py"
     program.write_text("import sys, pytest\nsys.exit(int(pytest.main(sys.argv[1:])))\n")
     words = grade.pytest_words(folder / "hand_in.py", assignment, "-m",
-                               f"{assignment} and not slow", *words)
+                               f"{assignment} and not slow", "--assert=plain",
+                               "-p", "no:unraisableexception", *words)
     status, said = nursery.run_script(folder, program, *words,
                                       environments=[{"OMP_NUM_THREADS": "1"}])
     assert status in (0, 1), said

@@ -9,7 +9,7 @@ from top to bottom: each section uses only what stands above it, and PyTorch and
     3 the start      the prior (mean and std of every class), and what it says before any training
     4 the network    residual blocks, attention, the U-Net
     5 devices        what this file must know about CPUs, GPUs and TPUs
-    6 sampling       DDPM, DDIM, DPM-Solver++ as four numbers a step; guidance; noise along z
+    6 sampling       DDPM, DDIM, DPM-Solver++ as four numbers a step; guidance; whole volumes
     7 learning       batches and noise from (seed, step), learning rate, Muon, EMA
     8 the segmenter  ResNet encoder, U-Net decoder; regions, losses, augmentation, Dice
 
@@ -26,8 +26,9 @@ GLOSSARY (the same names everywhere)
     class       a label, or a kind of healthy voxel (air, brain ...); see CONDITIONS
     label map   a class number for every pixel: `classes`, integers (B, H, W); as `onehot` it is
                 (B, K, H, W) of 0 and 1, all 0 where no label map is given
-    scalars     (B, S): further conditions, one number each; the first is the slice's position
-    position    where along z a slice lies: -1 = lowest .. 1 = highest slice with brain
+    scalars     (B, S): further conditions, one number each; the first two are the slice's place
+    place       (B, 2): position -1..1 of a slice across the field of view (feet to head, front to
+                back, right to left), and its plane: 0 axial, 1 coronal, 2 sagittal
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
     eps         standard normal noise, same shape as x0
     t           noise level, integer (B,): 0 = clean .. T = pure noise
@@ -82,6 +83,7 @@ SOURCES (comments below refer to them by the key in brackets)
 """
 import copy
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -241,59 +243,74 @@ def split_v(x_t, v, signal, sigma):
 # ================================================================================================
 
 
-def measure_prior(batches, condition, slabs=16):
-    """Measure mean and std of training slices -> dict of float32 tensors, for `expected`.
+def measure_prior(batches, condition, size=32):
+    """Measure mean and std of training scans -> dict of float32 tensors, for `expected`.
 
-    batches  iterable of (x0 (B, C, H, W), classes (B, H, W), position (B,))
+    batches  iterable of axial slices, (x0 (B, C, H, W), classes (B, H, W), place (B, 2))
     classes  (2, K + 1, C): mean and std of every class in every modality; row K is over all pixels.
              0 and 0.5 for a class of fewer than 2 pixels; std is at least 0.01.
-    atlas    (2, slabs, C, H, W), see make_atlas; only for a condition with the class "brain".
+    atlas    (2, C, N, N, N), see make_atlas; only for a condition with the class "brain". N is
+             `size`, or the size of a slice where that is less.
     """
     names = CONDITIONS[condition]
     has_brain = names[1] == "brain"
     total = sums = None                         # count, sum, sum of squares: of a class, of a place
-    for x0, classes, position in batches:
+    for x0, classes, place in batches:
         if total is None:
+            n = min(size, *x0.shape[2:])
             total = torch.zeros(3, len(names) + 1, x0.shape[1])
-            sums = torch.zeros(3, slabs, *x0.shape[1:])
-        slab = ((position + 1) / 2 * slabs).long().clamp(0, slabs - 1)
+            sums = torch.zeros(3, n, x0.shape[1], n, n)
+        slab = ((place[:, 0] + 1) / 2 * n).long().clamp(0, n - 1)
         for k in range(len(names) + 1):
             here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
             parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
             total[:, k] += torch.stack([part.sum((0, 2, 3)) for part in parts])
             if k == 1 and has_brain:
-                sums.index_add_(1, slab, torch.stack(parts))
+                sums.index_add_(1, slab, torch.stack([F.adaptive_avg_pool2d(part, n)
+                                                      for part in parts]))
     count, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
     variance = (total[2] / count.clamp(min=1) - mean ** 2).clamp(min=1e-4)
     std = torch.where(count > 1, variance.sqrt(), 0.5)
     prior = {"classes": torch.stack([mean, std])}
     if has_brain:
-        prior["atlas"] = make_atlas(sums, mean[1].view(-1, 1, 1), std[1].view(-1, 1, 1))
+        prior["atlas"] = make_atlas(sums.transpose(1, 2), mean[1], std[1])
     return prior
 
 
 def make_atlas(sums, class_mean, class_std):
-    """Mean and std of healthy brain at every place: sums (3, slabs, C, H, W) of count, value and
-    square over training slices, in `slabs` equal parts of position -1..1 -> (2, slabs, C, H, W).
+    """Mean and std of healthy brain at every place: sums (3, C, N, N, N) of count, value and square
+    over training slices, in N equal parts of the field of view along every axis ->
+    (2, C, N, N, N).
 
-    The sums are made symmetric (left and right added) and averaged over 3x3 pixels. The class's own
-    mean and std (C, 1, 1) enter with the weight of one slice: they take over where few slices have
-    brain (2 below, since a slice counts once more in its mirror image). A mean over few patients
-    shows these patients: with a handful of them the atlas is no secret.
+    The sums are made symmetric (left and right added). The class's own mean and std (C,) enter with
+    the weight of one slice: they take over where few slices have brain (2 below, since a slice
+    counts once more in its mirror image). A mean over few patients shows these patients: with a
+    handful of them the atlas is no secret.
     """
-    count, value, square = F.avg_pool2d((sums + sums.flip(-1)).flatten(0, 2), 3, 1, 1).view_as(sums)
+    count, value, square = sums + sums.flip(-1)
+    class_mean, class_std = [part.view(-1, 1, 1, 1) for part in (class_mean, class_std)]
     mean = (value + 2 * class_mean) / (count + 2)
     square = (square + 2 * (class_std ** 2 + class_mean ** 2)) / (count + 2)
     return torch.stack([mean, (square - mean ** 2).clamp(min=1e-4).sqrt()])
 
 
-def expected(prior, onehot, position):
+def points_of(place, height, width):
+    """Where in the field of view every pixel of slices lies: place (B, 2) -> (B, H, W, 3), x to the
+    left, y to the back and z up, each -1..1."""
+    row, column = torch.meshgrid(*[(torch.arange(n) * 2 + 1) / n - 1 for n in (height, width)],
+                                 indexing="ij")
+    across = place[:, :1, None].expand(-1, height, width)                       # (B, H, W)
+    own = torch.stack([across, row.expand_as(across), column.expand_as(across)], -1)
+    order = torch.tensor([[2, 1, 0], [2, 0, 1], [0, 1, 2]])[place[:, 1].long()]
+    return own.gather(-1, order[:, None, None].expand_as(own))
+
+
+def expected(prior, onehot, scalars):
     """What the prior expects of every pixel -> mean and std, each (B, C, H, W).
 
-    prior: from measure_prior; onehot (B, K, H, W); position (B,). Mean and std are those of the
-    pixel's class; where onehot is all zeros (no label map), those over all pixels. In healthy brain
-    they come from the atlas: linear between the middles of the two nearest slabs, constant beyond
-    the outer ones; where position is NaN (not given), the class's own.
+    prior: from measure_prior; onehot (B, K, H, W); scalars (B, S), of which the place is used. Mean
+    and std are those of the pixel's class; where onehot is all zeros (no label map), those over all
+    pixels. In healthy brain they come from the atlas, linear between its middles.
     Networks that draw label maps use two other priors. K = 0: the atlas applies everywhere.
     {"shares": floor}: onehot holds, for every channel of x0, the expected fraction of a class. A
     pixel that is +1 with that probability and else -1 has mean 2 fraction - 1 and variance
@@ -303,21 +320,16 @@ def expected(prior, onehot, position):
         mean = 2 * onehot - 1
         return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
     class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
-    mean, std = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
-    if "atlas" not in prior:
-        return mean, std
-    slabs = prior["atlas"].shape[1]
-    at = ((torch.nan_to_num(position) + 1) / 2 * slabs - 0.5).clamp(0, slabs - 1)
-    low = at.long()
-    high = (low + 1).clamp(max=slabs - 1)
-    weight = (at - low).view(-1, 1, 1, 1)                                   # 0: low, 1: high
-    row = 1 if onehot.shape[1] else 0           # of healthy brain
-    in_brain = class_or_all[:, row:row + 1] * (~torch.isnan(position)).view(-1, 1, 1, 1)
-    local = []
-    for of_class, table, atlas in zip((mean, std), prior["classes"], prior["atlas"]):
-        here = torch.lerp(atlas[low], atlas[high], weight)                  # (B, C, H, W)
-        local.append(of_class + in_brain * (here - table[row].view(1, -1, 1, 1)))
-    return local[0], local[1]
+    both = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
+    if "atlas" in prior:
+        row = 1 if onehot.shape[1] else 0       # of healthy brain
+        points = points_of(scalars[:, :2], *onehot.shape[2:])[None]         # (1, B, H, W, 3)
+        atlas = F.grid_sample(prior["atlas"].flatten(0, 1)[None], points, align_corners=False,
+                              padding_mode="border")[0].transpose(0, 1)     # (B, 2 C, H, W)
+        for i, here in enumerate(atlas.chunk(2, 1)):
+            usual = prior["classes"][i, row].view(1, -1, 1, 1)
+            both[i] = both[i] + class_or_all[:, row:row + 1] * (here - usual)
+    return both[0], both[1]
 
 
 def prior_error(signal, sigma, std):
@@ -446,7 +458,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
-                 fine=32, scalars=1, out_channels=None):
+                 fine=32, scalars=2, out_channels=None):
         super().__init__()
         self.channels, self.classes = channels, classes
         self.out_channels = out_channels or channels
@@ -617,10 +629,15 @@ def optimizer_form(device):
 # ================================================================================================
 
 
-def timesteps(steps):
-    """Noise levels a sampler visits: int64 tensor (steps + 1,), evenly spaced from T down to 0,
-    rounded to the nearest; steps in 1..T."""
-    return torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long()
+def timesteps(steps, spacing="noise"):
+    """Noise levels a sampler visits: int64 tensor (steps + 1,), from T down to 0, rounded to the
+    nearest; steps in 1..T. spacing: evenly in "t", or in "noise", which is sigma / (signal + sigma)
+    of the schedule without shift: t = T 2/pi atan(noise / (1 - noise)). That spends more calls on
+    the middle, where pictures take form."""
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if spacing == "noise":
+        even = torch.atan2(even, 1 - even) * 2 / math.pi
+    return (even * T).round().long()
 
 
 def ddpm_step(before, after):
@@ -735,7 +752,7 @@ class Denoiser:
 
     def predict(self, x_t, t, onehot, scalars):
         """The same for a part that fits in memory."""
-        mean, std = expected(self.prior, onehot, scalars[:, 0])
+        mean, std = expected(self.prior, onehot, scalars)
         x_t, t, onehot, scalars, mean, std, signal, sigma = self.to_device(
             self.device, x_t, t, onehot, scalars, mean, std, *signal_sigma(self.alpha_bar, t))
         with fast_math(self.device):
@@ -748,8 +765,8 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     condition. It moves samples towards their condition, away from what is drawn without one.
 
     denoiser: function (x_t, t, onehot, scalars) -> v_hat. The null condition: the label map all
-    zeros (which no label map is), and NaN (not given) for every scalar but the first, the slice's
-    position, which stays: guidance should strengthen what was asked for, not where the slice lies.
+    zeros (which no label map is), and NaN (not given) for every scalar but the slice's place, which
+    stays: guidance should strengthen what was asked for, not where the slice lies.
     rescale: fraction by which the spread of v is brought back to that of v_cond, sample by sample:
     v (1 - rescale + rescale std(v_cond) / std(v)), std over all axes but B. Without it large scales
     exaggerate contrast and turn air grey [ZSNR].
@@ -759,68 +776,78 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     if scale == 1.0:
         return v_cond
     null_scalars = torch.full_like(scalars, torch.nan)
-    null_scalars[:, :1] = scalars[:, :1]
+    null_scalars[:, :2] = scalars[:, :2]
     v_null = denoiser(x_t, t, torch.zeros_like(onehot), null_scalars)
     v = v_null + scale * (v_cond - v_null)
     spread = v_cond.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
     return v * (1 - rescale + rescale * spread)
 
 
-def volume_noise(key, shape, coherence, thickness):
-    """Standard normal noise (D, C, H, W), float32, whose neighbouring slices are alike, so that
-    slices sampled one by one from it are more alike.
-
-    White noise, drawn from generator(*key), is mixed over slices with weights
-    exp(-dz^2 / coherence^2), dz mm apart, whose squares are scaled to sum to 1 for every slice. So
-    each voxel is N(0, 1), and the correlation of two slices is exp(-dz^2 / (2 coherence^2)); the
-    latter away from the ends, and where coherence is no less than thickness. coherence 0:
-    independent slices. thickness: mm between slices.
-    """
-    white = torch.randn(shape, generator=generator(*key))
-    if coherence <= 0:
-        return white
-    z = torch.arange(shape[0], dtype=torch.float64) * thickness
-    mix = torch.exp(-((z[:, None] - z[None]) / coherence) ** 2)
-    mix = (mix / mix.norm(dim=1, keepdim=True)).float()
-    return (mix @ white.flatten(1)).view(shape)
+AXES = 0, 2, 3      # of a volume (D, C, H, W), across its axial, coronal and sagittal slices
 
 
-# The usual settings. steps: network calls a slice; interval: guidance acts while t / T lies in it
-# [RANGE]; coherence: in mm along z, see volume_noise.
-SAMPLING = {"steps": 20, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0, "rescale": 0.7,
-            "interval": (0.2, 0.8), "coherence": 4.0}
+def turned(volume, plane):
+    """A volume (D, C, H, W) as slices of a plane: (D, C, H, W) axial, (H, C, D, W) coronal,
+    (W, C, H, D) sagittal; and back, since it is its own inverse."""
+    return volume.transpose(0, AXES[plane])
+
+
+def places(count, plane):
+    """The places of all `count` slices of a plane, float (count, 2)."""
+    position = (torch.arange(count) * 2 + 1) / count - 1
+    return torch.stack([position, torch.full_like(position, plane)], 1)
+
+
+# The usual settings. steps: network calls a slice; spacing: see timesteps; interval: guidance acts
+# while t / T lies in it [RANGE].
+SAMPLING = {"steps": 20, "sampler": "dpmpp", "spacing": "noise", "eta": 0.0, "guidance": 1.0,
+            "rescale": 0.7, "interval": (0.2, 0.8)}
 
 
 def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
-    """Sample slices from their condition: onehot (N, K, H, W), scalars (N, S) -> float32
-    (N, C, H, W) on the CPU. noise: function of "start" or a step number -> standard normal
-    (N, C, H, W); settings: see SAMPLING."""
-    visited = timesteps(settings["steps"])
+    """Sample pictures, or a volume, from their condition: onehot (N, K, H, W) -> float32
+    (N, C, H, W) on the CPU.
+
+    scalars: a list of (N, S): one, of pictures that have nothing to do with each other; or three,
+    of the axial, coronal and sagittal slices of a volume, which N, H and W are the axes of. Then
+    every step asks another plane, in turn: what one plane draws, the next sees from the side, so
+    that they must agree.
+    noise: function of "start" or a step number -> standard normal (N, C, H, W); settings: see
+    SAMPLING.
+    """
+    visited = timesteps(settings["steps"], settings["spacing"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    low, high = settings["interval"]
+    (low, high), calls = settings["interval"], itertools.count()
 
     def predict_v(x, t):
+        plane = next(calls) % len(scalars)
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        return guided_v(denoiser, x, t.expand(len(x)), onehot, scalars, scale, settings["rescale"])
+        x, given = turned(x, plane), turned(onehot, plane)
+        v = guided_v(denoiser, x, t.expand(len(x)), given, scalars[plane], scale,
+                     settings["rescale"])
+        return turned(v, plane)
 
     return sample(predict_v, noise("start"), visited, table, noise)
 
 
-def sample_volume(denoiser, classes, position, thickness, key, settings=SAMPLING):
-    """Sample one whole volume from its label map, slice by slice, with noise shared along z. The
-    network has one scalar, the position.
-
-    classes int (D, H, W); position float (D,); thickness: mm between slices; key: (seed, case
-    number), from which all noise follows; settings: see SAMPLING. How many slices go into a network
-    call changes the result by rounding only. Returns float32 (D, C, H, W) in [-1, 1] on the CPU.
-    """
+def sample_slices(denoiser, classes, key, settings=SAMPLING, scalars=()):
+    """Sample slices from their label maps, each alone: classes int (N, H, W), scalars (N, S); key:
+    what all noise follows from, see generator; settings: see SAMPLING. How many slices go into a
+    network call changes the result by rounding only. Returns float32 (N, C, H, W) in [-1, 1] on the
+    CPU."""
     shape = (len(classes), denoiser.net.channels, *classes.shape[1:])
 
     def noise(step):
-        return volume_noise((*key, step), shape, settings["coherence"], thickness)
+        return torch.randn(shape, generator=generator(*key, step))
 
-    onehot = one_hot(classes, denoiser.net.classes)
-    return sample_guided(denoiser, onehot, position[:, None], noise, settings)
+    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), scalars, noise, settings)
+
+
+def sample_volume(denoiser, classes, key, settings=SAMPLING):
+    """The same for one whole volume from its label map, one plane a step in turn: classes int
+    (D, H, W), cubic voxels; key: (seed, case number) -> float32 (D, C, H, W)."""
+    planes = [places(size, plane) for plane, size in enumerate(classes.shape)]
+    return sample_slices(denoiser, classes, key, settings, planes)
 
 
 # ================================================================================================
@@ -864,20 +891,19 @@ def batch_rows(tumour, other, fraction, seed, step, batch):
 
 def training_noise(seed, step, shape, drop):
     """All random numbers of one training step, on the CPU, for a batch of shape (B, C, H, W). They
-    are drawn in the order t; keep, given and mirror; eps ->
+    are drawn in the order t; keep and mirror; eps ->
 
     t       int64 (B,) in 1..T, one in each of B equal parts of the range, in random order
     eps     float32 (B, C, H, W)
     keep    float32 (B,): 0 where the label map is replaced by the null condition (fraction `drop`)
-    given   bool (B,): False where the slice position is withheld (fraction `drop`, independent)
     mirror  bool (B,): True where left and right are swapped (one half)
     """
     g, batch = generator(seed, "noise", step), shape[0]
     place = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
     t = (place * T).long().clamp(max=T - 1) + 1
-    u = torch.rand(3, batch, generator=g)
+    u = torch.rand(2, batch, generator=g)
     eps = torch.randn(shape, generator=g)
-    return t, eps, (u[0] >= drop).float(), u[1] >= drop, u[2] < 0.5
+    return t, eps, (u[0] >= drop).float(), u[1] < 0.5
 
 
 def learning_rate(peak, progress, step, warmup=50):

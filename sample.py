@@ -53,7 +53,7 @@ FLAGS = [
     ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
     ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
     ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
-    ("--coherence", float, bs.SAMPLING["coherence"], "mm along z over which noise agrees, 0: none"),
+    ("--spacing", ("t", "noise"), bs.SAMPLING["spacing"], "of the steps, see bs.timesteps"),
     ("--batch", options.count, 32, "slices a network call, for memory only"),
     # judging and auditing
     ("--judge", str, None, "folder of synthetic cases to judge by the test cases of --data"),
@@ -181,9 +181,8 @@ def make_set(args, device):
             # first: a set that is cut short is marked as well
             writing.write_description(args.out)
             prepared = recipe.prepare(state["resolution"], state["fov"], state["condition"])
-            thickness = float(nifti.spacing_of(prepared["grid"].affine)[2])
-            images = recipes.sample_case(denoiser, prepared["classes"], thickness, recipe.key,
-                                         sampling(args))
+            images = bs.sample_volume(denoiser, torch.from_numpy(prepared["classes"]).long(),
+                                      recipe.key, sampling(args)).numpy()
             if args.scan:
                 rows += close_loop(args.out, recipe, prepared, images, state["condition"])
             facts = write_sample(args, recipe, prepared, images, state, facts)

@@ -33,6 +33,7 @@ from kit import (checks, devices, files, judging, label_training, options, phant
                  requests, runs, slices)
 
 STEPS, LABEL_STEPS = 2000, 3000                 # of a run with neither --steps nor --minutes
+HEADS = 4                                       # that are sampled at the end
 # Defaults of --generate labels. None: see PARTS.
 LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
                   "out": "runs/labels"}
@@ -101,7 +102,7 @@ class Images:
         self.network = {"channels": len(self.modalities), "classes": len(classes)}
         self.slice = devices.slice_of_batch(args.batch)         # this process's part
         train, val, test = [cache.part(part) for part in ("train", "val", "test")]
-        self.prior = bs.measure_prior(cache.batches(train), args.condition)
+        self.prior = bs.measure_prior(cache.batches(cache.part("train", [0])), args.condition)
         self.first_lesion = classes.index(bs.LABELS[0])
         has_tumour = slices.has_label(cache, train, self.first_lesion)
         self.pool = train[has_tumour], train[~has_tumour]
@@ -123,54 +124,74 @@ class Images:
         (B, 1), signal and sigma (B, 1, 1, 1), mean and std of the prior (B, C, R, R)."""
         shape = (self.args.batch, len(self.modalities), *self.cache.rows[0].shape[1:])
         noise = bs.training_noise(self.args.seed, step, shape, self.args.drop)
-        t, eps, keep, given, mirror = [part[self.slice] for part in noise]
-        x0, classes, position = self.cache.batch(self.rows(step), mirror)
+        t, eps, keep, mirror = [part[self.slice] for part in noise]
+        x0, classes, place = self.cache.batch(self.rows(step), mirror)
         onehot = bs.one_hot(classes, self.network["classes"]) * keep.view(-1, 1, 1, 1)
-        scalars = torch.where(given, position, torch.nan).unsqueeze(1)
         signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(self.args.shift), t)
-        mean, std = bs.expected(self.prior, onehot, scalars[:, 0])
-        return t, x0, eps, onehot, scalars, signal, sigma, mean, std
+        mean, std = bs.expected(self.prior, onehot, place)
+        return t, x0, eps, onehot, place, signal, sigma, mean, std
 
     def sample(self, denoiser, rows, key):
         """Images float (N, C, R, R) sampled from the label maps of these cache rows, always with
         the same noise. key: a word, see bs.generator."""
-        _, classes, position = self.cache.batch(rows)
-        settings = {**bs.SAMPLING, "guidance": self.args.guidance, "coherence": 0.0}    # of slices
-        return bs.sample_volume(denoiser, classes, position, 1.0, (self.args.seed, key), settings)
+        _, classes, place = self.cache.batch(rows)
+        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
+        return bs.sample_slices(denoiser, classes, (self.args.seed, key), settings, [place])
 
-    def plot(self, rows, sampled, name, headline):
-        """Draw up to six of these cache rows beside samples into the file `name`."""
-        real, classes, _ = self.cache.batch(rows)
-        shown = [[classes[i], *real[i], None, *sampled[i]] for i in slices.evenly(len(rows), 6)]
+    def plot(self, real, classes, sampled, name, headline):
+        """Draw slices (N, C, R, R), their label maps and samples into the file `name`."""
+        shown = [[seen, *scan, None, *made] for scan, seen, made in zip(real, classes, sampled)]
         titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
         pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
 
     def picture(self, denoiser, step):
-        """Draw four samples into sample_*.png."""
-        rows = pick_rows(self.cache, self.shown, self.first_lesion, 4)
+        """Draw three samples into sample_*.png, one of each plane."""
+        planes = self.cache.place[self.shown, 1].numpy()
+        rows = np.concatenate([pick_rows(self.cache, self.shown[planes == plane],
+                                         self.first_lesion, 3)[1:2] for plane in range(3)])
+        real, classes, _ = self.cache.batch(rows)
         sampled = self.sample(denoiser, rows, "shown")
-        self.plot(rows, sampled, f"sample_{step:06d}.png", f"step {step}")
+        self.plot(real, classes, sampled, f"sample_{step:06d}.png", f"step {step}")
+
+    def heads(self, part, count):
+        """`count` heads of a part of the split, evenly spread: numbers of cases, scans float
+        (D, C, R, R) and label maps int64 (D, R, R), three lists."""
+        numbers = [i for i, case in enumerate(self.cache.cases) if (case["part"] != "train") ==
+                   (part == "held-out")]
+        numbers = [numbers[i] for i in slices.evenly(len(numbers), count)]
+        cubes = [torch.from_numpy(self.cache.cubes[i]) for i in numbers]
+        return (numbers, [bs.to_images(cube[:, :-1]) for cube in cubes],
+                [cube[:, -1].long() for cube in cubes])
+
+    def volumes(self, denoiser, heads):
+        """Volumes float (D, C, R, R) sampled from the label maps of some heads, always with the same
+        noise."""
+        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
+        return [bs.sample_volume(denoiser, classes, (self.args.seed, "closing", number), settings)
+                for number, _, classes in zip(*heads)]
 
     def report(self, denoiser, run):
-        """End a run: samples.png, and the figures of up to 64 slices with tumour, held out where
-        the split holds out any, beside those of the prior alone."""
-        rows = pick_rows(self.cache, self.shown, self.first_lesion, 64)
-        real, classes, position = self.cache.batch(rows)
-        sampled, prior = [self.sample(model, rows, "closing")
+        """End a run: samples.png, and the figures of up to HEADS whole heads, held out where the
+        split holds out any, beside those of the prior alone."""
+        heads = self.heads(self.part, HEADS)
+        real, classes = heads[1:]
+        sampled, prior = [self.volumes(model, heads)
                           for model in (denoiser, judging.prior_alone(denoiser))]
-        self.plot(rows, sampled, "samples.png", self.part)
-        figures = judging.judge_run(real, sampled, prior, classes, self.args.condition)
-        key = self.args.seed, "skill"
-        figures |= {"skill": judging.skill(denoiser, real, classes, position, key),
-                    "real_texture_distance": np.nan}
-        if self.part == "held-out":             # the floor: slices of other heads, as many
-            rows = pick_rows(self.cache, self.train, self.first_lesion, len(rows))
-            others = dict(zip(("images", "classes"), self.cache.batch(rows)))
-            figures["real_texture_distance"] = judging.texture_distance(
-                {"images": real, "classes": classes}, others)
-        print(f"--- {len(real)} slices of {self.part} cases, sampled from their label maps")
-        lines = judging.slice_table(figures) + judging.doubts(figures)
-        runs.report(self.args, run, {"slices": f"{len(real)} {self.part}", **figures}, lines)
+        shown = []                              # two heads in three planes, where there is most tumour
+        for views in list(zip(*[map(judging.planes_of, volumes, classes)
+                                for volumes in (real, sampled)]))[:2]:
+            for (scan, seen), (made, _) in zip(*views):
+                at = pictures.fullest(seen >= self.first_lesion, seen > 0)
+                shown.append((scan[at], seen[at], made[at]))
+        self.plot(*zip(*shown), "samples.png", self.part)
+        others = self.heads("training", len(real))[1:] if self.part == "held-out" else None
+        figures = judging.judge_run(real, sampled, prior, classes, self.args.condition, others)
+        rows = pick_rows(self.cache, self.shown, self.first_lesion, 64)
+        scans, maps, place = self.cache.batch(rows)
+        figures["skill"] = judging.skill(denoiser, scans, maps, place, (self.args.seed, "skill"))
+        print(f"--- {len(real)} heads of {self.part} cases, sampled from their label maps")
+        lines = judging.head_table(figures) + judging.doubts(figures)
+        runs.report(self.args, run, {"heads": f"{len(real)} {self.part}", **figures}, lines)
 
 
 def train(args, device):

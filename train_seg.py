@@ -99,7 +99,7 @@ def validate(segmenter, cache):
     """
     shared, total = np.zeros((2, len(bs.REGIONS)))
     for case in [case for case in cache.cases if case["part"] == "val"]:
-        images, classes, _ = cache.batch(case["first"] + np.arange(case["count"]))
+        images, classes, _ = cache.batch(case["first"] + np.arange(case["axial"]))
         found = bs.regions_of(segmenter.slice_labels(images))
         true = bs.regions_of(bs.tumour_labels(classes))
         shared += (found & true).sum((1, 2, 3)).numpy()
@@ -241,7 +241,7 @@ def picture_of(case, prepared, predicted):
     slice with most tumour, true or predicted."""
     true, predicted = slices.to_slices(nifti.read_labels(case)[0]), slices.to_slices(predicted)
     at = int(((true > 0) | (predicted > 0)).sum((1, 2)).argmax())
-    scans = prepared["grid"].grow(bs.to_images(prepared["images"][at]).numpy())
+    scans = prepared["grid"].grow(bs.to_images(prepared["images"]).movedim(1, 0).numpy())[:, at]
     shown = [scans[bs.MODALITIES.index(name)] for name in shown_modalities()]
     return [*shown, *(pictures.overlay(shown[0], labels[at]) for labels in (true, predicted))]
 
@@ -253,7 +253,7 @@ def train(args, device):
         return study.study(args, split, device, fit, source)
     cache = devices.first_process_first(lambda: slices.build_cache(
         cases, Path(args.out).parent / "cache", args.resolution, args.fov, "tumour", split))
-    sources = [source(cache, cache.part("train"))]
+    sources = [source(cache, cache.part("train", [0]))]
     if not len(sources[0].tumour):
         raise bs.BadInput("no training slice shows tumour, so there is nothing to learn; add cases "
                           f"with tumour, or give more than --resolution {args.resolution}")
@@ -263,7 +263,7 @@ def train(args, device):
             args.synthetic, cache.hashes("val", "test"), args))
         print(f"synthetic: {len(synthetic.cases)} cases, {args.synthetic_share:.0%} of every batch")
         trained_on |= {*synthetic.hashes("train"), *sidecars}
-        sources.insert(0, source(synthetic, synthetic.part("train"), args.synthetic_share))
+        sources.insert(0, source(synthetic, synthetic.part("train", [0]), args.synthetic_share))
     segmenter, run = fit(args, sources, cache, device, sorted(trained_on))
     if segmenter:                               # in the first process; the others are done
         finish_report(args, segmenter, split, run)

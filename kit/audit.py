@@ -34,14 +34,17 @@ Missed are copies under heavy noise or blur, of a tumour alone, or of parts of a
 
 
 def audit_slices(prepared):
-    """The slices of cases at AUDIT_POSITIONS: images float (N, P, C, R, R) in [-1, 1], classes
-    int64 (N, P, R, R), positions float (N, P). prepared: what prepare_case returns, N times."""
+    """The slices of cases at AUDIT_POSITIONS, -1 lowest and 1 highest with brain: images float
+    (N, P, C, R, R) in [-1, 1], classes int64 (N, P, R, R), places float (N, P, 2). prepared: what
+    prepare_case returns, N times."""
     cases = []
     for got in prepared:
-        rows = np.abs(got["position"][:, None] - AUDIT_POSITIONS).argmin(0)
-        cases.append([got[name][rows] for name in ("images", "classes", "position")])
-    images, classes, position = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*cases)]
-    return bs.to_images(images), classes.long(), position
+        low, high = np.where(got["classes"].any((1, 2)))[0][[0, -1]]
+        rows = np.rint(low + (AUDIT_POSITIONS + 1) / 2 * (high - low)).astype(int)
+        places = bs.places(len(got["classes"]), 0).numpy()
+        cases.append([got["images"][rows], got["classes"][rows], places[rows]])
+    images, classes, places = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*cases)]
+    return bs.to_images(images), classes.long(), places
 
 
 def audit_views(images, classes, condition):
@@ -219,8 +222,8 @@ def reproduction(denoiser, real, group, few, condition, head, settings):
     High for any good generator; higher for training cases only if it remembers them."""
     alike = []
     for number, i in enumerate(group[slices.evenly(len(group), few)]):
-        scan, labels, position = [part[i] for part in real]
-        sampled = bs.sample_volume(denoiser, labels, position, 1.0, (0, "audit", number), settings)
+        scan, labels, place = [part[i] for part in real]
+        sampled = bs.sample_slices(denoiser, labels, (0, "audit", number), settings, [place])
         pair = [audit_views(x[None], labels[None], condition) for x in (sampled, scan)]
         alike.append(similarity(*pair, head)[0, :, 0].mean().item())
     return np.float32(alike)
@@ -255,7 +258,7 @@ def audit(synthetic, related, real, training, condition, denoiser, settings, few
                   training cases or decoys
     none found  else
 
-    synthetic, real: from audit_slices (images, classes, positions), N synthetic and M real cases,
+    synthetic, real: from audit_slices (images, classes, places), N synthetic and M real cases,
     one a patient; related bool (N, M): which real cases lent a synthetic case its label map or
     outline; training bool (M,): which real cases were trained on; denoiser: the generator;
     settings: of sample_volume; few: part C samples so many cases of each kind.
@@ -330,7 +333,7 @@ def audit_folder(args, denoiser, state, settings):
     synthetic = audit_slices(slices.prepare_case(case, *grid) for case in cases)
     pool = audit_slices(slices.prepare_case(case, *grid) for case in real)
     # coarse anatomy is there after ten calls
-    settings = {**settings, "coherence": 0.0, "steps": min(settings["steps"], 10)}
+    settings = {**settings, "steps": min(settings["steps"], 10)}
     report, pairs = audit(synthetic, related, pool, torch.tensor(training), state["condition"],
                           denoiser, settings)
     scores = report["scores"]

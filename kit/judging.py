@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import brainsyn as bs
-from kit import checks, files, nifti, recipes, requests, runs, slices, writing
+from kit import checks, files, nifti, requests, runs, slices, writing
 
 SLICES_A_CASE = 40              # that are compared
 DRAWS = 10                      # of equally many cases from each set
@@ -48,10 +48,10 @@ def prior_alone(denoiser):
     return dataclasses.replace(denoiser, net=ZeroNet(denoiser.net))
 
 
-def skill(denoiser, x0, classes, position, key):
+def skill(denoiser, x0, classes, place, key):
     """By how much a network removes noise better than the prior alone: 1 - the mean squared error
     of x0_hat inside the brain / that of the prior alone, at each noise level of SKILL_AT -> list. 0
-    is the prior alone, 1 is perfect. x0 (N, C, H, W), classes (N, H, W), position (N,); key: of
+    is the prior alone, 1 is perfect. x0 (N, C, H, W), classes (N, H, W), place (N, 2); key: of
     generator. NaN without brain."""
     found, onehot = [], bs.one_hot(classes, denoiser.net.classes)
     for level in SKILL_AT:
@@ -61,7 +61,7 @@ def skill(denoiser, x0, classes, position, key):
                            sigma)
         errors = []
         for model in (denoiser, prior_alone(denoiser)):
-            x0_hat, _ = bs.split_v(x_t, model(x_t, t, onehot, position[:, None]), signal, sigma)
+            x0_hat, _ = bs.split_v(x_t, model(x_t, t, onehot, place), signal, sigma)
             errors.append(((x0_hat - x0) ** 2).movedim(1, -1)[classes > 0].mean().item())
         found.append(1 - errors[0] / errors[1])
     return found
@@ -131,16 +131,6 @@ def grey_white_contrast(images, classes, condition):
     return float(np.mean(contrast)) if contrast else np.nan
 
 
-def roughness(volume, classes):
-    """Slice-to-slice roughness: mean |difference| of neighbouring slices (D, C, H, W) over voxels
-    that are the same healthy or tumour class in both, divided by the spread of brain voxels.
-    classes: int (D, H, W)."""
-    same = ((classes[1:] == classes[:-1]) & (classes[1:] > 0)).unsqueeze(1)
-    step = (volume[1:] - volume[:-1]).abs() * same
-    brain = volume.movedim(1, 0)[:, classes > 0]
-    return (step.sum() / (same.sum() * volume.shape[1]).clamp(min=1) / brain.std(1).mean()).item()
-
-
 def judge_slices(real, sampled, classes, condition):
     """The closing figures of a run: {name: value}. real, sampled (N, C, H, W) in [-1, 1] on the
     same label maps classes (N, H, W). NaN where there is nothing to measure."""
@@ -159,24 +149,117 @@ def judge_slices(real, sampled, classes, condition):
             "grey_white_ratio": figures["sampled_grey_white"] / figures["real_grey_white"]}
 
 
-def judge_run(real, sampled, prior, classes, condition):
-    """judge_slices of samples, and of those of the prior alone as "prior_...", with texture
-    distances. Arguments as there; prior: drawn on the same label maps with the same noise."""
-    figures, alone = [judge_slices(real, images, classes, condition) for images in (sampled, prior)]
-    for images, row in ((sampled, figures), (prior, alone)):
-        row["texture_distance"] = texture_distance({"images": real, "classes": classes},
-                                                   {"images": images, "classes": classes})
+def doubts(figures):
+    """Sentences about figures of real slices that are too low to be true; figures: of
+    judge_slices."""
+    return [f"note: {label} is brighter than brain on {modality} in "
+            f"{figures[f'real_{modality}_{label}_above_brain']:.0%} only of the real slices: were "
+            "scans exchanged, or do labels mean something else? Run python brainsyn.py DIR"
+            for modality, label in BRIGHT if figures.get(f"slices_with_{label}", 0) >= 5
+            and figures[f"real_{modality}_{label}_above_brain"] < 0.8]
+
+
+# ------------------------------------------------------------------------------------- volumes ---
+
+def planes_of(images, classes):
+    """A volume (D, C, H, W) and its class map (D, H, W) as axial, coronal and sagittal slices: three
+    pairs of the same."""
+    return [(bs.turned(images, plane), classes.transpose(0, max(axis - 1, 0)))
+            for plane, axis in enumerate(bs.AXES)]
+
+
+def banding(images, classes, condition):
+    """By how much all of a slice is brighter than its neighbour, along z, y and x: list of three.
+
+    The difference of neighbours, where both are healthy brain, is averaged over 9x9 pixels, where
+    80% of these count. Given is the root mean square of that, over the standard deviation of brain
+    voxels; mean over modalities. Compare with a scan on the same label map: a volume of slices that
+    were drawn alone has more along their axis. images (D, C, H, W), classes (D, H, W).
+    """
+    spread, found = images.movedim(1, 0)[:, classes > 0].std(1), []
+    for view, seen in planes_of(images, classes):
+        healthy = healthy_brain(seen, condition)
+        both = (healthy[1:] & healthy[:-1]).unsqueeze(1).float()
+        share = F.avg_pool2d(both, 9, 1, 4)
+        smooth = F.avg_pool2d((view[1:] - view[:-1]) * both, 9, 1, 4) / share.clamp(min=1e-6)
+        counted = (both > 0) & (share >= 0.8)
+        power = (smooth ** 2 * counted).sum((0, 2, 3)) / counted.sum().clamp(min=1)
+        found.append((power.sqrt() / spread).mean().item())
+    return found
+
+
+def fold_dice(images, classes, condition):
+    """Do folds run through? Dice of the CSF (tissue_clusters) of neighbouring slices, where both
+    are healthy brain, along z, y and x: list of three. Arguments as in banding; NaN without T1, T2
+    or FLAIR."""
+    if not {"t1", "t2", "flair"} <= set(bs.MODALITIES):
+        return [np.nan] * 3
+    healthy = healthy_brain(classes, condition)
+    scans = ((images.movedim(1, 0) + 1) * 127.5).numpy()
+    fluid = torch.from_numpy(slices.tissue_clusters(scans, healthy.numpy()) == 1)
+    found = []
+    for axis in range(3):
+        at, here = fluid.transpose(0, axis), healthy.transpose(0, axis)
+        both = here[1:] & here[:-1]
+        found.append(bs.dice(at[1:] & both, at[:-1] & both))
+    return found
+
+
+def slices_of(volumes, classes, count=10):
+    """`count` slices along every axis of each volume, evenly spread over those with brain on 5% of
+    the picture: for axial, coronal and sagittal ones a dict of images and classes."""
+    sets = []
+    for views in zip(*map(planes_of, volumes, classes)):
+        images, maps = [], []
+        for view, seen in views:
+            shown = torch.where((seen > 0).float().mean((1, 2)) > 0.05)[0]
+            rows = shown[torch.linspace(0, len(shown) - 1, count + 2).long()[1:-1]]
+            images.append(view[rows])
+            maps.append(seen[rows])
+        sets.append({"images": torch.cat(images), "classes": torch.cat(maps)})
+    return sets
+
+
+def judge_volumes(real, sampled, classes, condition):
+    """How volumes (D, C, H, W) hang together and look from three sides, beside scans on the same
+    label maps (D, H, W), each a list: {name: value}, banding and folds over those of the scans."""
+    figures = {}
+    for name, measure in (("banding", banding), ("folds", fold_dice)):
+        made, wanted = [np.mean([measure(*pair, condition) for pair in zip(volumes, classes)], 0)
+                        for volumes in (sampled, real)]
+        figures |= {f"{name}_{axis}": value for axis, value in zip("zyx", (made / wanted).tolist())}
+    sets = zip(PLANES, slices_of(real, classes), slices_of(sampled, classes))
+    return figures | {f"texture_{plane}": texture_distance(*pair) for plane, *pair in sets}
+
+
+def judge_run(real, sampled, prior, classes, condition, others=None):
+    """The closing figures of a run: judge_slices and judge_volumes of samples, and of those of the
+    prior alone, drawn with the same noise, as "prior_...". Arguments as there; others: scans and
+    label maps of other heads, for the floor of texture distances, "real_..."."""
+    joined = [{name: torch.cat([part[name] for part in slices_of(volumes, classes)])
+               for name in ("images", "classes")} for volumes in (real, sampled, prior)]
+    maps = joined[0]["classes"]
+    figures, alone = [judge_slices(joined[0]["images"], part["images"], maps, condition)
+                      | judge_volumes(real, volumes, classes, condition)
+                      for part, volumes in zip(joined[1:], (sampled, prior))]
+    for i, plane in enumerate(PLANES):
+        figures[f"real_texture_{plane}"] = texture_distance(
+            slices_of(real, classes)[i], slices_of(*others)[i]) if others else np.nan
     return figures | {f"prior_{name.removeprefix('sampled_')}": value
                       for name, value in alone.items() if not name.startswith(("real_", "slices_"))}
 
 
-def slice_table(figures):
+def head_table(figures):
     """The closing table of a run of images, lines of text, what shows the network first. figures:
-    of judge_run, with "skill" and "real_texture_distance", the floor."""
+    of judge_run, with "skill"."""
     rows = [(f"skill at t = {t}", value, 0.0, 1.0) for t, value in zip(SKILL_AT, figures["skill"])]
-    rows.append(("texture distance", *(figures[f"{source}texture_distance"]
-                                       for source in ("", "prior_", "real_"))))
-    for words, name in (("fine detail / real", "fine_power_ratio"),
+    rows += [(f"texture distance, {plane}", *(figures[f"{source}texture_{plane}"]
+                                              for source in ("", "prior_", "real_")))
+             for plane in PLANES]
+    for words, name in (*((f"{word} along {axis} / real", f"{name}_{axis}")
+                          for word, name in (("banding", "banding"), ("folds that run", "folds"))
+                          for axis in "zyx"),
+                        ("fine detail / real", "fine_power_ratio"),
                         ("grey-white contrast / real", "grey_white_ratio")):
         same = np.nan if np.isnan(figures[name]) else 1.0
         rows.append((words, figures[name], figures[f"prior_{name}"], same))
@@ -187,16 +270,6 @@ def slice_table(figures):
         rows.append((words, *(figures[f"{source}_{name}"]
                               for source in ("sampled", "prior", "real"))))
     return table(rows)
-
-
-def doubts(figures):
-    """Sentences about figures of real slices that are too low to be true; figures: of
-    judge_slices."""
-    return [f"note: {label} is brighter than brain on {modality} in "
-            f"{figures[f'real_{modality}_{label}_above_brain']:.0%} only of the real slices: were "
-            "scans exchanged, or do labels mean something else? Run python brainsyn.py DIR"
-            for modality, label in BRIGHT if figures.get(f"slices_with_{label}", 0) >= 5
-            and figures[f"real_{modality}_{label}_above_brain"] < 0.8]
 
 
 # ---------------------------------------------------------------------------------- label maps ---
@@ -302,41 +375,26 @@ def texture_distance(a, b):
     return sum(distances) / 2
 
 
-def planes_of(got):
-    """A case seen along three axes: what prepare_case returns -> {"axial": (images uint8
-    (D, C, R, R), classes uint8 (D, R, R), position (D,)), and "coronal" and "sagittal": (images
-    uint8 (R, C, R, R), classes (R, R, R))}, these of cubic voxels."""
-    classes, size = got["classes"], got["classes"].shape[-1]
-    spacing = nifti.spacing_of(got["grid"].model_affine())
-    ratio = spacing[0] / spacing[2]                                         # slices a new voxel
-    weights = slices.area_weights(len(classes), size, (len(classes) - size * ratio) / 2, ratio)
-    cube = requests.resample(classes, len(bs.CONDITIONS["tumour"]), [weights])
-    area = np.tensordot(weights, (classes > 0).astype(np.float32), 1)       # of brain
-    images = np.tensordot(weights, got["images"].astype(np.float32), 1).swapaxes(0, 1)  # C first
-    images = np.rint(images / np.maximum(area, 1e-6) * (cube > 0)).clip(0, 255).astype(np.uint8)
-    return {"axial": (got["images"], classes, got["position"]),
-            "coronal": (images.transpose(2, 0, 1, 3), cube.transpose(1, 0, 2)),
-            "sagittal": (images.transpose(3, 0, 1, 2), cube.transpose(2, 0, 1))}
-
-
 def slice_set(segmenter, prepared):
     """Slices of cases as one dict of tensors: images (N, C, R, R) in [-1, 1], classes (N, R, R),
-    position (N,), case (N,), features (N, F) of the segmenter; "coronal images", as bytes, "coronal
+    case (N,), features (N, F) of the segmenter; "coronal images", as bytes, "coronal
     classes" and the same of sagittal slices. Of each case SLICES_A_CASE slices along every axis,
     evenly spread over those with brain on 5% of the picture (some twice where there are fewer), so
     that equal numbers of cases are equal numbers of slices. prepared: list of what prepare_case
     returns."""
     parts = {plane: [] for plane in PLANES}
     for got in prepared:
-        for plane, arrays in planes_of(got).items():
-            shown = np.where((arrays[1] > 0).mean((1, 2)) > 0.05)[0]
+        for plane, axis in zip(PLANES, bs.AXES):
+            images, classes = got["images"].swapaxes(0, axis), got["classes"].swapaxes(0, axis and
+                                                                                       axis - 1)
+            shown = np.where((classes > 0).mean((1, 2)) > 0.05)[0]
             rows = shown[np.linspace(0, len(shown) - 1, SLICES_A_CASE).astype(int)]
-            parts[plane].append([array[rows] for array in arrays])
+            parts[plane].append((images[rows], classes[rows]))
     joined = {plane: [torch.from_numpy(np.concatenate(part)) for part in zip(*parts[plane])]
               for plane in PLANES}
-    images, classes, position = joined["axial"]
+    images, classes = joined["axial"]
     images, case = bs.to_images(images), torch.arange(len(prepared))
-    group = {"images": images, "classes": classes, "position": position,
+    group = {"images": images, "classes": classes,
              "case": case.repeat_interleave(SLICES_A_CASE), "features": segmenter.features(images)}
     for plane in PLANES[1:]:
         group[f"{plane} images"], group[f"{plane} classes"] = joined[plane]
@@ -397,16 +455,17 @@ def held_out_split(args, segmenter, synthetic):
 
 
 def means_over_cases(segmenter, prepared):
-    """Mean Dice of every region as a dict, and mean roughness, over cases. prepared: what
+    """Mean Dice of every region and mean banding, over cases, as a dict. prepared: what
     prepare_case returns of each. Dice is measured on the model's grid, where synthetic cases live:
     on a finer grid only real cases would lose by resampling."""
-    dices, rough = [], []
+    dices, bands = [], []
     for got in prepared:
         images, classes = bs.to_images(got["images"]), torch.from_numpy(got["classes"])
         dices.append(segmenter.slice_dice(images, bs.tumour_labels(classes)))
-        rough.append(roughness(images, classes))
-    names = [f"Dice {region}" for region in bs.REGIONS]
-    return dict(zip(names, np.mean(dices, 0).tolist())), float(np.mean(rough))
+        bands.append(banding(images, classes, "tumour"))
+    names = [f"Dice {region}" for region in bs.REGIONS], [f"banding along {axis}" for axis in "zyx"]
+    return {name: value for words, rows in zip(names, (dices, bands))
+            for name, value in zip(words, np.mean(rows, 0).tolist())}
 
 
 def draw_prior_alone(cases, path, device, folder):
@@ -429,8 +488,8 @@ def draw_prior_alone(cases, path, device, folder):
         classes = slices.to_slices(classes).astype(np.uint8)
         settings = {name: row[name.capitalize()] for name in bs.SAMPLING}
         key = row["Seed"], int(row["Case"].split("-")[2])
-        thickness = float(nifti.spacing_of(affine)[2])
-        images = recipes.sample_case(prior_alone(denoiser), classes, thickness, key, settings)
+        images = bs.sample_volume(prior_alone(denoiser), torch.from_numpy(classes).long(), key,
+                                  settings)
         counts = np.moveaxis(writing.image_counts(images, classes), 1, 0)
         writing.write_case(folder, case.case, slices.from_slices(counts), labels, affine, row)
     return nifti.find_cases(folder)
@@ -454,8 +513,7 @@ def judge(args, device):
             sets[name] = slice_set(segmenter, prepared[name])
     figures, sd, drawn = compare_draws(sets)
     for name, row in figures.items():
-        dices, rough = means_over_cases(segmenter, prepared[name])
-        figures[name] = {**row, **dices, "slice-to-slice roughness": rough}
+        figures[name] = {**row, **means_over_cases(segmenter, prepared[name])}
     overlap = sum(writing.contaminated(case, hashes) for case in synthetic)
     report = {"synthetic_cases": len(synthetic), "held_out_cases": len(real), "cases_a_draw": drawn,
               "slices_a_draw": drawn * SLICES_A_CASE,

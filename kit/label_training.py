@@ -35,7 +35,9 @@ class LabelData:
         self.args, self.names = args, bs.CONDITIONS[args.condition]
         self.step_mm = step = args.fov / args.resolution                        # mm a voxel
         depth = args.resolution * 3 // 4
-        tall = [c["case"] for c in cache.cases if c["count"] * c["thickness"] > depth * step]
+        edge = (args.resolution - depth) // 2
+        tall = [case["case"] for case, cube in zip(cache.cases, cache.cubes)
+                if cube[:edge, -1].any() or cube[-edge:, -1].any()]
         if tall:
             print(f"note: {len(tall)} heads ({tall[0]} for one) are cut at {depth * step:.0f} mm")
         train = requests.label_volumes(cache, ("train",), depth)
@@ -109,7 +111,7 @@ def error_rows(figures, units):
 def with_levels(learner, t, x0, eps, onehot, scalars):
     """A batch of Heads or Voxels with the noise levels and the prior of t, see the module."""
     levels = bs.signal_sigma(bs.cosine_alpha_bar(learner.args.shift), t)
-    return t, x0, eps, onehot, scalars, *levels, *bs.expected(learner.prior, onehot, scalars[:, 0])
+    return t, x0, eps, onehot, scalars, *levels, *bs.expected(learner.prior, onehot, scalars)
 
 
 def draw_progress(args, step, volumes):
@@ -126,7 +128,7 @@ class Heads:
         self.args, self.data = args, data
         self.x0 = requests.head_pictures(data.fractions)                        # (M, D' K, r, r)
         self.network = {"channels": self.x0.shape[1], "classes": 0,
-                        "scalars": 1 + len(requests.entries()), "patch": 1, "fine": 48}
+                        "scalars": 2 + len(requests.entries()), "patch": 1, "fine": 48}
         self.prior = requests.label_prior(self.x0)
         self.words = f"blocks of {len(data.heads)} heads, {len(data.cases)} of them not moved"
 
@@ -143,7 +145,7 @@ class Heads:
         """The batch of a training step, see the module."""
         seed, heads = self.args.seed, self.rows(step)
         x0, asked = self.x0[heads], self.data.asked[heads]
-        t, eps, keep, _, mirror = bs.training_noise(seed, step, x0.shape, self.args.drop)
+        t, eps, keep, mirror = bs.training_noise(seed, step, x0.shape, self.args.drop)
         x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
         asked[:, requests.entries().index("x")] *= torch.where(mirror, -1.0, 1.0)
         asked[(keep == 0)[:, None] | requests.open_entries(len(x0), seed, step)] = torch.nan
@@ -185,7 +187,7 @@ class Voxels:
         tumour = data.fractions[:, :, -len(bs.LABELS):].sum((2, 3, 4)).flatten()[rows] > 0
         self.with_tumour, self.without = rows[tumour], rows[~tumour]
         channels = requests.BLOCK * len(data.names)
-        self.network = {"channels": channels, "classes": channels, "scalars": 3}  # of slab_scalars
+        self.network = {"channels": channels, "classes": channels, "scalars": 4}  # of slab_scalars
         self.prior = {"shares": torch.tensor(0.1)}
         self.words = f"{len(rows)} slabs of {len(data.heads)} heads"
 
@@ -208,7 +210,7 @@ class Voxels:
         # (B, BLOCK K, R, R)
         x0 = 2 * bs.one_hot(classes, len(data.names)).transpose(1, 2).flatten(1, 2) - 1
         blocks = requests.slab_fractions(data.fractions[heads], index)          # the same shape
-        t, eps, _, _, mirror = bs.training_noise(seed, step, x0.shape, 0.0)
+        t, eps, _, mirror = bs.training_noise(seed, step, x0.shape, 0.0)
         x0, blocks = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part)
                       for part in (x0, blocks)]
         asked = data.asked[heads]

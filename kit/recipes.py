@@ -70,19 +70,6 @@ class Recipe:
         return labels
 
 
-def sample_case(denoiser, classes, thickness, key, settings):
-    """Images float (D, C, R, R) in [-1, 1] of a class map uint8 (D, R, R); slices above and below
-    the brain are air. thickness, key, settings: see bs.sample_volume."""
-    position = torch.from_numpy(slices.brain_position(classes, "a label map shows no brain"))
-    classes = torch.from_numpy(classes).long()
-    inside = torch.where((classes > 0).any(2).any(1))[0]
-    brain = slice(int(inside[0]), int(inside[-1]) + 1)
-    images = torch.full((len(classes), denoiser.net.channels, *classes.shape[1:]), -1.0)
-    images[brain] = bs.sample_volume(denoiser, classes[brain], position[brain], thickness, key,
-                                     settings)
-    return images
-
-
 def cases_of_part(args, folder):
     """The real cases in a folder, of --part alone where it is given: the parts that training had,
     for which the folder is checked as training checks it."""

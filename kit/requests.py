@@ -181,20 +181,12 @@ def resample(classes, n_classes, matrices):
 
 
 def label_volumes(cache, parts, depth):
-    """The label maps of these parts of a cache as volumes of cubic voxels: uint8 (N, depth, R, R).
-    Slices are resampled by majority of what a new slice covers; the case lies in the middle, air
-    above and below."""
-    cases = [case for case in cache.cases if case["part"] in parts]
-    size = cache.meta["resolution"]
-    volumes = torch.zeros(len(cases), depth, size, size, dtype=torch.uint8)
-    for volume, case in zip(volumes, cases):
-        count = case["count"]
-        ratio = cache.meta["fov"] / size / case["thickness"]
-        weights = slices.area_weights(count, depth, (count - depth * ratio) / 2, ratio)
-        rows = cache.rows[case["first"]:case["first"] + count]
-        classes = np.reshape([row[-1] for row in rows], (-1, size, size))
-        volume[:] = torch.from_numpy(resample(classes, len(cache.meta["classes"]), [weights]))
-    return volumes
+    """The label maps of these parts of a cache: uint8 (N, depth, R, R), the middle of their cubes.
+    """
+    first = (cache.meta["resolution"] - depth) // 2
+    return torch.stack([torch.from_numpy(cube[first:first + depth, -1])
+                        for cube, case in zip(cache.cubes, cache.cases) if case["part"] in parts]
+                       or [torch.zeros(0, depth, cache.meta["resolution"])])
 
 
 # How heads are moved in training: degrees; scale, shift and bend (elastic) as fractions of the
@@ -256,11 +248,11 @@ def head_pictures(fractions):
 def label_prior(x0):
     """The prior of the coarse network, see `expected`: x0 (N, D' K, r, r) from head_pictures ->
     mean and std for every class and block over the heads and their mirror images, as a dict:
-    "atlas" (2, 1, D' K, r, r), "classes" (2, 1, D' K), its mean over a picture. std is at least
+    "atlas" (2, D' K, 1, r, r), "classes" (2, 1, D' K), its mean over a picture. std is at least
     0.1: a tumour may come where none was seen."""
     x = torch.cat([x0, x0.flip(-1)])
-    atlas = torch.stack([x.mean(0), x.std(0).clamp(min=0.1)])[:, None]
-    return {"classes": atlas.mean((3, 4)), "atlas": atlas}
+    atlas = torch.stack([x.mean(0), x.std(0).clamp(min=0.1)])
+    return {"classes": atlas.mean((2, 3))[:, None], "atlas": atlas[:, :, None]}
 
 
 def open_entries(count, seed, step):
@@ -274,16 +266,14 @@ def open_entries(count, seed, step):
 
 
 def head_scalars(wanted):
-    """Requests (B, E) -> scalars of the coarse network (B, 1 + E): 0 in the place
-    of the slice position, which a head does not have, then the request."""
-    return F.pad(scaled(wanted), (1, 0))
+    """Requests (B, E) -> scalars of the coarse network (B, 2 + E): 0 in the place
+    of the slice's place, which a head does not have, then the request."""
+    return F.pad(scaled(wanted), (2, 0))
 
 
 def slab_scalars(index, slabs, wanted):
-    """Scalars of the fine network (B, 3): position -1..1 of slab number index (B,) of `slabs`, then
-    sphericity and lesions of the request (B, E), which blocks show badly or not at all."""
-    position = (index + 0.5) / slabs * 2 - 1
-    return torch.cat([position[:, None], scaled(wanted)[:, [SPHERICITY, LESIONS]]], 1)
+    """Scalars of the fine network (B, 4): place of slab number index (B,) of `slabs`, then sphericity and lesions of the request (B, E), which blocks show badly or not at all."""
+    return torch.cat([bs.places(slabs, 0)[index], scaled(wanted)[:, [SPHERICITY, LESIONS]]], 1)
 
 
 # ------------------------------------------------------------------------------------- requests ---
@@ -336,18 +326,19 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
     spacing = fov / resolution
     ratio = spacing / step
     matrices = []
-    for have, size in zip(classes.shape, (round(len(classes) / ratio), resolution, resolution)):
-        start = (have - size * ratio) / 2
-        matrices.append(slices.area_weights(have, size, start, ratio) if ratio >= 1 else
-                        slices.linear_weights(size, have, -start / ratio, 1 / ratio))
+    for have in classes.shape:
+        start = (have - resolution * ratio) / 2
+        matrices.append(slices.area_weights(have, resolution, start, ratio) if ratio >= 1 else
+                        slices.linear_weights(resolution, have, -start / ratio, 1 / ratio))
     classes = resample(classes.numpy(), len(bs.CONDITIONS[wanted]), matrices)
-    position = slices.brain_position(classes, "generated labels show no brain; train them longer")
+    if not classes.any():
+        raise bs.BadInput("generated labels show no brain; train them longer")
     labels = slices.from_slices(bs.tumour_labels(classes, wanted))
     brain = slices.from_slices(classes > 0)
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = (1 - np.array(brain.shape)) / 2 * spacing
-    return {"classes": classes, "position": position, "hashes": slices.case_hashes(labels, brain),
-            "grid": slices.Grid(brain.shape, affine, resolution, (0.0, 0.0), (1.0, 1.0))}
+    return {"classes": classes, "hashes": slices.case_hashes(labels, brain),
+            "grid": slices.Grid(brain.shape, affine, resolution, (0.0,) * 3, (1.0,) * 3)}
 
 
 # ------------------------------------------------------------------------------------- sampling ---
@@ -409,13 +400,13 @@ def sample_blocks(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATE
     (E,) -> class fractions (D', K, r, r), sum 1. `candidates` heads are sampled and
     cleaned, see LEAST_FRACTION; the one with the least distance to the request is kept. A class of
     which 0 mL are wanted is removed. key, settings: see sample_labels; weight: see distance."""
-    mean = model.coarse.prior["atlas"][0].expand(candidates, -1, -1, -1)        # (N, D' K, r, r)
+    mean = model.coarse.prior["atlas"][0].movedim(1, 0).expand(candidates, -1, -1, -1)
 
     def noise(step):
         return torch.randn(mean.shape, generator=bs.generator(*key, "blocks", step))
 
     scalars = head_scalars(wanted.expand(candidates, -1))
-    x = bs.sample_guided(model.coarse, mean[:, :0], scalars, noise, settings)
+    x = bs.sample_guided(model.coarse, mean[:, :0], [scalars], noise, settings)
     x = x.unflatten(1, (-1, len(bs.CONDITIONS[model.condition])))               # (N, D', K, r, r)
     fractions = ((x + 1) / 2).clamp(1e-6, 1) ** 2
     fractions = fractions / fractions.sum(2, keepdim=True)
@@ -498,7 +489,7 @@ def sample_draft(model, wanted, key, settings, candidates, weight):
     def noise(step):
         return torch.randn(onehot.shape, generator=bs.generator(*key, "voxels", step))
 
-    x = bs.sample_guided(model.fine, onehot, scalars, noise, {**settings, "guidance": 1.0})
+    x = bs.sample_guided(model.fine, onehot, [scalars], noise, {**settings, "guidance": 1.0})
     voxels = wanted[volume_entries(model.condition)].double() * 1000 / model.step ** 3
     return settle(x.unflatten(1, (BLOCK, -1)).flatten(0, 1), voxels.float())
 
@@ -508,8 +499,8 @@ def sample_labels(model, wanted, key, settings=bs.SAMPLING, candidates=CANDIDATE
     classes int64 (D, R, R). At most `drafts` label maps are sampled, until one is NEAR the request;
     the nearest is kept, the first one if nothing is asked for.
 
-    key: see generator; settings: see SAMPLING, of which guidance is for the coarse network only and
-    coherence is not used; candidates: see sample_blocks. Open volumes: see fill_volumes.
+    key: see generator; settings: see SAMPLING, of which guidance is for the coarse network only;
+    candidates: see sample_blocks. Open volumes: see fill_volumes.
     """
     asked = ~torch.isnan(wanted)
     weight = torch.where(asked, 1.0, 0.1)       # volumes that fill_volumes adds count a tenth

@@ -61,11 +61,11 @@ def brain_mask(scans, where="scans"):
 
 def fingerprint(case, *settings):
     """12 hexadecimal digits that change when a file of this Case (by name, size and time) or a
-    setting does, or the number 14: raise it with every change of what prepare_case makes."""
+    setting does, or the number 15: raise it with every change of what prepare_case makes."""
     stats = [(name, path, path.stat()) for name, path in case.files.items() if path.exists()]
     stamp = [[name, str(path), stat.st_size, stat.st_mtime_ns] for name, path, stat in stats]
     stamp += [case.channels, case.values, nifti.LABEL_VALUES, bs.LABELS]
-    return hashlib.sha256(json.dumps([14, *settings, stamp]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([15, *settings, stamp]).encode()).hexdigest()[:12]
 
 
 def hashes_of(case):
@@ -126,8 +126,8 @@ def from_slices(volume):
 
 @dataclass
 class Grid:
-    """The model's square pixel grid over a case: `resolution` pixels a side, `fov` mm wide, centred
-    on the brain; slices along z as they are. start, step: (H, W) in source pixels."""
+    """The model's grid over a case: `resolution` cubes a side, `fov` mm wide, centred on the brain.
+    start, step: (D, H, W) in source voxels."""
     shape: tuple                                # of the source, (X, Y, Z)
     affine: np.ndarray                          # of the source, canonical
     resolution: int
@@ -135,38 +135,40 @@ class Grid:
     step: tuple
 
     def resample(self, volume, weights):
-        """A volume (..., D, H, W), resampled along H and W by area_weights or linear_weights."""
-        rows, columns = [weights(self.shape[axis], self.resolution, start, step)
-                         for axis, start, step in zip((1, 0), self.start, self.step)]
+        """A volume (..., D, H, W), resampled by area_weights or linear_weights."""
+        slabs, rows, columns = [
+            weights(self.shape[axis], self.resolution, start, step)
+            for axis, start, step in zip((2, 1, 0), self.start, self.step)]
+        volume = np.moveaxis(np.tensordot(slabs, volume, (1, -3)), 0, -3)
         return rows @ volume @ columns.T
 
     def shrink(self, volume):
-        """(D, H, W) on the source grid -> (D, resolution, resolution), by area."""
+        """(D, H, W) on the source grid -> (R, R, R) on the model's, by area."""
         return self.resample(volume.astype(np.float32), area_weights)
 
     def grow(self, volume):
-        """(..., D, R, R) on the model's grid -> (..., D, H, W) on the source grid, linear."""
+        """(..., R, R, R) on the model's grid -> (..., D, H, W) on the source grid, linear."""
         return self.resample(volume, linear_weights)
 
     def model_affine(self):
         """Affine (4, 4) of from_slices(volume on the model's grid), canonical, voxel -> mm.
 
-        Voxel x' of the model lies at source voxel x = n - start - step (R - x') + step/2 - 1/2:
-        both arrays are reversed between canonical axes and slices.
+        Voxel z' of the model lies at source voxel start + step z' + step/2 - 1/2. x and y are
+        reversed between canonical axes and slices: x = n - start - step (R - x') + step/2 - 1/2.
         """
-        change = np.eye(4)
-        for axis, start, step in zip((1, 0), self.start, self.step):
-            change[axis, axis] = step
-            change[axis, 3] = self.shape[axis] - start - step * self.resolution + step / 2 - 0.5
+        change = np.diag([*self.step[::-1], 1.0])
+        for axis, start, step in zip((2, 1, 0), self.start, self.step):
+            first = start if axis == 2 else self.shape[axis] - start - step * self.resolution
+            change[axis, 3] = first + step / 2 - 0.5
         return self.affine @ change
 
 
 def grid_over(brain, affine, resolution, fov):
     """The Grid over a brain, bool (X, Y, Z), with affine (4, 4); fov in mm."""
-    # rows and columns that show brain
-    shown = [np.where(to_slices(brain).any(axis))[0] for axis in ((0, 2), (0, 1))]
-    step = fov / resolution / nifti.spacing_of(affine)[[1, 0]]
-    # whole source pixels: where one step is one pixel (or two), nothing is blurred
+    # slices, rows and columns that show brain
+    shown = [np.where(to_slices(brain).any(axis))[0] for axis in ((1, 2), (0, 2), (0, 1))]
+    step = fov / resolution / nifti.spacing_of(affine)[[2, 1, 0]]
+    # whole source voxels: where one step is one voxel (or two), nothing is blurred
     start = np.round(([at[0] + at[-1] + 1 for at in shown] - resolution * step) / 2)
     return Grid(brain.shape, affine, resolution, tuple(start), tuple(step))
 
@@ -287,22 +289,12 @@ def majority(fractions):
     return fractions.argmax(0).astype(np.uint8)
 
 
-def brain_position(classes, fault):
-    """Class map (D, H, W) -> position float32 (D,): -1 at the lowest slice with brain, 1 at the
-    highest, straight on beyond them. BadInput with the text `fault` where there is no brain."""
-    if not classes.any():
-        raise bs.BadInput(fault)
-    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
-    return (2 * (np.arange(len(classes)) - low) / max(high - low, 1) - 1).astype(np.float32)
-
-
 def prepare_case(case, resolution, fov, condition, relabel=None):
     """Read a Case and bring it on the model's grid; what the cache and sample.py are made of.
 
     relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..L that take the place
-    of those read; see classes_of. Returns a dict: images uint8 (D, C, R, R), 0 = air; classes uint8
-    (D, R, R), values index CONDITIONS[condition]; position float32 (D,), see brain_position; labels
-    uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
+    of those read; see classes_of. Returns a dict: images uint8 (R, C, R, R), 0 = air; classes uint8
+    (R, R, R), values index CONDITIONS[condition]; labels uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
     read; grid; cut: fraction of brain voxels outside the field of view; lost: mL
     and number of lesions of which the grid keeps nothing.
     """
@@ -319,7 +311,8 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
     # the edge of the brain is not darkened by air
     n_classes = len(bs.CONDITIONS[condition])
     classes = majority(np.stack([grid.shrink(full == k) for k in range(n_classes)]))
-    position = brain_position(classes, f"{case.folder}: no brain in the field of view; check scans")
+    if not classes.any():
+        raise bs.BadInput(f"{case.folder}: no brain in the field of view; check scans")
     inside = to_slices(brain)
     area = np.maximum(grid.shrink(inside), 1e-6)
     images = np.zeros((len(classes), len(scans), resolution, resolution), np.uint8)
@@ -328,21 +321,21 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
         mean = np.where(classes > 0, grid.shrink(scan * inside) / area, 0)
         images[:, c] = np.rint(mean).clip(0, 255)
     cut = 1 - area.sum() * np.prod(grid.step) / inside.sum()
-    return {"images": images, "classes": classes, "position": position, "labels": labels,
-            "brain": brain, "hashes": hashes, "grid": grid, "cut": float(cut),
+    return {"images": images, "classes": classes, "labels": labels, "brain": brain,
+            "hashes": hashes, "grid": grid, "cut": float(cut),
             "lost": lost_lesions(labels > 0, bs.tumour_labels(classes, condition) > 0, grid)}
 
 
 def lost_lesions(tumour, kept, grid):
     """Lesions, connected parts of a tumour, of which a grid keeps nothing: (mL, their number).
-    tumour: bool (X, Y, Z) on the grid of the files; kept: bool (D, R, R), what is left of it."""
+    tumour: bool (X, Y, Z) on the grid of the files; kept: bool (R, R, R), what is left of it."""
     there = np.argwhere(to_slices(tumour))                                      # (N, 3)
     if not len(there):
         return 0.0, 0
-    pixels = np.floor((there[:, 1:] + 0.5 - grid.start) / grid.step).astype(int)
-    inside = ((pixels >= 0) & (pixels < grid.resolution)).all(1)
+    cubes = np.floor((there + 0.5 - grid.start) / grid.step).astype(int)
+    inside = ((cubes >= 0) & (cubes < grid.resolution)).all(1)
     shown = np.zeros(len(there), bool)
-    shown[inside] = kept[there[inside, 0], pixels[inside, 0], pixels[inside, 1]]
+    shown[inside] = kept[tuple(cubes[inside].T)]
     lesion = components(torch.from_numpy(to_slices(tumour).copy()))[tuple(there.T)].numpy()
     voxels, found = np.bincount(lesion), np.bincount(lesion, shown)
     lost = (voxels > 0) & (found == 0)
@@ -416,22 +409,26 @@ def remember(folder, what, make, case, *settings):
 
 
 class Cache:
-    """Slices of all cases on the model's grid, memory-mapped: 0.1 ms a slice, no workers needed.
+    """Slices of all cases on the model's grid along three axes, memory-mapped: no workers needed.
 
-    rows      list of N arrays uint8 (C + 1, R, R), read from the files when used: C modalities,
-              then the class map; slices without brain left out
-    position  float32 (N,), a tensor
+    cubes     list of arrays uint8 (R, C + 1, R, R), one a case: C modalities, then the class map
+    rows      list of N arrays uint8 (C + 1, R, R), views into cubes: axial slices of a case, then
+              coronal, then sagittal ones; those without brain left out
+    place     float32 (N, 2), a tensor: see the glossary
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
-              case_hashes), first, count (its rows), thickness (mm between slices),
-              cut (fraction of the brain outside the field of view), lost (mL and number of lesions
+              case_hashes), first, count and axial (its rows; how
+              many of them are axial), cut (fraction of the brain outside the field of view), lost (mL and number of lesions
               of which the grid keeps nothing), finest (resolution at which a pixel of the model is
               one of the scans)
     meta      classes (their names), modalities, resolution, fov
     """
 
     def __init__(self, blocks, cases, meta):
-        self.rows = [row for block in blocks for row in block["rows"].numpy()]
-        self.position = torch.cat([block["position"] for block in blocks])
+        self.cubes = [block["cube"].numpy() for block in blocks]
+        self.rows = [cube.swapaxes(0, bs.AXES[plane])[i] for cube, block in zip(self.cubes, blocks)
+                     for plane, shown in enumerate(block["shown"]) for i in shown.tolist()]
+        self.place = torch.cat([bs.places(meta["resolution"], plane)[shown] for block in blocks
+                                for plane, shown in enumerate(block["shown"])])
         self.cases = cases
         self.meta = meta
 
@@ -443,9 +440,10 @@ class Cache:
         """Names of the cases that these rows show, sorted."""
         return sorted(set(self.of_rows("case")[rows].tolist()))
 
-    def part(self, part):
-        """Row numbers of one part of the split: int array."""
-        return np.where(self.of_rows("part") == part)[0]
+    def part(self, part, planes=(0, 1, 2)):
+        """Row numbers of one part of the split, of slices along these planes: int array."""
+        here = np.isin(self.place[:, 1].numpy(), planes)
+        return np.where((self.of_rows("part") == part) & here)[0]
 
     def hashes(self, *parts):
         """case_hashes of all cases of these parts, sorted: what a checkpoint says it was trained
@@ -453,14 +451,17 @@ class Cache:
         return sorted({digest for c in self.cases if c["part"] in parts for digest in c["hashes"]})
 
     def batch(self, rows, mirror=None):
-        """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R),
-        position float32 (B,), all torch tensors on the CPU. mirror: bool (B,), left and right are
-        swapped where it is True."""
+        """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R), place
+        float32 (B, 2), all torch tensors on the CPU. mirror: bool (B,), left and right are swapped
+        where it is True: columns, or, of a sagittal slice, the side that it lies on."""
         block = [self.rows[row] for row in rows]
         block = torch.from_numpy(np.array(block, np.uint8).reshape(-1, *self.rows[0].shape))
+        place = self.place[rows]
         if mirror is not None:
-            block = torch.where(mirror.view(-1, 1, 1, 1), block.flip(-1), block)
-        return bs.to_images(block[:, :-1]), block[:, -1].long(), self.position[rows]
+            sagittal = place[:, 1] == 2
+            block = torch.where((mirror & ~sagittal).view(-1, 1, 1, 1), block.flip(-1), block)
+            place[mirror & sagittal, 0] *= -1
+        return bs.to_images(block[:, :-1]), block[:, -1].long(), place
 
     def batches(self, rows, size=128):
         """These rows in turn, as batches of `size` or fewer."""
@@ -469,16 +470,16 @@ class Cache:
 
 
 def cached_case(case, resolution, fov, condition):
-    """What the cache keeps of a Case, a dict: rows uint8 (n, C + 1, R, R) of its slices with brain,
-    position float32 (n,), facts: hashes, thickness, cut, lost and finest, see Cache."""
+    """What the cache keeps of a Case, a dict: cube uint8 (R, C + 1, R, R), scans and classes; shown,
+    the numbers of its axial, coronal and sagittal slices with brain, three int tensors; facts:
+    hashes, cut, lost and finest, see Cache."""
     got = prepare_case(case, resolution, fov, condition)
-    keep = (got["classes"] > 0).mean((1, 2)) > 0.01
-    rows = np.concatenate([got["images"], got["classes"][:, None]], 1)[keep]
-    thickness = float(nifti.spacing_of(got["grid"].affine)[2])
-    return {"rows": torch.from_numpy(rows),
-            "position": torch.from_numpy(got["position"][keep].round(5)),
-            "facts": {"hashes": got["hashes"], "thickness": thickness, "cut": got["cut"],
-                      "lost": got["lost"], "finest": math.ceil(resolution * max(got["grid"].step))}}
+    cube = np.concatenate([got["images"], got["classes"][:, None]], 1)
+    brain = got["classes"] > 0
+    shown = [np.where(brain.mean(across) > 0.01)[0] for across in ((1, 2), (0, 2), (0, 1))]
+    return {"cube": torch.from_numpy(cube), "shown": list(map(torch.from_numpy, shown)),
+            "facts": {"hashes": got["hashes"], "cut": got["cut"], "lost": got["lost"],
+                      "finest": math.ceil(resolution * max(got["grid"].step))}}
 
 
 def build_cache(cases, folder, resolution, fov, condition, split=None):
@@ -499,8 +500,9 @@ def build_cache(cases, folder, resolution, fov, condition, split=None):
     entries, first = [], 0
     for case, block in zip(cases, blocks):
         entries.append({"case": case.case, "patient": case.patient, "part": part_of[case.case],
-                        "first": first, "count": len(block["rows"]), **block["facts"]})
-        first += len(block["rows"])
+                        "first": first, "axial": len(block["shown"][0]),
+                        "count": sum(map(len, block["shown"])), **block["facts"]})
+        first += entries[-1]["count"]
     if not first:
         raise bs.BadInput(f"no slice shows enough brain at --fov {fov}; use a smaller one")
     wide = sum(entry["cut"] > 0.002 for entry in entries)

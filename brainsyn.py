@@ -631,7 +631,7 @@ def optimizer_form(device):
 
 def timesteps(steps, spacing="noise"):
     """Noise levels a sampler visits: int64 tensor (steps + 1,), from T down to 0, rounded to the
-    nearest; steps in 1..T. spacing: evenly in "t", or in "noise", which is sigma / (signal + sigma)
+    nearest; steps in 1..600. spacing: evenly in "t", or in "noise", which is sigma / (signal + sigma)
     of the schedule without shift: t = T 2/pi atan(noise / (1 - noise)). That spends more calls on
     the middle, where pictures take form."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)

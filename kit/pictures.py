@@ -158,6 +158,6 @@ def layer_table(net, size):
     hook = torch.nn.modules.module.register_module_forward_hook(note)
     with torch.no_grad():
         net(torch.zeros(1, net.channels, size, size), torch.ones(1),
-            torch.zeros(1, net.classes, size, size), torch.zeros(1, 1))
+            torch.zeros(1, net.classes, size, size), torch.zeros(1, 2))
     hook.remove()
     return [*lines, f"{'total':<28} {'':<18} {count_parameters(net):>10,}"]

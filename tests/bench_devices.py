@@ -69,7 +69,7 @@ def measure(name, make, device, args, resolution):
     net, call = make()
     onehot = bs.one_hot(torch.randint(0, 5, (args.batch, resolution, resolution)), 5)
     batch = [torch.randn(args.batch, 4, resolution, resolution),
-             torch.randint(1, bs.T, (args.batch,)), onehot, torch.zeros(args.batch, 1)]
+             torch.randint(1, bs.T, (args.batch,)), onehot, torch.zeros(args.batch, 2)]
     # shapes alone: costs nothing
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         call(make()[0], *(torch.empty_like(part, device="meta") for part in batch)).sum().backward()

@@ -232,7 +232,7 @@ class Runner:
         self.bf16 = self.tuned and bs.uses_bf16(device)
         x, t = torch.randn(batch, CHANNELS, size, size), torch.randint(1, bs.T, (batch,))
         onehot = bs.one_hot(torch.randint(0, CLASSES, (batch, size, size)), CLASSES)
-        self.inputs = {"ours": (x, t, onehot, torch.zeros(batch, 1)), "scan": (x,),
+        self.inputs = {"ours": (x, t, onehot, torch.zeros(batch, 2)), "scan": (x,),
                        "concat": (torch.cat([x, onehot], 1), t),
                        "place": (torch.cat([x, onehot, torch.zeros(batch, 2, size, size)], 1), t)}[
             self.calls]

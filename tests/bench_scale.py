@@ -112,7 +112,7 @@ def step_time(size, batch, width, steps):
     torch.manual_seed(0)
     net = devices.place_network(bs.UNet(width=width), CPU)
     batch_of = [torch.randn(batch, 4, size, size), torch.randint(1, bs.T, (batch,)),
-                torch.zeros(batch, 5, size, size), torch.zeros(batch, 1)]
+                torch.zeros(batch, 5, size, size), torch.zeros(batch, 2)]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         bs.UNet(width=width)(*(torch.empty_like(part, device="meta") for part in batch_of)).sum(
             ).backward()

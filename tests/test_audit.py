@@ -12,7 +12,7 @@ TUMOUR = "tumour"
 
 @pytest.fixture(scope="module")
 def pool(many_phantoms):
-    """Slices of 44 phantoms, as the audit compares them: (images, classes, positions)."""
+    """Slices of 44 phantoms, as the audit compares them: (images, classes, places)."""
     return audit.audit_slices([slices.prepare_case(case, 32, 192.0, TUMOUR)
                                for case in nifti.find_cases(many_phantoms)])
 
@@ -224,9 +224,9 @@ def test_auc_by_hand():
 def learn(pool, rows, steps, every):
     """A generator of a few hundred thousand weights, trained on every so many slices of these cases
     of the pool."""
-    x0, classes, position = [part[rows][:, ::every].flatten(0, 1) for part in pool]
+    x0, classes, place = [part[rows][:, ::every].flatten(0, 1) for part in pool]
 
-    prior = bs.measure_prior([(x0, classes, position)], TUMOUR)
+    prior = bs.measure_prior([(x0, classes, place)], TUMOUR)
     alpha_bar = bs.cosine_alpha_bar(2.0)
     torch.manual_seed(0)
     net = bs.UNet(width=32, mults=(1, 2), patch=4)
@@ -234,15 +234,14 @@ def learn(pool, rows, steps, every):
     ema = bs.EMA(net, 0.99)
     for step in range(steps):
         at = torch.from_numpy(bs.endless(np.arange(len(x0)), (0, "audit"), 16 * step, 16))
-        t, eps, keep, given, _ = bs.training_noise(0, step, (16, 4, 32, 32), 0.1)
+        t, eps, keep, _ = bs.training_noise(0, step, (16, 4, 32, 32), 0.1)
         onehot = bs.one_hot(classes[at], 5)
         signal, sigma = bs.signal_sigma(alpha_bar, t)
-        mean, std = bs.expected(prior, onehot, position[at])
+        mean, std = bs.expected(prior, onehot, place[at])
         for group in optimizer.param_groups:
             group["lr"] = bs.learning_rate(2e-3, step / steps, step)
         x_t = bs.add_noise(x0[at], eps, signal, sigma)
-        v_hat = bs.precondition(net(x_t, t, onehot, position[at][:, None]), x_t, signal, sigma,
-                                mean, std)
+        v_hat = bs.precondition(net(x_t, t, onehot, place[at]), x_t, signal, sigma, mean, std)
         ((v_hat - bs.v_target(x0[at], eps, signal, sigma)) ** 2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -258,12 +257,12 @@ def untrained():
                        torch.device("cpu"))
 
 
-SETTINGS = {**bs.SAMPLING, "steps": 10, "coherence": 0.0}
+SETTINGS = {**bs.SAMPLING, "steps": 10}
 
 
 def audited(pool, training, masks, denoiser, few=12):
     """The audit of a set sampled from the label maps of these cases of the pool."""
-    images = [bs.sample_volume(denoiser, pool[1][i], pool[2][i], 1.0, (5, int(i)), SETTINGS)
+    images = [bs.sample_slices(denoiser, pool[1][i], (5, int(i)), SETTINGS, [pool[2][i]])
               for i in masks]
     synthetic = [torch.stack(images), *take(pool, masks)[1:]]
     related = torch.zeros(len(masks), 44, dtype=torch.bool)

@@ -544,12 +544,12 @@ def test_a_batch_that_is_not_finite_is_named(here, monkeypatch, capsys):
     real, calls = slices.Cache.batch, []
 
     def batch(cache, rows, mirror=None):
-        x0, classes, position = real(cache, rows, mirror)
+        x0, classes, place = real(cache, rows, mirror)
         if mirror is not None:                  # a training batch
             calls.append(cache.names(rows))
             if len(calls) == 5:
                 x0[1, 2, 3, 4] = float("nan")
-        return x0, classes, position
+        return x0, classes, place
 
     monkeypatch.setattr(slices.Cache, "batch", batch)
     train_ddpm.main([*SHORT[:-1], "8"])

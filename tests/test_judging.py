@@ -49,7 +49,7 @@ class Oracle(torch.nn.Module):
 
     def forward(self, x_t, t, onehot, scalars):
         signal, sigma = bs.signal_sigma(self.denoiser.alpha_bar, t)
-        mean, std = bs.expected(self.denoiser.prior, onehot, scalars[:, 0])
+        mean, std = bs.expected(self.denoiser.prior, onehot, scalars)
         guess = bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma, mean, std)
         v = (signal * x_t - self.x0) / sigma
         out = self.share * (v - guess) / bs.prior_error(signal, sigma, std)
@@ -60,7 +60,7 @@ class Oracle(torch.nn.Module):
 def untrained(held_out):
     """A small network as it is before training, with the prior of the held-out slices."""
     images, classes = held_out
-    prior = bs.measure_prior([(images, classes, torch.zeros(len(images)))], "tumour")
+    prior = bs.measure_prior([(images, classes, torch.zeros(len(images), 2))], "tumour")
     return bs.Denoiser(bs.UNet(width=16, mults=(1,)).eval(), prior, bs.cosine_alpha_bar(2.0),
                        torch.device("cpu"), 64)
 
@@ -69,38 +69,52 @@ def test_skill_is_0_for_the_prior_alone_and_1_if_perfect(held_out, untrained):
     """Half way from the prior to the truth is 3/4, at every noise level; what is drawn in air does
     not count. No brain, no figure."""
     images, classes = held_out
-    position, brain = torch.zeros(len(images)), (classes > 0).unsqueeze(1)
+    place, brain = torch.zeros(len(images), 2), (classes > 0).unsqueeze(1)
 
     def skill(net):
         denoiser = bs.Denoiser(net, untrained.prior, untrained.alpha_bar, untrained.device, 64)
-        return judging.skill(denoiser, images, classes, position, (0,))
+        return judging.skill(denoiser, images, classes, place, (0,))
 
     assert skill(untrained.net) == [0.0] * len(judging.SKILL_AT)
     for share, figure in ((1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)):
         found = skill(Oracle(untrained, images, brain, share))
         assert found == pytest.approx([figure] * len(judging.SKILL_AT), abs=1e-3)
-    nothing = judging.skill(untrained, images, classes * 0, position, (0,))
+    nothing = judging.skill(untrained, images, classes * 0, place, (0,))
     assert np.isnan(nothing).all()
 
 
 def test_the_prior_alone_draws_what_an_untrained_network_draws(held_out, untrained):
     """Bit for bit, whatever the network in its place has learned."""
-    classes, position = held_out[1][:3], torch.zeros(3)
+    classes = held_out[1][:3]
     trained = bs.UNet(width=16, mults=(1,)).eval()
     torch.nn.init.normal_(trained.conv_out.weight, std=0.1)
     trained = bs.Denoiser(trained, untrained.prior, untrained.alpha_bar, untrained.device)
     drawn, alone, learned = [
-        bs.sample_volume(model, classes, position, 1.0, (0, 0))
+        bs.sample_slices(model, classes, (0, 0), scalars=[torch.zeros(3, 2)])
         for model in (untrained, judging.prior_alone(trained), trained)]
     assert torch.equal(drawn, alone) and not torch.equal(alone, learned)
 
 
-def test_every_figure_stands_beside_that_of_the_prior_alone(held_out):
+@pytest.fixture(scope="module")
+def held_out_heads(phantom_folder):
+    """Two heads of 48 voxels a side: scans and label maps."""
+    got = [slices.prepare_case(case, 48, 192.0, "tumour")
+           for case in nifti.find_cases(phantom_folder)[:2]]
+    return ([bs.to_images(head["images"]) for head in got],
+            [torch.from_numpy(head["classes"]).long() for head in got])
+
+
+def test_every_figure_stands_beside_that_of_the_prior_alone(held_out_heads):
     """Of samples that are the scans themselves, and of a prior alone that blurs and greys them."""
-    images, classes = held_out
-    prior = torch.nn.functional.avg_pool2d(images, 3, 1, 1) + 0.06
-    figures = judging.judge_run(images, images, prior, classes, "tumour")
-    assert figures["texture_distance"] == 0 and figures["prior_texture_distance"] > 0.05
+    images, classes = held_out_heads
+    prior = [torch.nn.functional.avg_pool2d(head, 3, 1, 1) + 0.06 for head in images]
+    figures = judging.judge_run(images, images, prior, classes, "tumour", (images, classes))
+    for plane in judging.PLANES:
+        assert figures[f"texture_{plane}"] == 0 == figures[f"real_texture_{plane}"]
+        assert figures[f"prior_texture_{plane}"] > 0.05
+    for axis in "zyx":
+        assert figures[f"banding_{axis}"] == figures[f"folds_{axis}"] == 1
+        assert figures[f"prior_banding_{axis}"] != 1
     assert figures["fine_power_ratio"] == 1 and figures["prior_fine_power_ratio"] < 0.5
     assert figures["sampled_air_black"] == 1 and figures["prior_air_black"] < 0.01
     names = {name for name in figures if name.startswith("sampled_")}
@@ -109,27 +123,32 @@ def test_every_figure_stands_beside_that_of_the_prior_alone(held_out):
     assert not [name for name in figures if name.startswith(("prior_real", "prior_slices"))]
 
 
-def test_the_table_begins_with_what_the_network_learned(held_out):
-    """Skill, texture, fine detail and grey-white contrast; then what the prior has too. Each number
-    in its column, a dash where there is none."""
-    images, classes = held_out
-    figures = judging.judge_run(images, images * 0.97, images * 0, classes, "tumour")
-    figures |= {"skill": [0.1, 0.2, 0.3, np.nan], "real_texture_distance": 0.026}
-    lines = judging.slice_table(figures)
+def test_the_table_begins_with_what_the_network_learned(held_out_heads):
+    """Skill, texture, banding, folds, fine detail and grey-white contrast; then what the prior has
+    too. Each number in its column, a dash where there is none."""
+    images, classes = held_out_heads
+    figures = judging.judge_run(images, [head * 0.97 for head in images],
+                                [head * 0 for head in images], classes, "tumour")
+    figures |= {"skill": [0.1, 0.2, 0.3, np.nan], "real_texture_axial": 0.026}
+    lines = judging.head_table(figures)
     cells = [line.split("  ")[0] for line in lines]
     assert cells[:5] == ["figure", *(f"skill at t = {t}" for t in judging.SKILL_AT)]
     assert [line.split()[-3:] for line in lines[1:5]] == [
         ["0.100", "0.000", "1.000"], ["0.200", "0.000", "1.000"], ["0.300", "0.000", "1.000"],
         ["-", "0.000", "1.000"]]
-    wanted = [f"{figures[name]:.3f}" for name in ("texture_distance", "prior_texture_distance",
-                                                  "real_texture_distance")]
-    assert cells[5] == "texture distance" and lines[5].split()[-3:] == wanted
-    assert cells[6] == "fine detail / real" and lines[6].split()[-3:] == ["0.941", "0.000", "1.000"]
-    assert "grey-white" in cells[7] and "ET above brain on t1ce" in cells[8]
-    assert "ED above brain on flair" in cells[9] and cells[10].startswith("air")
+    wanted = [f"{figures[name]:.3f}" for name in ("texture_axial", "prior_texture_axial",
+                                                  "real_texture_axial")]
+    assert cells[5] == "texture distance, axial" and lines[5].split()[-3:] == wanted
+    assert lines[6].split()[-1] == "-"          # no other heads, no floor
+    assert cells[8:14] == [f"{word} along {axis} / real" for word in ("banding", "folds that run")
+                           for axis in "zyx"]
+    assert cells[14] == "fine detail / real" and lines[14].split()[-3:] == ["0.941", "0.000",
+                                                                            "1.000"]
+    assert "grey-white" in cells[15] and "ET above brain on t1ce" in cells[16]
+    assert "ED above brain on flair" in cells[17] and cells[18].startswith("air")
     air = [f"{figures[f'{source}_air_black']:.3f}" for source in ("sampled", "prior", "real")]
-    assert lines[10].split()[-3:] == air == ["1.000", "0.000", "1.000"]
-    assert len(lines) == 11 and len(set(map(len, lines))) == 1
+    assert lines[18].split()[-3:] == air == ["1.000", "0.000", "1.000"]
+    assert len(lines) == 19 and len(set(map(len, lines))) == 1
 
 
 def test_real_figures_too_low_to_be_true_are_doubted(held_out):
@@ -155,9 +174,9 @@ def test_a_run_reports_on_its_network_and_doubts_its_data(phantom_folder, tmp_pa
                                        "--out", str(tmp_path)])
     cache = slices.build_cache(nifti.find_cases(phantom_folder), tmp_path / "cache", 32, 192.0,
                                "tumour")
-    cache.rows = [row.copy() for row in cache.rows]
-    for row in cache.rows:
-        row[1] = np.where(row[-1] > 0, 255 - row[1], 0)             # T1ce
+    cache.cubes = [cube.copy() for cube in cache.cubes]
+    for cube in cache.cubes:
+        cube[:, 1] = np.where(cube[:, -1] > 0, 255 - cube[:, 1], 0)         # T1ce
     images = train_ddpm.Images(args, cache)
     denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,)).eval(), images.prior,
                            bs.cosine_alpha_bar(2.0), torch.device("cpu"))
@@ -165,17 +184,15 @@ def test_a_run_reports_on_its_network_and_doubts_its_data(phantom_folder, tmp_pa
     monkeypatch.setattr(train_ddpm.runs, "report",
                         lambda args, run, figures, lines: kept.update(figures, lines=lines))
     images.report(denoiser, SimpleNamespace(step=0, seconds=0))
-    assert kept["skill"] == [0.0] * 4 and kept["slices"].endswith("held-out")
-    for name in ("texture_distance", "fine_power_ratio"):
+    assert kept["skill"] == [0.0] * 4 and kept["heads"].endswith("held-out")
+    for name in ("texture_axial", "banding_z", "folds_x", "fine_power_ratio"):
         assert kept[name] == kept[f"prior_{name}"]
-    at = [train_ddpm.pick_rows(cache, rows, 2, 48) for rows in (images.shown, images.train)]
-    real, others = [dict(zip(("images", "classes"), cache.batch(rows))) for rows in at]
-    assert kept["real_texture_distance"] == judging.texture_distance(real, others) > 0
+    assert kept["real_texture_axial"] > 0
     assert kept["slices_with_ET"] >= 5 and "exchanged" in kept["lines"][-1]
     torch.nn.init.normal_(denoiser.net.conv_out.weight, std=0.1)
-    before = kept["prior_texture_distance"]
+    before = kept["prior_texture_axial"]
     images.report(denoiser, SimpleNamespace(step=0, seconds=0))
-    assert before == kept["prior_texture_distance"] != kept["texture_distance"]
+    assert before == kept["prior_texture_axial"] != kept["texture_axial"]
     assert max(kept["skill"]) < 0
 
 
@@ -225,15 +242,29 @@ def test_the_edge_of_the_brain_is_no_fine_detail():
     assert torch.allclose(whole, (fine ** 2).mean((0, 2, 3)))
 
 
-def test_roughness_rises_when_slices_disagree():
-    """Equal slices have roughness 0; independent noise in each slice has the most."""
-    classes = torch.ones(6, 16, 24, dtype=torch.long)
-    same = torch.randn(1, 4, 16, 24).expand(6, 4, 16, 24)
-    assert judging.roughness(same, classes) == 0
-    assert judging.roughness(same + 0.1 * torch.randn(6, 4, 16, 24), classes) > 0.05
-    independent = torch.randn(60, 4, 32, 32)
-    classes = torch.ones(60, 32, 32, dtype=torch.long)
-    assert abs(judging.roughness(independent, classes) - 1.128) < 0.02
+@pytest.mark.parametrize("axis", range(3))
+def test_banding_sees_along_which_axis_slices_disagree(axis):
+    """Every other slice brighter than its neighbours: steps of twice the spread of voxels along that
+    axis, next to nothing along the others; a gap between healthy parts does not count."""
+    classes, images = torch.ones(20, 20, 20, dtype=torch.long), torch.zeros(20, 4, 20, 20)
+    images += torch.randn(1, 4, 1, 1)
+    stripes = 0.2 * (torch.arange(20) % 2).float()
+    shape = [20 if i == axis else 1 for i in range(3)]
+    banded = images + stripes.view(shape).unsqueeze(1)
+    banded = banded / banded.movedim(1, 0).flatten(1).std(1).view(4, 1, 1) * 0.5
+    found = judging.banding(banded, classes, "tumour")
+    assert found[axis] == pytest.approx(0.2 / (0.2 / 2), rel=0.05)
+    assert max(value for i, value in enumerate(found) if i != axis) < 1e-3
+    classes[:, 9:11] = 3
+    assert judging.banding(banded, classes, "tumour")[axis] > 0
+
+
+def test_folds_that_run_through_are_told_from_folds_that_do_not(held_out_heads):
+    """Heads whose slices are shuffled along an axis keep the CSF in each slice and lose its run."""
+    images, classes = held_out_heads
+    found = judging.fold_dice(images[0], classes[0], "tumour")
+    noise = images[0] + 0.5 * torch.randn(images[0].shape)
+    assert min(found) > 0.5 and max(judging.fold_dice(noise, classes[0], "tumour")) < min(found)
 
 
 def test_frechet_distance_of_gaussians_is_known():
@@ -326,30 +357,15 @@ def test_some_patches_are_as_good_as_all(slice_sets, monkeypatch):
 
 
 def test_three_planes_show_the_same_head():
-    """Slices a third as thick as pixels are wide: coronal and sagittal pictures are of cubic
-    voxels, means over the brain in three slices, the head in the middle; axial slices are as they
-    were."""
-    classes = np.zeros((36, 24, 24), np.uint8)
-    classes[13:27, 6:18, 4:20] = 1              # two slices alone in the lowest voxel
-    depth, row, column = np.meshgrid(*map(np.arange, classes.shape), indexing="ij")
-    images = np.stack([4 * depth, 9 * row, 9 * column, 200 + 0 * row], 1) * (classes > 0)[:, None]
-    grid = slices.Grid((24, 24, 36), np.diag([3.0, 3.0, 1.0, 1.0]), 24, (0.0, 0.0), (1.0, 1.0))
-    got = {"images": images.astype(np.uint8), "classes": classes, "grid": grid,
-           "position": np.zeros(36, np.float32)}
-    planes = judging.planes_of(got)
-    assert planes["axial"][0] is got["images"] and planes["axial"][1] is classes
-    (front, of_front), (side, of_side) = planes["coronal"], planes["sagittal"]
-    assert front.shape == side.shape == (24, 4, 24, 24)
-    # 36 slices of 1 mm are 12 voxels: 6 below, 6 above; voxel 10 has slices 12 to 14
-    assert of_front.any((0, 2)).nonzero()[0].tolist() == [*range(10, 15)]
-    assert of_front.any((1, 2)).nonzero()[0].tolist() == [*range(6, 18)]
-    assert of_side.any((1, 2)).nonzero()[0].tolist() == [*range(4, 20)]
-    for picture in (front[10, 0, 10:15, 5], side[5, 0, 10:15, 10]):
-        assert picture.tolist() == [54, 64, 76, 88, 100]
-    assert (front[10, 1, 10:15, 4:20] == 90).all() and (side[5, 2, 10:15, 6:18] == 45).all()
-    assert front[10, 2, 11, 4:20].tolist() == [9 * w for w in range(4, 20)]
-    assert side[5, 1, 11, 6:18].tolist() == [9 * h for h in range(6, 18)]
-    assert set(np.unique(front[:, 3])) == {0, 200}          # no air in the mean at the edge
+    """A voxel is where it was, whichever way the head is cut."""
+    images, classes = torch.randn(6, 4, 8, 10), torch.randint(0, 5, (6, 8, 10))
+    (axial, of_axial), (front, of_front), (side, of_side) = judging.planes_of(images, classes)
+    assert torch.equal(axial, images) and torch.equal(of_axial, classes)
+    assert front.shape == (8, 4, 6, 10) and of_front.shape == (8, 6, 10)
+    assert torch.equal(front[3, :, 2, 7], images[2, :, 3, 7]) and of_front[3, 2, 7] == classes[2, 3,
+                                                                                                7]
+    assert torch.equal(side[7, :, 3, 2], images[2, :, 3, 7]) and of_side[7, 3, 2] == classes[2, 3,
+                                                                                             7]
 
 
 def test_every_case_gives_equally_many_slices(slice_sets):
@@ -359,7 +375,6 @@ def test_every_case_gives_equally_many_slices(slice_sets):
         assert {len(values) for values in group.values()} == {72}
         assert torch.bincount(group["case"]).tolist() == [12] * 6
         assert group["images"].min() == -1
-        assert group["position"].min() < -0.6 and group["position"].max() > 0.6
 
 
 @pytest.mark.slow

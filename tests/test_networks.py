@@ -16,10 +16,10 @@ def small(**changes):
 
 
 def inputs(net, height=16, width=24, batch=2):
-    """Random images, levels, label maps and slice positions."""
+    """Random images, levels, label maps and places of slices."""
     classes = torch.randint(0, net.classes, (batch, height, width))
     return (torch.randn(batch, net.channels, height, width), torch.tensor([3, 700][:batch]),
-            bs.one_hot(classes, net.classes), torch.full((batch, 1), 0.3))
+            bs.one_hot(classes, net.classes), torch.tensor([0.3, 1.0]).expand(batch, 2))
 
 
 @pytest.mark.a2("ResBlock.forward", "Attention.forward")
@@ -47,16 +47,17 @@ def test_a_new_network_says_zero():
 
 
 @pytest.mark.a2("one_hot", "sinusoid", "ResBlock.forward")
-@pytest.mark.parametrize("what", ["labels", "t", "position", "image"])
+@pytest.mark.parametrize("what", ["labels", "t", "position", "plane", "image"])
 def test_every_input_matters(what):
     """Users of other codes found samples that ignore the mask: change one input, the output
     changes."""
     net = small()
-    x, t, onehot, position = inputs(net)
-    before = net(x, t, onehot, position)
-    changed = {"labels": (x, t, onehot.flip(1), position), "t": (x, t + 100, onehot, position),
-               "position": (x, t, onehot, position - 0.5), "image": (x + 0.1, t, onehot, position)}[
-        what]
+    x, t, onehot, place = inputs(net)
+    before = net(x, t, onehot, place)
+    moved, turned = [place + torch.tensor(by) for by in ([-0.5, 0.0], [0.0, 1.0])]
+    changed = {"labels": (x, t, onehot.flip(1), place), "t": (x, t + 100, onehot, place),
+               "position": (x, t, onehot, moved), "plane": (x, t, onehot, turned),
+               "image": (x + 0.1, t, onehot, place)}[what]
     assert (net(*changed) - before).abs().max() > 1e-3, f"{what} does not reach the output"
 
 
@@ -64,9 +65,9 @@ def test_every_input_matters(what):
 def test_labels_are_not_ordered():
     """One channel k/255 makes ED a weaker ET; one-hot swaps of two classes must be told apart."""
     net = small()
-    x, t, onehot, position = inputs(net)
+    x, t, onehot, place = inputs(net)
     swapped = onehot[:, [0, 1, 2, 4, 3]]
-    difference = (net(x, t, swapped, position) - net(x, t, onehot, position)).abs().max()
+    difference = (net(x, t, swapped, place) - net(x, t, onehot, place)).abs().max()
     assert difference > 1e-3, "two classes were exchanged and the network did not notice"
 
 
@@ -74,11 +75,11 @@ def test_labels_are_not_ordered():
 def test_null_condition_is_not_the_empty_mask():
     """No label map is all zeros: an empty mask has air everywhere, which says a great deal."""
     net = small()
-    x, t, onehot, position = inputs(net)
+    x, t, onehot, place = inputs(net)
     empty = bs.one_hot(torch.zeros(2, 16, 24, dtype=torch.long), net.classes)
     null = torch.zeros_like(onehot)
     assert (empty.sum(1) == 1).all(), "every pixel must have exactly one 1, those of air too"
-    difference = (net(x, t, null, position) - net(x, t, empty, position)).abs().max()
+    difference = (net(x, t, null, place) - net(x, t, empty, place)).abs().max()
     assert difference > 1e-3, "a label map of air looks the same as no label map"
 
 
@@ -215,22 +216,38 @@ def test_precondition_is_the_best_v_for_gaussian_pixels():
             "out, the network's part, must be multiplied by prior_error")
 
 
-PRIOR = {"classes": torch.tensor([[[-1.0], [0.2], [0.6], [0.1]], [[0.01], [0.3], [0.2], [0.5]]]),
-         "atlas": torch.stack([torch.full((4, 1, 16, 24), 0.4), torch.full((4, 1, 16, 24), 0.15)])
-         * torch.arange(1, 5).view(1, 4, 1, 1, 1)}
+def ramp(axis, n=4):
+    """An atlas (2, 1, n, n, n) whose mean is 0.4 (1, 2 ...) along an axis, std 0.15 of these."""
+    steps = torch.arange(1.0, n + 1).view([-1 if i == axis else 1 for i in range(3)]).expand(n, n, n)
+    return torch.stack([0.4 * steps, 0.15 * steps])[:, None]
+
+
+TABLE = torch.tensor([[[-1.0], [0.2], [0.6], [0.1]], [[0.01], [0.3], [0.2], [0.5]]])
 
 
 def test_expected_takes_classes_atlas_and_null_apart():
-    """Air and tumour from the class table, healthy brain from the atlas at this height, the table's
-    last row without labels, the class table where the height is not given."""
+    """Air and tumour from the class table, healthy brain from the atlas at this place, the table's
+    last row without labels."""
+    prior = {"classes": TABLE, "atlas": ramp(0)}
     classes = torch.tensor([0, 1, 2]).view(1, 1, 3).expand(2, 16, 3).repeat(1, 1, 8)
-    onehot = bs.one_hot(classes, 3)
-    mean, std = bs.expected(PRIOR, onehot, torch.tensor([-1.0, torch.nan]))
+    onehot, place = bs.one_hot(classes, 3), torch.tensor([[-0.75, 0.0], [0.0, 0.0]])
+    mean, std = bs.expected(prior, onehot, place)
     assert torch.allclose(mean[0, 0, 0, :3], torch.tensor([-1.0, 0.4, 0.6]))
     assert torch.allclose(std[0, 0, 0, :3], torch.tensor([0.01, 0.15, 0.2]))
-    assert torch.allclose(mean[1, 0, 0, :3], torch.tensor([-1.0, 0.2, 0.6]))
-    mean, _ = bs.expected(PRIOR, onehot, torch.tensor([0.0, 1.0]))
-    assert torch.allclose(mean[:, 0, 0, 1], torch.tensor([0.4 * 2.5, 0.4
-                                                          * 4])), "between slabs, and at the end"
-    mean, std = bs.expected(PRIOR, 0 * onehot, torch.tensor([0.0, 1.0]))
+    assert torch.allclose(mean[1, 0, :, 1], torch.tensor(0.4 * 2.5)), "between two middles"
+    mean, _ = bs.expected(prior, onehot, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    assert torch.allclose(mean[:, 0, 0, 1], torch.tensor([1.6, 0.4])), "beyond the outer middles"
+    mean, std = bs.expected(prior, 0 * onehot, place)
     assert (mean == 0.1).all() and (std == 0.5).all()
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_the_atlas_is_cut_as_the_head_is(axis):
+    """A volume that rises along one axis, cut in three planes: what is expected of the slices is
+    that volume, cut by `turned`."""
+    brain = torch.ones(4, 4, 4, dtype=torch.long)
+    for plane in range(3):
+        mean, std = bs.expected({"classes": TABLE, "atlas": ramp(axis)}, bs.one_hot(brain, 3),
+                                bs.places(4, plane))
+        for part, atlas in zip((mean, std), ramp(axis)):
+            assert torch.allclose(bs.turned(part, plane), atlas.movedim(0, 1), atol=1e-6)

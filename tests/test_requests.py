@@ -159,24 +159,13 @@ def test_scaled_requests_keep_open_entries():
     assert torch.nan_to_num(got).abs().max() < 1.2
 
 
-def test_slices_become_cubes_of_the_same_volume():
-    """Any thickness; the case in the middle; air above and below; only the parts asked for."""
-    classes = np.zeros((56, 16, 16), np.uint8)
-    classes[3:53, 4:12, 4:12] = 1
-    classes[20:40, 6:9, 6:9] = 3
-    cache = SimpleNamespace(rows=np.stack([np.zeros_like(classes), classes], 1),
-                            meta={"resolution": 16, "fov": 48.0, "classes": range(5)})
-    for thickness in (1.0, 2.4, 5.0):
-        case = {"first": 0, "count": 56, "thickness": thickness}
-        cache.cases = [case | {"part": "train"}, case | {"part": "test"}]
-        volumes = requests.label_volumes(cache, ("train",), 120)
-        assert volumes.shape == (1, 120, 16, 16)
-        for k in (1, 3):
-            assert int((volumes == k).sum()) * 3 == pytest.approx(
-                (classes == k).sum() * thickness, rel=0.06)
-        depth = torch.where((volumes[0] > 0).any(-1).any(-1))[0]
-        assert abs(int(depth[0] + depth[-1]) - 119) <= 1
-    assert requests.label_volumes(cache, ("val",), 120).shape == (0, 120, 16, 16)
+def test_label_volumes_are_the_middle_of_cubes(cache):
+    """Of the parts asked for, in the order of cases."""
+    cube, part = cache.cubes[0], cache.cases[0]["part"]
+    volumes = requests.label_volumes(cache, (part,), 18)
+    assert np.array_equal(volumes[0], cube[3:21, -1])
+    assert len(volumes) == sum(case["part"] == part for case in cache.cases)
+    assert requests.label_volumes(cache, (), 18).shape == (0, 18, 24, 24)
 
 
 @pytest.mark.parametrize("word", ["et=big", "core=3", "et=5..3", "ed=-4", "et", "et=nan", "et=inf",
@@ -230,7 +219,7 @@ def test_a_slab_is_conditioned_on_its_blocks():
     got = requests.slab_fractions(fractions.expand(12, -1, -1, -1, -1), torch.arange(12))
     slices_of_head = got.unflatten(1, (requests.BLOCK, 5)).flatten(0, 1)
     assert torch.allclose(slices_of_head, whole.movedim(1, 0), atol=1e-5)
-    mean, std = bs.expected({"shares": torch.tensor(0.1)}, got, torch.zeros(12))
+    mean, std = bs.expected({"shares": torch.tensor(0.1)}, got, torch.zeros(12, 2))
     assert torch.allclose(mean, 2 * got - 1)
     assert std.min() >= 0.1 and torch.isclose(std.max(), torch.tensor(1.0))
 
@@ -239,14 +228,14 @@ def test_the_prior_of_heads_is_their_mean():
     """Left and right alike; no spread under the floor; the same whatever is asked for."""
     fractions = requests.block_fractions(torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]), 5)
     prior = requests.label_prior(requests.head_pictures(fractions))
-    mean, std = prior["atlas"][:, 0].unflatten(1, (12, 5))
+    mean, std = prior["atlas"][:, :, 0].unflatten(1, (12, 5))
     roots = fractions.sqrt().mean(0)                                        # (D', K, r, r)
     assert torch.allclose((mean + 1) / 2, (roots + roots.flip(-1)) / 2, atol=1e-5)
     assert torch.allclose(mean, mean.flip(-1), atol=1e-6) and std.min() == 0.1
     scalars = requests.head_scalars(request().expand(3, -1))
-    got = bs.expected(prior, torch.zeros(3, 0, 16, 16), scalars[:, 0])
+    got = bs.expected(prior, torch.zeros(3, 0, 16, 16), scalars)
     for part, atlas in zip(got, prior["atlas"]):
-        assert torch.allclose(part, atlas.expand(3, -1, -1, -1), atol=1e-5)
+        assert torch.allclose(part, atlas.movedim(1, 0).expand(3, -1, -1, -1), atol=1e-5)
 
 
 def test_blocks_measure_what_voxels_do():
@@ -277,7 +266,7 @@ def test_the_candidate_nearest_to_the_request_is_kept():
         def __call__(self, x_t, t, onehot, scalars):
             signal, sigma = bs.signal_sigma(alpha_bar, t)
             return bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma,
-                                   *bs.expected(prior, onehot, scalars[:, 0]))
+                                   *bs.expected(prior, onehot, scalars))
 
     def blocks(number, candidates):
         return requests.sample_blocks(generator(PriorAlone()), request(ET=30), (0, number),
@@ -448,11 +437,11 @@ def test_drafts_are_sampled_until_one_is_as_asked(monkeypatch):
 
 
 def test_the_fine_network_gets_the_entries_that_blocks_do_not_show():
-    """Slice position, then sphericity and lesions as scaled, open where they are open."""
+    """The place of a slab, then sphericity and lesions as scaled, open where they are open."""
     wanted = torch.stack([request(sphericity=0.75), request(lesions=3)])
     got = requests.slab_scalars(torch.tensor([0, 11]), 12, wanted)
     assert torch.allclose(got.nan_to_num(nan=9.0), torch.tensor(
-        [[-11 / 12, 0.5, 9], [11 / 12, 9, 1]]))
+        [[-11 / 12, 0, 0.5, 9], [11 / 12, 0, 9, 1]]))
 
 
 def test_scores_settle_as_a_label_map():
@@ -537,7 +526,7 @@ def test_open_entries_are_a_state_of_their_own():
 
 
 def test_guidance_leaves_the_request_open():
-    """The null condition drops every scalar but the slice's position."""
+    """The null condition drops every scalar but the slice's place."""
     seen = []
 
     def denoiser(x_t, t, onehot, scalars):
@@ -547,8 +536,8 @@ def test_guidance_leaves_the_request_open():
     scalars = requests.head_scalars(torch.ones(2, len(requests.entries())))
     bs.guided_v(denoiser, torch.randn(2, 5, 8, 8), torch.full((2,), 500), torch.zeros(2, 0, 8, 8),
                 scalars, 2.0)
-    assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, 0], scalars[:, 0])
-    assert torch.isnan(seen[1][:, 1:]).all()
+    assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, :2], scalars[:, :2])
+    assert torch.isnan(seen[1][:, 2:]).all()
 
 
 def test_moved_volumes_are_relatives():
@@ -693,9 +682,7 @@ def test_labels_are_brought_to_the_grid_of_images(resolution, fov):
     for label in (2, 3):
         assert (got["classes"] == label + 1).sum() * ml == pytest.approx(
             (classes == label + 1).sum().item() * 0.027, rel=0.15)
-    assert got["classes"].shape[1:] == (resolution, resolution)
-    with_brain = np.where((got["classes"] > 0).any((1, 2)))[0]
-    assert got["position"][with_brain[[0, -1]]].tolist() == [-1, 1]
+    assert got["classes"].shape == (resolution,) * 3
 
 
 def test_tissue_is_not_made_from_tumour_labels():

@@ -5,6 +5,7 @@ distribution it must return, without any training.
 """
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -167,11 +168,12 @@ def test_uneven_ancestral_steps_have_the_right_posterior():
 
 
 @pytest.mark.a3("timesteps")
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 1000])
-def test_every_walk_starts_at_T_and_ends_at_zero(steps):
+@pytest.mark.parametrize("spacing", ["t", "noise"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 600])
+def test_every_walk_starts_at_T_and_ends_at_zero(steps, spacing):
     """Starting at t < T starts from an image; "leading" spacing with a cosine schedule is known
     bad."""
-    visited = bs.timesteps(steps)
+    visited = bs.timesteps(steps, spacing)
     assert len(visited) == steps + 1, f"{steps} steps visit {steps + 1} levels, both ends included"
     assert visited[0] == bs.T and visited[-1] == 0, "levels run from T down to 0, both included"
     assert (visited[1:] < visited[:-1]).all(), "every level must be lower than the one before"
@@ -179,11 +181,16 @@ def test_every_walk_starts_at_T_and_ends_at_zero(steps):
 
 @pytest.mark.a3("timesteps")
 def test_levels_are_the_nearest_to_even_ones():
-    """Seven steps are 142.86 apart: 857.14 is 857, 714.29 is 714, 285.71 is 286, not 285."""
-    visited = bs.timesteps(7)
+    """Seven steps in t are 142.86 apart: 857.14 is 857, 714.29 is 714, 285.71 is 286, not 285. Four
+    steps in noise are those at which sigma / (signal + sigma) is 3/4, 1/2, 1/4: t = 1000 2/pi
+    atan(3, 1, 1/3)."""
+    visited = bs.timesteps(7, "t")
     assert visited.dtype == torch.int64, "levels are integers, int64"
     assert visited.tolist() == [1000, 857, 714, 571, 429, 286, 143, 0], (
         f"seven steps visit {visited.tolist()}: levels are rounded to the nearest, not cut off")
+    visited = bs.timesteps(4)
+    assert visited.tolist() == [1000, 795, 500, 205, 0], (
+        f"four steps visit {visited.tolist()}: noise / (signal + noise) falls evenly from 1 to 0")
 
 
 @pytest.mark.a3("ddpm_step", "ddim_step", "dpmpp_step")
@@ -250,11 +257,11 @@ class Counting:
 def test_guidance_scale_one_costs_one_call():
     """At scale 1 the null call would be multiplied by zero: it is not made."""
     x, onehot, denoiser = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24), Counting()
-    v = bs.guided_v(denoiser, x, None, onehot, torch.zeros(2, 1), 1.0)
+    v = bs.guided_v(denoiser, x, None, onehot, torch.zeros(2, 2), 1.0)
     assert denoiser.calls == 1, (
         f"at scale 1 the denoiser was called {denoiser.calls} times, not once")
     assert torch.equal(v, x * 0.5 + 1), "at scale 1 the answer is the conditional one, unchanged"
-    bs.guided_v(denoiser, x, None, onehot, torch.zeros(2, 1), 2.0)
+    bs.guided_v(denoiser, x, None, onehot, torch.zeros(2, 2), 2.0)
     assert denoiser.calls == 3, "at any other scale there are two calls, with and without condition"
 
 
@@ -263,25 +270,25 @@ def test_guidance_extrapolates_from_null_to_condition():
     """v_null + scale (v_cond - v_null), by hand: null gives x/2, condition x/2 + 1, scale 3 x/2 +
     3."""
     x, onehot = torch.randn(2, 4, 16, 24), torch.ones(2, 5, 16, 24)
-    v = bs.guided_v(Counting(), x, None, onehot, torch.zeros(2, 1), 3.0, rescale=0.0)
+    v = bs.guided_v(Counting(), x, None, onehot, torch.zeros(2, 2), 3.0, rescale=0.0)
     assert torch.allclose(v, x * 0.5 + 3, atol=1e-5), (
         "v_null + scale (v_cond - v_null): does it start from v_null, and is the label map of the "
         "null call all zeros?")
 
 
 @pytest.mark.a3("guided_v")
-def test_the_null_condition_keeps_the_position_alone():
-    """NaN is "not given": 0 would be a request for 0, and the position says which slice it is."""
-    scalars, denoiser = torch.tensor([[0.3, 0.7, 0.0], [-0.6, 0.1, 0.9]]), Counting()
+def test_the_null_condition_keeps_the_place_alone():
+    """NaN is "not given": 0 would be a request for 0, and the place says which slice it is."""
+    scalars, denoiser = torch.tensor([[0.3, 1, 0.7, 0.0], [-0.6, 2, 0.1, 0.9]]), Counting()
     before = scalars.clone()
     bs.guided_v(denoiser, torch.randn(2, 4, 16, 24), None, torch.ones(2, 5, 16, 24), scalars, 2.0)
     null = [seen for seen in denoiser.scalars if not torch.equal(seen, before)]
-    assert len(null) == 1 and null[0].shape == (2, 3), (
-        "of the two calls one gets the scalars as they are; the other drops all but the first")
-    assert torch.equal(null[0][:, 0], before[:, 0]), (
-        "the null condition keeps the first scalar, the slice's position")
-    assert null[0][:, 1:].isnan().all(), (
-        "in the null condition every scalar but the first is NaN, which means not given; 0 is a "
+    assert len(null) == 1 and null[0].shape == (2, 4), (
+        "of the two calls one gets the scalars as they are; the other drops all but the place")
+    assert torch.equal(null[0][:, :2], before[:, :2]), (
+        "the null condition keeps the first two scalars, the slice's place")
+    assert null[0][:, 2:].isnan().all(), (
+        "in the null condition every scalar but the place is NaN, which means not given; 0 is a "
         "value like others")
     assert torch.equal(scalars, before), "the caller's scalars were changed"
 
@@ -296,7 +303,7 @@ def test_rescale_brings_back_the_spread_of_each_sample():
     def strong(x, t, onehot, scalars):
         return x * (1 + onehot.mean((1, 2, 3), keepdim=True))
 
-    v = bs.guided_v(strong, x, None, onehot, torch.zeros(2, 1), 4.0, rescale=1.0)
+    v = bs.guided_v(strong, x, None, onehot, torch.zeros(2, 2), 4.0, rescale=1.0)
     expected = strong(x, None, onehot, None).std((1, 2, 3))
     assert torch.allclose(v.std((1, 2, 3)), expected, rtol=1e-4), (
         f"spreads of the two samples are {v.std((1, 2, 3)).tolist()}, and should be "
@@ -310,18 +317,17 @@ def make_denoiser():
     return bs.Denoiser(net.eval(), prior, ALPHA_BAR, torch.device("cpu"))
 
 
-@pytest.mark.a3("sample", "volume_noise")
+@pytest.mark.a3("sample")
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_batch_size_changes_rounding_only(sampler, monkeypatch):
     """Noise belongs to the case, not to the batch: batch 1 and 4 give one volume (fp32, 1e-4)."""
     monkeypatch.setattr(bs, "uses_bf16", lambda device, precision="auto": False)
-    classes, position = torch.randint(0, 5, (6, 16, 24)), torch.linspace(-1, 1, 6)
+    classes = torch.randint(0, 5, (6, 16, 24))
     settings = {**bs.SAMPLING, "steps": 4, "sampler": sampler, "guidance": 1.5}
     denoiser = make_denoiser()
 
     def volume(key, batch):
-        return bs.sample_volume(dataclasses.replace(denoiser, batch=batch), classes, position, 2.4,
-                                key, settings)
+        return bs.sample_volume(dataclasses.replace(denoiser, batch=batch), classes, key, settings)
 
     alone, together, another = volume((0, 7), 1), volume((0, 7), 4), volume((0, 8), 4)
     assert alone.shape == (6, 4, 16, 24) and (alone - together).abs().max() < 1e-4, (
@@ -332,12 +338,11 @@ def test_batch_size_changes_rounding_only(sampler, monkeypatch):
 @pytest.mark.a3("guided_v")
 def test_guidance_acts_in_its_interval_only():
     """An interval no level lies in leaves the unguided sample; the whole range does not."""
-    denoiser, classes, position = make_denoiser(), torch.randint(0, 5, (2, 16, 24)), torch.zeros(2)
+    denoiser, classes = make_denoiser(), torch.randint(0, 5, (2, 16, 24))
     torch.nn.init.normal_(denoiser.net.conv_in.weight, std=0.2)
 
     def volume(**changes):
-        return bs.sample_volume(denoiser, classes, position, 1.0, (0, 0),
-                                {**bs.SAMPLING, "steps": 4, **changes})
+        return bs.sample_volume(denoiser, classes, (0, 0), {**bs.SAMPLING, "steps": 4, **changes})
 
     plain = volume()
     assert torch.equal(plain, volume(guidance=3.0, interval=(0.9, 0.91))), (
@@ -346,21 +351,29 @@ def test_guidance_acts_in_its_interval_only():
         "a scale of 3 changes nothing")
 
 
-@pytest.mark.a3("volume_noise")
-@pytest.mark.parametrize("coherence", [0.0, 3.0])
-def test_volume_noise_is_standard_and_correlated_as_promised(coherence):
-    """Each voxel N(0, 1); slices dz mm apart correlate exp(-dz^2 / (2 coherence^2))."""
-    noise = bs.volume_noise((0, 1), (24, 2, 60, 80), coherence, thickness=2.0).flatten(1)
-    assert noise.std(1).sub(1).abs().max() < 0.05, (
-        "every slice must have spread 1: squares of the weights of a slice sum to 1")
-    assert noise.mean(1).abs().max() < 0.05, "every slice must have mean 0"
-    for apart in (1, 2, 4):
-        products = [(noise[i] * noise[i + apart]).mean() for i in range(6, 14)]
-        seen = torch.stack(products).mean().item()
-        expected = math.exp(-((2.0 * apart) ** 2) / (2 * coherence ** 2)) if coherence else 0.0
-        assert abs(seen - expected) < 0.03, (
-            f"slices {2 * apart} mm apart correlate {seen:.3f}, and should {expected:.3f}: is dz "
-            "in mm, and coherence 0 no coherence?")
+def test_planes_are_asked_in_turn_and_put_back():
+    """Axial, coronal, sagittal, axial ...: each slice comes with the label map and the place of the
+    same cut, and v lands where the slice was. A denoiser that answers with label maps shows it."""
+    asked = []
+
+    def denoiser(x, t, onehot, scalars):
+        asked.append((x.shape, scalars[:, 1].unique().tolist(), scalars[0, 0].item()))
+        assert onehot.shape == (len(x), 5, *x.shape[2:])
+        return onehot[:, :4] * 1.0
+
+    denoiser.alpha_bar, denoiser.net = ALPHA_BAR, types.SimpleNamespace(channels=4, classes=5)
+    classes = torch.randint(0, 5, (6, 8, 10))
+    volume = bs.sample_volume(denoiser, classes, (0, 1), {**bs.SAMPLING, "steps": 4})
+    assert asked == [((6, 4, 8, 10), [0.0], pytest.approx(1 / 6 - 1)),
+                     ((8, 4, 6, 10), [1.0], pytest.approx(1 / 8 - 1)),
+                     ((10, 4, 8, 6), [2.0], pytest.approx(1 / 10 - 1)),
+                     ((6, 4, 8, 10), [0.0], pytest.approx(1 / 6 - 1))]
+    # v = onehot at every step: a walk of its own for each voxel and channel
+    start = torch.randn(volume.shape, generator=bs.generator(0, 1, "start"))
+    visited = bs.timesteps(4)
+    wanted = bs.sample(lambda x, t: bs.one_hot(classes, 5)[:, :4], start, visited,
+                       bs.sampler_table(ALPHA_BAR[visited], "dpmpp"))
+    assert torch.allclose(volume, wanted, atol=1e-6)
 
 
 def test_generators_depend_on_their_key_alone():

@@ -301,7 +301,7 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_judging_writes_one_table_and_one_json(made):
-    """Texture in three planes first, then features, re-segmentation and roughness; beside the prior
+    """Texture in three planes first, then features, re-segmentation and banding; beside the prior
     alone, the floor or ceiling, and the number of images. Without the generator a line says why
     the prior alone is missing."""
     folder, _ = made
@@ -309,7 +309,7 @@ def test_judging_writes_one_table_and_one_json(made):
     text = run(folder, *command)
     report = json.loads((folder / "synthetic/judge.json").read_text())
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
-    names = [*judging.DISTANCES, "Dice WT", "Dice TC", "Dice ET", "slice-to-slice roughness"]
+    names = [*judging.DISTANCES, "Dice WT", "Dice TC", "Dice ET", *(f"banding along {axis}" for axis in "zyx")]
     for source in ("synthetic", "prior", "real"):
         assert list(report[source]) == names
     places = [text.index(f"\n{name} ") for name in names]

@@ -129,11 +129,6 @@ WRONG = {
         ("onehot * 0", "onehot"),
         ("if scale == 1:", "if False:"),
         ("rescale * spread", "rescale / spread")],
-    "volume_noise": [
-        ("mix / mix.norm(dim=1, keepdim=True)", "mix"),
-        ("mix / mix.norm(dim=1, keepdim=True)", "mix / mix.sum(1, keepdim=True)"),
-        ("* thickness", ""),
-        ("if coherence <= 0:", "if False:")],
     "regions_of": [
         ("labels == k", "labels >= k"),
         ("REGIONS.values()", "((1,), (2,), (3,))"),

@@ -300,9 +300,9 @@ def points_of(place, height, width):
     row, column = torch.meshgrid(*[(torch.arange(n) * 2 + 1) / n - 1 for n in (height, width)],
                                  indexing="ij")
     across = place[:, :1, None].expand(-1, height, width)                       # (B, H, W)
-    own = torch.stack([across, row.expand_as(across), column.expand_as(across)], -1)
+    axes = torch.stack([across, row.expand_as(across), column.expand_as(across)], -1)
     order = torch.tensor([[2, 1, 0], [2, 0, 1], [0, 1, 2]])[place[:, 1].long()]
-    return own.gather(-1, order[:, None, None].expand_as(own))
+    return axes.gather(-1, order[:, None, None].expand_as(axes))
 
 
 def expected(prior, onehot, scalars):
@@ -320,7 +320,7 @@ def expected(prior, onehot, scalars):
         mean = 2 * onehot - 1
         return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
     class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
-    both = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
+    found = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
     if "atlas" in prior:
         row = 1 if onehot.shape[1] else 0       # of healthy brain
         points = points_of(scalars[:, :2], *onehot.shape[2:])[None]         # (1, B, H, W, 3)
@@ -328,8 +328,8 @@ def expected(prior, onehot, scalars):
                               padding_mode="border")[0].transpose(0, 1)     # (B, 2 C, H, W)
         for i, here in enumerate(atlas.chunk(2, 1)):
             usual = prior["classes"][i, row].view(1, -1, 1, 1)
-            both[i] = both[i] + class_or_all[:, row:row + 1] * (here - usual)
-    return both[0], both[1]
+            found[i] = found[i] + class_or_all[:, row:row + 1] * (here - usual)
+    return found[0], found[1]
 
 
 def prior_error(signal, sigma, std):
@@ -631,9 +631,8 @@ def optimizer_form(device):
 
 def timesteps(steps, spacing="noise"):
     """Noise levels a sampler visits: int64 tensor (steps + 1,), from T down to 0, rounded to the
-    nearest; steps in 1..600. spacing: evenly in "t", or in "noise", which is sigma / (signal + sigma)
-    of the schedule without shift: t = T 2/pi atan(noise / (1 - noise)). That spends more calls on
-    the middle, where pictures take form."""
+    nearest; steps in 1..600. spacing: evenly in "t", or in "noise", sigma / (signal + sigma) of the
+    schedule without shift: t = T 2/pi atan(noise / (1 - noise)), which is denser at both ends."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "noise":
         even = torch.atan2(even, 1 - even) * 2 / math.pi

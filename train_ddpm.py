@@ -140,7 +140,7 @@ class Images:
 
     def plot(self, real, classes, sampled, name, headline):
         """Draw slices (N, C, R, R), their label maps and samples into the file `name`."""
-        shown = [[seen, *scan, None, *made] for scan, seen, made in zip(real, classes, sampled)]
+        shown = [[seen, *scan, None, *drawn] for scan, seen, drawn in zip(real, classes, sampled)]
         titles = ["labels", *self.modalities, "", *(f"SYNTHETIC\n{m}" for m in self.modalities)]
         pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
 
@@ -164,8 +164,8 @@ class Images:
                 [cube[:, -1].long() for cube in cubes])
 
     def volumes(self, denoiser, heads):
-        """Volumes float (D, C, R, R) sampled from the label maps of some heads, always with the same
-        noise."""
+        """Volumes float (D, C, R, R) sampled from the label maps of some heads, always with the
+        same noise."""
         settings = {**bs.SAMPLING, "guidance": self.args.guidance}
         return [bs.sample_volume(denoiser, classes, (self.args.seed, "closing", number), settings)
                 for number, _, classes in zip(*heads)]
@@ -177,12 +177,12 @@ class Images:
         real, classes = heads[1:]
         sampled, prior = [self.volumes(model, heads)
                           for model in (denoiser, judging.prior_alone(denoiser))]
-        shown = []                              # two heads in three planes, where there is most tumour
-        for views in list(zip(*[map(judging.planes_of, volumes, classes)
-                                for volumes in (real, sampled)]))[:2]:
-            for (scan, seen), (made, _) in zip(*views):
+        shown = []              # two heads in three planes, each in the slice with most tumour
+        for pair in list(zip(real, sampled, classes))[:2]:
+            for (scan, seen), (drawn, _) in zip(*[judging.planes_of(part, pair[2])
+                                                  for part in pair[:2]]):
                 at = pictures.fullest(seen >= self.first_lesion, seen > 0)
-                shown.append((scan[at], seen[at], made[at]))
+                shown.append((scan[at], seen[at], drawn[at]))
         self.plot(*zip(*shown), "samples.png", self.part)
         others = self.heads("training", len(real))[1:] if self.part == "held-out" else None
         figures = judging.judge_run(real, sampled, prior, classes, self.args.condition, others)

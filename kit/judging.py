@@ -162,8 +162,8 @@ def doubts(figures):
 # ------------------------------------------------------------------------------------- volumes ---
 
 def planes_of(images, classes):
-    """A volume (D, C, H, W) and its class map (D, H, W) as axial, coronal and sagittal slices: three
-    pairs of the same."""
+    """A volume (D, C, H, W) and its class map (D, H, W) as axial, coronal and sagittal slices:
+    three pairs."""
     return [(bs.turned(images, plane), classes.transpose(0, max(axis - 1, 0)))
             for plane, axis in enumerate(bs.AXES)]
 
@@ -179,10 +179,10 @@ def banding(images, classes, condition):
     spread, found = images.movedim(1, 0)[:, classes > 0].std(1), []
     for view, seen in planes_of(images, classes):
         healthy = healthy_brain(seen, condition)
-        both = (healthy[1:] & healthy[:-1]).unsqueeze(1).float()
-        share = F.avg_pool2d(both, 9, 1, 4)
-        smooth = F.avg_pool2d((view[1:] - view[:-1]) * both, 9, 1, 4) / share.clamp(min=1e-6)
-        counted = (both > 0) & (share >= 0.8)
+        pairs = (healthy[1:] & healthy[:-1]).unsqueeze(1).float()
+        share = F.avg_pool2d(pairs, 9, 1, 4)
+        smooth = F.avg_pool2d((view[1:] - view[:-1]) * pairs, 9, 1, 4) / share.clamp(min=1e-6)
+        counted = (pairs > 0) & (share >= 0.8)
         power = (smooth ** 2 * counted).sum((0, 2, 3)) / counted.sum().clamp(min=1)
         found.append((power.sqrt() / spread).mean().item())
     return found
@@ -200,8 +200,8 @@ def fold_dice(images, classes, condition):
     found = []
     for axis in range(3):
         at, here = fluid.transpose(0, axis), healthy.transpose(0, axis)
-        both = here[1:] & here[:-1]
-        found.append(bs.dice(at[1:] & both, at[:-1] & both))
+        pairs = here[1:] & here[:-1]
+        found.append(bs.dice(at[1:] & pairs, at[:-1] & pairs))
     return found
 
 
@@ -225,9 +225,9 @@ def judge_volumes(real, sampled, classes, condition):
     label maps (D, H, W), each a list: {name: value}, banding and folds over those of the scans."""
     figures = {}
     for name, measure in (("banding", banding), ("folds", fold_dice)):
-        made, wanted = [np.mean([measure(*pair, condition) for pair in zip(volumes, classes)], 0)
+        drawn, wanted = [np.mean([measure(*pair, condition) for pair in zip(volumes, classes)], 0)
                         for volumes in (sampled, real)]
-        figures |= {f"{name}_{axis}": value for axis, value in zip("zyx", (made / wanted).tolist())}
+        figures |= {f"{name}_{axis}": value for axis, value in zip("zyx", (drawn / wanted).tolist())}
     sets = zip(PLANES, slices_of(real, classes), slices_of(sampled, classes))
     return figures | {f"texture_{plane}": texture_distance(*pair) for plane, *pair in sets}
 

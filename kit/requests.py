@@ -183,10 +183,11 @@ def resample(classes, n_classes, matrices):
 def label_volumes(cache, parts, depth):
     """The label maps of these parts of a cache: uint8 (N, depth, R, R), the middle of their cubes.
     """
-    first = (cache.meta["resolution"] - depth) // 2
-    return torch.stack([torch.from_numpy(cube[first:first + depth, -1])
-                        for cube, case in zip(cache.cubes, cache.cases) if case["part"] in parts]
-                       or [torch.zeros(0, depth, cache.meta["resolution"])])
+    size = cache.meta["resolution"]
+    first = (size - depth) // 2
+    chosen = [cube[first:first + depth, -1] for cube, case in zip(cache.cubes, cache.cases)
+              if case["part"] in parts]
+    return torch.from_numpy(np.array(chosen, np.uint8).reshape(-1, depth, size, size))
 
 
 # How heads are moved in training: degrees; scale, shift and bend (elastic) as fractions of the
@@ -272,7 +273,8 @@ def head_scalars(wanted):
 
 
 def slab_scalars(index, slabs, wanted):
-    """Scalars of the fine network (B, 4): place of slab number index (B,) of `slabs`, then sphericity and lesions of the request (B, E), which blocks show badly or not at all."""
+    """Scalars of the fine network (B, 4): place of slab number index (B,) of `slabs`, then
+    sphericity and lesions of the request (B, E), which blocks show badly or not at all."""
     return torch.cat([bs.places(slabs, 0)[index], scaled(wanted)[:, [SPHERICITY, LESIONS]]], 1)
 
 

@@ -294,9 +294,9 @@ def prepare_case(case, resolution, fov, condition, relabel=None):
 
     relabel: function (labels, brain, affine) -> other labels (X, Y, Z) in 0..L that take the place
     of those read; see classes_of. Returns a dict: images uint8 (R, C, R, R), 0 = air; classes uint8
-    (R, R, R), values index CONDITIONS[condition]; labels uint8 and brain bool (X, Y, Z) on the grid of the files; hashes: from case_hashes, of the labels
-    read; grid; cut: fraction of brain voxels outside the field of view; lost: mL
-    and number of lesions of which the grid keeps nothing.
+    (R, R, R), values index CONDITIONS[condition]; labels uint8 and brain bool (X, Y, Z) on the grid
+    of the files; hashes: from case_hashes, of the labels read; grid; cut: fraction of brain voxels
+    outside the field of view; lost: mL and number of lesions of which the grid keeps nothing.
     """
     scans, labels, affine = nifti.read_case(case)
     brain = brain_mask(scans, case.folder)
@@ -416,9 +416,9 @@ class Cache:
               coronal, then sagittal ones; those without brain left out
     place     float32 (N, 2), a tensor: see the glossary
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
-              case_hashes), first, count and axial (its rows; how
-              many of them are axial), cut (fraction of the brain outside the field of view), lost (mL and number of lesions
-              of which the grid keeps nothing), finest (resolution at which a pixel of the model is
+              case_hashes), first, count and axial (its rows, and how many of them are axial), cut
+              (fraction of the brain outside the field of view), lost (mL and number of lesions of
+              which the grid keeps nothing), finest (resolution at which a voxel of the model is
               one of the scans)
     meta      classes (their names), modalities, resolution, fov
     """
@@ -470,9 +470,9 @@ class Cache:
 
 
 def cached_case(case, resolution, fov, condition):
-    """What the cache keeps of a Case, a dict: cube uint8 (R, C + 1, R, R), scans and classes; shown,
-    the numbers of its axial, coronal and sagittal slices with brain, three int tensors; facts:
-    hashes, cut, lost and finest, see Cache."""
+    """What the cache keeps of a Case, a dict: cube uint8 (R, C + 1, R, R), scans and classes;
+    shown, the numbers of its axial, coronal and sagittal slices with brain, three int tensors;
+    facts: hashes, cut, lost and finest, see Cache."""
     got = prepare_case(case, resolution, fov, condition)
     cube = np.concatenate([got["images"], got["classes"][:, None]], 1)
     brain = got["classes"] > 0

@@ -244,8 +244,8 @@ def test_the_edge_of_the_brain_is_no_fine_detail():
 
 @pytest.mark.parametrize("axis", range(3))
 def test_banding_sees_along_which_axis_slices_disagree(axis):
-    """Every other slice brighter than its neighbours: steps of twice the spread of voxels along that
-    axis, next to nothing along the others; a gap between healthy parts does not count."""
+    """Every other slice brighter than its neighbours: steps of twice the spread of voxels along
+    that axis, next to nothing along the others; a gap between healthy parts does not count."""
     classes, images = torch.ones(20, 20, 20, dtype=torch.long), torch.zeros(20, 4, 20, 20)
     images += torch.randn(1, 4, 1, 1)
     stripes = 0.2 * (torch.arange(20) % 2).float()

@@ -218,7 +218,8 @@ def test_precondition_is_the_best_v_for_gaussian_pixels():
 
 def ramp(axis, n=4):
     """An atlas (2, 1, n, n, n) whose mean is 0.4 (1, 2 ...) along an axis, std 0.15 of these."""
-    steps = torch.arange(1.0, n + 1).view([-1 if i == axis else 1 for i in range(3)]).expand(n, n, n)
+    steps = torch.arange(1.0, n + 1).view([-1 if i == axis else 1 for i in range(3)])
+    steps = steps.expand(n, n, n)
     return torch.stack([0.4 * steps, 0.15 * steps])[:, None]
 
 

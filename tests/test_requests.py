@@ -393,7 +393,7 @@ def test_the_networks_get_the_request_filled_and_candidates_are_chosen_by_it(mon
     got = requests.sample_labels(model, request(ET=24), (0,), candidates=2)
     (_, of_coarse), (of_fine, _) = seen[:2]
     filled = requests.scaled(request(NCR=0, ED=15, ET=24))
-    assert torch.allclose(of_coarse[0, 1:].nan_to_num(), filled.nan_to_num())
+    assert torch.allclose(of_coarse[0][0, 2:].nan_to_num(), filled.nan_to_num())
     et = of_fine.unflatten(1, (requests.BLOCK, 5))[:, :, 4].sum() * STEP ** 3 / 1000
     assert et < 29 and measured(got)["ET"] == pytest.approx(24, rel=0.1)
 
@@ -505,7 +505,7 @@ def small_net():
     """A network of heads whose layers that start at zero have learned something."""
     torch.manual_seed(0)
     net = bs.UNet(channels=15, classes=0, width=16, mults=(1, 2), patch=1,
-                  scalars=1 + len(requests.entries()))
+                  scalars=2 + len(requests.entries()))
     for parameter in net.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -693,7 +693,7 @@ def test_tissue_is_not_made_from_tumour_labels():
         requests.prepare_labels(classes, "tumour", STEP, 64, 192.0, "tissue")
     tissue = torch.where(classes > 1, classes + 2, classes * 3)
     got = requests.prepare_labels(tissue, "tissue", STEP, 64, 192.0, "tumour")["classes"]
-    assert np.array_equal(got, classes)
+    assert np.array_equal(got[8:56], classes)
 
 
 TINY = ("--phantoms", 6, "--resolution", 32, "--width", 16, "--steps", 10, "--sample-every", 2,

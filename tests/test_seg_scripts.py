@@ -309,7 +309,8 @@ def test_judging_writes_one_table_and_one_json(made):
     text = run(folder, *command)
     report = json.loads((folder / "synthetic/judge.json").read_text())
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
-    names = [*judging.DISTANCES, "Dice WT", "Dice TC", "Dice ET", *(f"banding along {axis}" for axis in "zyx")]
+    names = [*judging.DISTANCES, "Dice WT", "Dice TC", "Dice ET",
+             *(f"banding along {axis}" for axis in "zyx")]
     for source in ("synthetic", "prior", "real"):
         assert list(report[source]) == names
     places = [text.index(f"\n{name} ") for name in names]

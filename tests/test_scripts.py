@@ -49,13 +49,13 @@ def test_training_makes_everything_it_promises(trained):
     assert "\r" not in text and "device " in text
     closing = json.loads((folder / "runs/ddpm/closing.json").read_text())
     for name in ("sampled_t1ce_ET_above_brain", "sampled_flair_ED_above_brain", "sampled_air_black",
-                 "fine_power_ratio", "grey_white_ratio", "slices_with_ET", "texture_distance",
-                 "real_texture_distance", "prior_texture_distance", "prior_air_black"):
+                 "fine_power_ratio", "grey_white_ratio", "slices_with_ET", "texture_axial",
+                 "real_texture_coronal", "prior_texture_sagittal", "banding_z", "prior_air_black"):
         assert name in closing
     assert len(closing["skill"]) == 4 and closing["steps"] == 12
     table = text[text.index("figure "):].splitlines()
     assert table[0].split() == ["figure", "samples", "prior", "alone", "real"]
-    assert table[1].startswith("skill at t = 125") and table[10].startswith("air at or below")
+    assert table[1].startswith("skill at t = 125") and table[18].startswith("air at or below")
     assert table[5].split() == ["texture", "distance", *(
         f"{closing[name]:.3f}" for name in ("texture_distance", "prior_texture_distance",
                                             "real_texture_distance"))]
@@ -172,8 +172,8 @@ def test_sampling_writes_whole_labelled_volumes(synthetic):
     for case, source in zip(cases, sources_of(folder)):
         scans, labels, affine = nifti.read_case(case)
         truth, truth_affine = nifti.read_nifti(source.files["seg"])
-        assert scans.shape == (4, 24, 24, 32)
-        assert np.allclose(affine[:3, :3], np.diag([8.0, 8.0, 4.8]))
+        assert scans.shape == (4, 24, 24, 24)
+        assert np.allclose(affine[:3, :3], np.diag([8.0, 8.0, 8.0]))
         head = nifti.read_nifti(source.files["t1"])[0] > 0
         assert np.linalg.norm(place(scans[0] > 0, affine) - place(head, truth_affine)) < 2
         if (labels > 0).sum() > 20:

@@ -76,7 +76,7 @@ def test_one_voxel_in_a_case_without_tumour_does_not_choose_the_weights():
     # two cases of two slices, tumour in the first alone
     classes = torch.ones(4, 8, 8, dtype=torch.long)
     classes[:2, 2:6, 2:6] = 4
-    cases = [{"part": "val", "first": first, "count": 2} for first in (0, 2)]
+    cases = [{"part": "val", "first": first, "axial": 2} for first in (0, 2)]
     cache = SimpleNamespace(cases=cases, batch=lambda rows: (torch.from_numpy(rows), classes[rows],
                                                              None))
 
@@ -466,7 +466,7 @@ def test_a_balanced_set_measures_what_it_was_asked_for(made):
     asked, measured = [[facts[name]["ET"] for facts in sidecars]
                        for name in ("RequestedML", "VolumesML")]
     assert sorted(asked) == [6, 10, 14, 18]
-    assert np.abs(np.subtract(asked, measured)).max() < 5, measured
+    assert np.abs(np.subtract(asked, measured)).max() < 7, measured     # in cubes of 8 mm
     assert all(set(facts["EditsApplied"]) == {"scale"} for facts in sidecars)
     assert re.search(r"ET: asked 6.0 to 18.0 mL, mean error \d\.\d\d mL", text)
 

@@ -843,7 +843,7 @@ def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):
 def test_a_request_becomes_a_labelled_set(work):
     """Each case says what was asked, what came, and what its label generator was trained on."""
     folder, said = work
-    asked = []
+    asked, off = [], []
     for path in sorted((folder / "synthetic").glob("*/*.json")):
         facts = json.loads(path.read_text())
         assert facts["LabelMaps"] == "generated"
@@ -851,7 +851,9 @@ def test_a_request_becomes_a_labelled_set(work):
         assert facts["UsedInTraining"] is False and len(facts["GeneratorTrainedOn"]) > 0
         assert len(facts["LabelCheckpointSHA256"]) == 64
         asked.append(facts["Requested"]["ET"])
+        off.append(abs(facts["Measured"]["x"] - 20))
     assert sorted(asked) == [11.25, 23.75] and "ET: asked 11.2 to 23.8 mL" in said, said
+    assert f"x: asked 20.0 to 20.0 mm, mean error {np.mean(off):.2f} mm" in said, said
     status, said = run_script(folder, "sample.py", "--request", "et=5..30,x=20", "--count", 2,
                               "--steps", 2)
     assert status == 0 and "made 0 cases, 2 were there already" in said

@@ -20,7 +20,7 @@ by_name = pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
 
 
 @pytest.mark.parametrize("book", [
-    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.notebooks])
+    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.programs])
     for book in BOOKS])
 def test_notebooks_run(request, tmp_path, monkeypatch, book):
     """All cells, in a fresh process, with hardly any training, in a copy beside links to the

@@ -962,7 +962,7 @@ def test_label_maps_of_held_out_cases_are_left_out(phantom_folder, tmp_path, cap
     assert data.cases == ["new"] and "1 show the tumour" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_label_benchmarks_run(work, lay_phantoms):
     """All four ways and the requests, hardly trained."""
     folder = lay_phantoms(work[0], 7, "runs/bench_labels")      # those that the labels learned from
@@ -1012,7 +1012,7 @@ def test_ventricles_go_all_the_way(work):
     assert status == 2 and "retrain: --generate labels --condition ventricles" in said, said
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_the_worth_of_chosen_ventricles_is_measured(tmp_path):
     """The study, hardly trained: every arm has its row."""
     status, said = run_script(

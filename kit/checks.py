@@ -157,10 +157,9 @@ def check_names(path, scaled, labels, healthy, four):
     60 real cases T1ce is at least as far above healthy brain as T1 in ET (0.3 further in all but
     one), no other label of 30 voxels or more rises as much as ET, and ED is 0.57 or more above
     healthy brain on FLAIR."""
-    counts = np.bincount(labels.ravel(), minlength=4)
     if bs.LABELS != bs.BRATS[1]:
         return []
-    shown = {}
+    counts, shown = np.bincount(labels.ravel(), minlength=4), {}
     if {"t1", "t1ce", "flair"} <= {*bs.MODALITIES}:
         t1, t1ce, flair = [scaled[bs.MODALITIES.index(name)] for name in ("t1", "t1ce", "flair")]
         shown = {k: ((t1ce - t1)[labels == k].mean(), flair[labels == k].mean())

@@ -68,7 +68,7 @@ def signature(scans, brain):
     16^3 equal parts of the box around the brain, each modality to mean 0 and spread 1; float32 (C,
     16, 16, 16), 0 where a part is mostly air. scans float (C, X, Y, Z); brain bool (X, Y, Z)."""
     box = (..., *[slice(along.min(), along.max() + 1) for along in np.nonzero(brain)])
-    means = np.stack([brain, *(scans * brain)])[box]
+    means = np.stack([brain[box], *(scans[box] * brain[box])])
     for axis in (1, 2, 3):
         edges = np.linspace(0, means.shape[axis], 17).astype(int)
         widths = np.maximum(np.diff(edges), 1).reshape(-1, *[1] * (3 - axis))
@@ -157,14 +157,15 @@ def check_names(path, scaled, labels, healthy, four):
     60 real cases T1ce is at least as far above healthy brain as T1 in ET (0.3 further in all but
     one), no other label of 30 voxels or more rises as much as ET, and ED is 0.57 or more above
     healthy brain on FLAIR."""
-    counts = np.bincount(labels.ravel(), minlength=4)
     if bs.LABELS != bs.BRATS[1]:
         return []
-    shown = {}
+    counts, shown = np.bincount(labels.ravel(), minlength=4), {}
     if {"t1", "t1ce", "flair"} <= {*bs.MODALITIES}:
         t1, t1ce, flair = [scaled[bs.MODALITIES.index(name)] for name in ("t1", "t1ce", "flair")]
-        shown = {k: ((t1ce - t1)[labels == k].mean(), flair[labels == k].mean())
-                 for k in (1, 2, 3) if counts[k] >= 10}
+        for k in (1, 2, 3):
+            if counts[k] >= 10:
+                here = labels == k
+                shown[k] = t1ce[here].mean() - t1[here].mean(), flair[here].mean()
     rise = shown.get(3, (0, 0))[0]
     others = [shown[k][0] for k in shown if k < 3 and counts[k] >= 30]
     if rise < 0 and -rise > max(others, default=0):
@@ -201,13 +202,13 @@ def look_at(case):
     it has). BadInput where it cannot be used."""
     notes = []
     scans, labels, affine = nifti.read_case(case, notes)
-    there = np.unique(labels[labels > 0]).tolist()
+    there = [k for k in range(1, int(labels.max()) + 1) if (labels == k).any()]
     if "seg" in case.files and not there:
         notes.append(nifti.Finding("warned", str(case.files["seg"]), "no tumour; taken as healthy"))
     spacing = nifti.spacing_of(affine)
     step = np.maximum(1, np.rint(3 / spacing)).astype(int)
     coarse = (..., *[slice(None, None, int(k)) for k in step])              # voxels of 3 mm
-    scans, labels = scans[coarse].copy(order="K"), labels[coarse]
+    scans, labels = [volume[coarse].copy(order="K") for volume in (scans, labels)]
     shown = np.stack([slices.not_air(scan, case.folder) for scan in scans])
     brain = shown.any(0)
     if brain.sum() < 500:                       # 14 mL; a head has a hundred times as much

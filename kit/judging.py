@@ -325,7 +325,6 @@ def shape_distance(volumes, others, condition, step):
 
 # ------------------------------------------------------------------------------- sets of cases ---
 
-
 def frechet_distance(a, b):
     """Frechet distance of two sets of features (N, F), (M, F), each taken as a Gaussian [FID]:
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). It shrinks with more images: compare

@@ -141,7 +141,7 @@ def label_maps_alone(args, state, scratch):
     with contextlib.redirect_stdout(io.StringIO()):
         cache = slices.build_cache(nifti.find_cases(scratch), scratch, size, fov, "tumour")
     outlines = requests.label_volumes(cache, slices.PARTS, size * 3 // 4)
-    maps, names, hashes, lost = read_label_maps(args.labels, outlines, fov / size, args.seed)
+    maps, _, hashes, lost = read_label_maps(args.labels, outlines, fov / size, args.seed)
     print(f"label maps: {len(maps)} without scans, drawn into outlines of phantoms, which cut off "
           f"{lost:.1%} of the tumours")
     for number in range(args.count):

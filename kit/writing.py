@@ -87,17 +87,17 @@ def write_datasheet(folder):
     sidecars = [row | row.get("Audit", {}) for row in facts]
     values = defaultdict(lambda: "missing")     # of an entry that no sidecar has
     for name in set().union(*sidecars):
-        texts = {str(sidecar.get(name, "missing")) for sidecar in sidecars}
-        values[name] = ", ".join(sorted(texts))
+        values[name] = ", ".join(sorted({str(row.get(name, "missing")) for row in sidecars}))
     rows = []
     for name in sidecars[0]["VolumesML"]:
         ml = [sidecar["VolumesML"][name] for sidecar in sidecars]
         rows.append(f"| {name} | {min(ml):.1f} | {np.median(ml):.1f} | {max(ml):.1f} |")
-    judged = {"synthetic": {}, "real": {}}
+    judged = {"synthetic": {}, "prior": {}, "real": {}}
     with suppress(OSError, ValueError):         # there is no judge.json yet
         judged |= json.loads((Path(folder) / "judge.json").read_text(encoding="utf-8"))
-    figures = [f"| {name} | {judged['synthetic'].get(name)} | {value} |"
-               for name, value in judged["real"].items()]
+    sets = [judged[name] for name in ("synthetic", "prior", "real")]
+    figures = [f"| {name} | " + " | ".join(str(row.get(name, "missing")) for row in sets) + " |"
+               for name in judged["real"]]
     values |= judged | {
         "cases": len(sidecars), "volumes": "\n".join(rows), "figures": "\n".join(figures),
         "used": sum(sidecar["UsedInTraining"] for sidecar in sidecars)}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-LONG = ("test_requests", "test_scripts", "test_readme", "test_seg_scripts", "test_the_tests",
-        "test_faults", "test_real")
+LONG = ("test_learning", "test_requests", "test_scripts", "test_readme", "test_seg_scripts",
+        "test_the_tests", "test_faults", "test_real")
 other = []                                      # the second process, and where it prints
 mine = set()                                    # files that this process has taken
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
 from kit import nifti, phantoms
+
 
 def relabelled(path, values):
     """The labels in a file, 1 NCR, 2 ED, 3 or 4 ET, as an image with other values: {label: value}.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MOTHER = """
-import json, os, runpy, sys, traceback
+import gc, io, json, os, runpy, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import matplotlib
 matplotlib.use("Agg")
@@ -22,7 +22,23 @@ import brainsyn
 from kit import judging
 brainsyn.SAMPLING["steps"] = 3                  # calls, where a command does not say how many
 judging.DRAWS = 2
+judging.PATCHES = 20_000
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch
+with io.BytesIO() as nowhere:                   # and the first picture half of matplotlib
+    figure = matplotlib.figure.Figure()
+    axes = figure.subplots(1, 2)[0]
+    axes.errorbar([1, 2], [2, 3], [1, 1], label="y")
+    axes.set(yscale="log", title="x")
+    axes.legend()
+    axes.imshow([[0.0, 1.0]], "gray")
+    figure.tight_layout()
+    figure.savefig(nowhere, format="png")
+    nowhere.seek(0)
+    torch.save({"x": torch.zeros(1)}, nowhere)
+    nowhere.seek(0)
+    torch.load(nowhere, weights_only=True)
+gc.collect()
+gc.freeze()                                     # children need not look through all that
 for line in sys.stdin:
     job, children = json.loads(line), []
     for more in job["environments"]:

@@ -14,7 +14,7 @@ def run(folder, script, *words):
     return text
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_speed_is_compared_with_a_plain_network_of_the_same_architecture(tmp_path):
     """The ratio that shows when a change makes our network slower than one written without care."""
     text = run(tmp_path, "bench_peers.py", "--rounds", 1, "--scale", 4, "--steps", 3, "--only",
@@ -53,7 +53,7 @@ def test_a_library_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys, m
     assert "MONAI" not in timed
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_quality_is_measured_after_minutes(tmp_path, lay_phantoms):
     """Two runs, the second again, a change of another default, the table and the curve of all."""
     words = ["--phantoms", 8, "--resolution", 16, "--seg-steps", 2, "--held", 4, "--out", "q"]
@@ -70,7 +70,7 @@ def test_quality_is_measured_after_minutes(tmp_path, lay_phantoms):
                                                                         / "q/curves.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_costs_of_whole_volumes_are_measured(tmp_path):
     """Volumes, growth and the bill."""
     text = run(tmp_path, "bench_scale.py", "--tiny")

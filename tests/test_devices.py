@@ -142,7 +142,7 @@ def test_asked_precision_is_what_layers_compute_in():
             assert layer(torch.ones(1, 3)).dtype == getattr(torch, precision)
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_the_bench_times_a_step(tmp_path):
     """The README's line, shortened: one row with the size of the default network and rates above
     0."""

@@ -264,5 +264,6 @@ def test_label_maps_without_scans_are_drawn_into_outlines(heads, tmp_path, lay_p
     facts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("synthetic/*/*.json"))]
     assert [row["LabelMaps"] for row in facts] == ["label maps alone"] * 2
     assert facts[0]["LabelMapSHA256"] == slices.hashes_of(heads[0])[0]
+    assert facts[0]["VolumesML"] != facts[1]["VolumesML"]
     with pytest.raises(bs.BadInput, match="label maps without scans"):
         sample.main(["--labels", "maps", "--edit", "random", "--out", "edited"])

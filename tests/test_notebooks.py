@@ -15,20 +15,17 @@ import notebook
 
 ROOT = blank.ROOT
 BOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-SHORTEST = ("02_noise",)                        # runs by default
 by_name = pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("book", [
-    pytest.param(book, id=book.stem, marks=[] if book.stem in SHORTEST else [pytest.mark.notebooks])
-    for book in BOOKS])
-def test_notebooks_run(request, tmp_path, monkeypatch, book):
+@pytest.mark.programs
+@by_name
+def test_notebooks_run(many_phantoms, tmp_path, monkeypatch, book):
     """All cells, in a fresh process, with hardly any training, in a copy beside links to the
     library and to phantoms, which notebooks share where they lie side by side."""
-    name = "phantom_folder" if book.stem in SHORTEST else "many_phantoms"
-    folder, heads = tmp_path, request.getfixturevalue(name)
+    folder = tmp_path
     (folder / "notebooks/runs/phantoms").mkdir(parents=True)
-    (folder / "notebooks/runs/phantoms/A").symlink_to(heads)
+    (folder / "notebooks/runs/phantoms/A").symlink_to(many_phantoms)
     for path in [*ROOT.glob("*.py"), ROOT / "kit"]:
         (folder / path.name).symlink_to(path)
     for path in (ROOT / "notebooks").glob("*.md"):

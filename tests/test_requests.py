@@ -830,7 +830,7 @@ def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):
 def test_a_request_becomes_a_labelled_set(work):
     """Each case says what was asked, what came, and what its label generator was trained on."""
     folder, said = work
-    asked = []
+    asked, off = [], []
     for path in sorted((folder / "synthetic").glob("*/*.json")):
         facts = json.loads(path.read_text())
         assert facts["LabelMaps"] == "generated"
@@ -838,7 +838,9 @@ def test_a_request_becomes_a_labelled_set(work):
         assert facts["UsedInTraining"] is False and len(facts["GeneratorTrainedOn"]) > 0
         assert len(facts["LabelCheckpointSHA256"]) == 64
         asked.append(facts["Requested"]["ET"])
+        off.append(abs(facts["Measured"]["x"] - 20))
     assert sorted(asked) == [11.25, 23.75] and "ET: asked 11.2 to 23.8 mL" in said, said
+    assert f"x: asked 20.0 to 20.0 mm, mean error {np.mean(off):.2f} mm" in said, said
     status, said = run_script(folder, "sample.py", "--request", "et=5..30,x=20", "--count", 2,
                               "--steps", 2)
     assert status == 0 and "made 0 cases, 2 were there already" in said
@@ -947,7 +949,7 @@ def test_label_maps_of_held_out_cases_are_left_out(phantom_folder, tmp_path, cap
     assert data.cases == ["new"] and "1 show the tumour" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_label_benchmarks_run(work, lay_phantoms):
     """All four ways and the requests, hardly trained."""
     folder = lay_phantoms(work[0], 7, "runs/bench_labels")      # those that the labels learned from
@@ -997,7 +999,7 @@ def test_ventricles_go_all_the_way(work):
     assert status == 2 and "retrain: --generate labels --condition ventricles" in said, said
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_the_worth_of_chosen_ventricles_is_measured(tmp_path):
     """The study, hardly trained: every arm has its row."""
     status, said = run_script(

@@ -302,10 +302,10 @@ def test_a_name_in_the_inputs_is_in_no_output(work, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_judging_writes_one_table_and_one_json(made):
     """Texture in three planes first, then features, re-segmentation and banding; beside the prior
-    alone, the floor or ceiling, and the number of images. Without the generator a line says why
-    the prior alone is missing."""
+    alone, the floor or ceiling, and the number of images. As many phantoms as the segmenter was
+    trained with. Without the generator a line says why the prior alone is missing."""
     folder, _ = made
-    command = ["sample.py", "--judge", "synthetic", "--phantoms", "10", "--segmenter", "runs/seg"]
+    command = ["sample.py", "--judge", "synthetic", "--segmenter", "runs/seg"]
     text = run(folder, *command)
     report = json.loads((folder / "synthetic/judge.json").read_text())
     assert report["synthetic_cases_that_owe_to_held_out"] == 0
@@ -402,7 +402,7 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     folder, syn = made[0], tmp_path / "syn"
     monkeypatch.chdir(folder)
     shutil.copytree(folder / "synthetic", syn)
-    few = ["--audit", str(syn), "--phantoms", "10", "--steps", "2", "--checkpoint", "runs/ddpm"]
+    few = ["--audit", str(syn), "--steps", "2", "--checkpoint", "runs/ddpm"]
     state = runs.load_checkpoint("runs/ddpm")
     victim = next(case for case in nifti.find_cases("runs/phantoms/A")
                   if slices.hashes_of(case)[0] in state["trained_on"])

@@ -465,7 +465,7 @@ def course_commands():
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.slow
+@pytest.mark.programs
 def test_the_commands_of_the_course_do_what_they_say(tmp_path):
     """Every line of TEACHING.md as it stands there, in a copy of the repository: the assignment is
     written, tests run with it, also where the file lies there, and marks are given."""

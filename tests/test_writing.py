@@ -204,7 +204,11 @@ def test_the_datasheet_says_what_must_not_be_done(tmp_path):
                                              "real": {"Dice WT": 0.9}})
     writing.write_datasheet(folder)
     text = (folder / "DATASHEET.md").read_text()
-    assert "their number: 12\n" in text and "| Dice WT | 0.81 | 0.9 |" in text
+    assert "their number: 12\n" in text and "| Dice WT | 0.81 | missing | 0.9 |" in text
+    judged = json.loads((folder / "judge.json").read_text()) | {"prior": {"Dice WT": 0.2}}
+    files.write_json(folder / "judge.json", judged)
+    writing.write_datasheet(folder)
+    assert "| Dice WT | 0.81 | 0.2 | 0.9 |" in (folder / "DATASHEET.md").read_text()
     sidecar = folder / "BraTS-SYN-00001-000/BraTS-SYN-00001-000.json"
     facts = json.loads(sidecar.read_text()) | {"Audit": {"verdict": "none found", "words": "So."}}
     files.write_json(sidecar, facts)

@@ -162,10 +162,9 @@ def check_names(path, scaled, labels, healthy, four):
     counts, shown = np.bincount(labels.ravel(), minlength=4), {}
     if {"t1", "t1ce", "flair"} <= {*bs.MODALITIES}:
         t1, t1ce, flair = [scaled[bs.MODALITIES.index(name)] for name in ("t1", "t1ce", "flair")]
-        for k in (1, 2, 3):
-            if counts[k] >= 10:
-                here = labels == k
-                shown[k] = t1ce[here].mean() - t1[here].mean(), flair[here].mean()
+        masks = {k: labels == k for k in (1, 2, 3) if counts[k] >= 10}
+        shown = {k: (t1ce[here].mean() - t1[here].mean(), flair[here].mean())
+                 for k, here in masks.items()}
     rise = shown.get(3, (0, 0))[0]
     others = [shown[k][0] for k in shown if k < 3 and counts[k] >= 30]
     if rise < 0 and -rise > max(others, default=0):

@@ -24,19 +24,18 @@ brainsyn.SAMPLING["steps"] = 3                  # calls, where a command does no
 judging.DRAWS = 2
 judging.PATCHES = 20_000
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch
-with io.BytesIO() as nowhere:                   # and the first picture half of matplotlib
-    figure = matplotlib.figure.Figure()
-    axes = figure.subplots(1, 2)[0]
-    axes.errorbar([1, 2], [2, 3], [1, 1], label="y")
-    axes.set(yscale="log", title="x")
-    axes.legend()
-    axes.imshow([[0.0, 1.0]], "gray")
-    figure.tight_layout()
-    figure.savefig(nowhere, format="png")
-    nowhere.seek(0)
-    torch.save({"x": torch.zeros(1)}, nowhere)
-    nowhere.seek(0)
-    torch.load(nowhere, weights_only=True)
+figure = matplotlib.figure.Figure()             # and the first picture half of matplotlib
+axes = figure.subplots(1, 2)[0]
+axes.errorbar([1, 2], [2, 3], [1, 1], label="y")
+axes.set(yscale="log", title="x")
+axes.legend()
+axes.imshow([[0.0, 1.0]], "gray")
+figure.tight_layout()
+figure.savefig(io.BytesIO(), format="png")
+tensors = io.BytesIO()
+torch.save({"x": torch.zeros(1)}, tensors)
+tensors.seek(0)
+torch.load(tensors, weights_only=True)
 gc.collect()
 gc.freeze()                                     # children need not look through all that
 for line in sys.stdin:

@@ -25,11 +25,11 @@ judging.DRAWS = 2
 judging.PATCHES = 20_000
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch
 figure = matplotlib.figure.Figure()             # and the first picture half of matplotlib
-axes = figure.subplots(1, 2)[0]
+axes, other = figure.subplots(1, 2)
 axes.errorbar([1, 2], [2, 3], [1, 1], label="y")
 axes.set(yscale="log", title="x")
 axes.legend()
-axes.imshow([[0.0, 1.0]], "gray")
+other.imshow([[0.0, 1.0]], "gray")
 figure.tight_layout()
 figure.savefig(io.BytesIO(), format="png")
 tensors = io.BytesIO()

@@ -29,6 +29,8 @@ GLOSSARY (the same names everywhere)
     scalars     (B, S): further conditions, one number each; the first two are the slice's place
     place       (B, 2): position -1..1 of a slice across the field of view (feet to head, front to
                 back, right to left), and its plane: 0 axial, 1 coronal, 2 sagittal
+    slab        a slice between its neighbours, `around` of them on either side: (B, (2 around + 1)
+                C, H, W), see slabs_of. Neighbours that are all 0 are not given
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
     eps         standard normal noise, same shape as x0
     t           noise level, integer (B,): 0 = clean .. T = pure noise
@@ -352,9 +354,10 @@ def precondition(out, x_t, signal, sigma, mean, std):
     learn has about unit size at every t. [EDM] does this (preconditioning: fixed factors around a
     network) with one Gaussian for all pixels; here each pixel has its own.
 
-    out: the network's output (B, C, H, W), maybe bfloat16; signal, sigma (B, 1, 1, 1); mean, std:
-    from expected. Returns v_hat (B, C, H, W), float32.
+    out: the network's output (B, C, H, W), maybe bfloat16; x_t: as large, or slabs; signal, sigma
+    (B, 1, 1, 1); mean, std: from expected. Returns v_hat (B, C, H, W), float32.
     """
+    x_t = middle(x_t, out.shape[1])
     guess = sigma * (signal * (1 - std ** 2) * x_t - mean) / ((std * signal) ** 2 + sigma ** 2)
     return guess + prior_error(signal, sigma, std) * out.float()
 
@@ -365,6 +368,28 @@ def precondition(out, x_t, signal, sigma, mean, std):
 # an image from which precondition makes v_hat. Widths and group sizes are what ran fastest on CPUs
 # without loss of quality.
 # ================================================================================================
+
+def slabs_of(volume, around):
+    """Slices of a volume (N, C, H, W) -> slabs (N, (2 around + 1) C, H, W): below each slice its
+    neighbours before it, above it those behind. The first and the last slice are neighbours of
+    themselves."""
+    at = torch.arange(len(volume))
+    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)]
+                      for by in range(-around, around + 1)], 1)
+
+
+def lone_slabs(slices, around):
+    """Slices (N, C, H, W) -> slabs whose neighbours are not given: all 0."""
+    empty = around * slices.shape[1]
+    return F.pad(slices, (0, 0, 0, 0, empty, empty))
+
+
+def middle(slabs, channels):
+    """The slices in the middle of slabs: (B, (2 around + 1) channels, H, W) -> (B, channels, H,
+    W)."""
+    first = (slabs.shape[1] - channels) // 2
+    return slabs[:, first:first + channels]
+
 
 GROUP = 16      # channels in a normalisation group; smaller groups miss the fast CPU kernels
 
@@ -439,7 +464,8 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> the output that
-    precondition turns into v_hat, (B, out_channels or channels, H, W) [UNET].
+    precondition turns into v_hat, (B, out_channels or channels, H, W) [UNET]. With `around` above 0
+    x_t are slabs: the network sees neighbours of the slice that it denoises, as noisy as it is.
 
     input    x_t, onehot, and row and column of every pixel (in [-1, 1]), padded with zeros at the
              right and below until all levels divide; patch x patch pixels are folded into channels
@@ -458,13 +484,13 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
-                 fine=32, scalars=2, out_channels=None):
+                 fine=32, scalars=2, out_channels=None, around=0):
         super().__init__()
-        self.channels, self.classes = channels, classes
+        self.channels, self.classes, self.around = channels, classes, around
         self.out_channels = out_channels or channels
         self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
         self.emb = emb = 4 * width
-        c_in = channels + classes + 2                           # noisy image, label map, place
+        c_in = channels * (2 * around + 1) + classes + 2        # noisy slab, label map, place
         widths = [width * m for m in mults]
         self.time = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.scalar = nn.Sequential(nn.Linear(scalars * 33, emb), nn.SiLU(),
@@ -520,7 +546,7 @@ class UNet(nn.Module):
         height, width = x_t.shape[-2:]
         axes = [torch.linspace(-1, 1, n, device=x_t.device) for n in (height, width)]
         place = torch.stack(torch.meshgrid(axes, indexing="ij")).expand(len(x_t), -1, -1, -1)
-        x = torch.cat([x_t, onehot, place.to(x_t.dtype)], 1)                # (B, C + K + 2, H, W)
+        x = torch.cat([x_t, onehot, place.to(x_t.dtype)], 1)                # (B, c_in, H, W)
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))                  # (B, width, H/p, W/p)
         emb, kept = self.embed(t, scalars), []
@@ -745,8 +771,8 @@ class Denoiser:
 
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars):
-        """x_t (N, C, H, W), t int (N,), onehot (N, K, H, W), scalars (N, S), all on the CPU ->
-        v_hat float32 (N, C, H, W) on the CPU."""
+        """x_t (N, C, H, W), or slabs, t int (N,), onehot (N, K, H, W), scalars (N, S), all on the
+        CPU -> v_hat float32 (N, C, H, W) on the CPU."""
         return in_parts(self.device, self.predict, self.batch, x_t, t, onehot, scalars)
 
     def predict(self, x_t, t, onehot, scalars):
@@ -799,7 +825,7 @@ def places(count, plane):
 
 # The usual settings. steps: network calls a slice; spacing: see timesteps; interval: guidance acts
 # while t / T lies in it [RANGE].
-SAMPLING = {"steps": 20, "sampler": "dpmpp", "spacing": "noise", "eta": 0.0, "guidance": 1.0,
+SAMPLING = {"steps": 10, "sampler": "dpmpp", "spacing": "noise", "eta": 0.0, "guidance": 1.0,
             "rescale": 0.7, "interval": (0.2, 0.8)}
 
 
@@ -810,18 +836,19 @@ def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
     scalars: a list of (N, S): one, of pictures that have nothing to do with each other; or three,
     of the axial, coronal and sagittal slices of a volume, which N, H and W are the axes of. Then
     every step asks another plane, in turn: what one plane draws, the next sees from the side, so
-    that they must agree.
+    that they must agree. Slices of a volume are seen with their neighbours, pictures without.
     noise: function of "start" or a step number -> standard normal (N, C, H, W); settings: see
     SAMPLING.
     """
     visited = timesteps(settings["steps"], settings["spacing"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    (low, high), calls = settings["interval"], itertools.count()
+    (low, high), calls, around = settings["interval"], itertools.count(), denoiser.net.around
 
     def predict_v(x, t):
         plane = next(calls) % len(scalars)
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
         x, given = turned(x, plane), turned(onehot, plane)
+        x = slabs_of(x, around) if len(scalars) > 1 else lone_slabs(x, around)
         v = guided_v(denoiser, x, t.expand(len(x)), given, scalars[plane], scale,
                      settings["rescale"])
         return turned(v, plane)
@@ -921,23 +948,26 @@ def orthogonal(matrices, steps=5):
 
     Newton-Schulz iteration, which needs nothing but matrix products:
         x = matrix / (|matrix| + 1e-7), then `steps` times
-        x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
-    (on the transpose where M > N: the same result from smaller products).
+        x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x = factor x
+    (on the transpose where M > N: the same result from smaller products). Each factor follows from
+    the one before, since x x^T becomes factor (x x^T) factor: the long x is multiplied once, by the
+    product of all factors. That needs float32: in bfloat16 small singular values would be lost.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT, steps).mT
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    square, product = x @ x.mT, None                                        # (G, M, M)
+    identity = 3.4445 * torch.eye(len(square[0]), dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        square = x @ x.mT                                                   # (G, M, M)
-        # change = -4.7750 square + 2.0315 square^2;  x = 3.4445 x + change x
-        change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, change, x, beta=3.4445)
-    return x
+        factor = identity + torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        product = factor if product is None else factor @ product
+        square = factor @ square @ factor
+    return product @ x
 
 
 class Muon(torch.optim.AdamW):
-    """Muon [MUON] for the matrices inside a network (`hidden`: nine of ten numbers of UNet), AdamW
-    [ADAMW] for all other parameters.
+    """Muon [MUON] for the matrices inside a network (`hidden`), AdamW [ADAMW] for all other
+    parameters.
 
     The gradient of a layer is a matrix that points mostly in a few directions; the rest is learned
     too slowly. Muon gives all directions of the matrix (M outputs, N = all inputs of one) the same
@@ -945,14 +975,12 @@ class Muon(torch.optim.AdamW):
         momentum += (gradient - momentum) / 20
         weight   *= 1 - rate * decay
         weight   -= rate * sqrt(max(1, M / N)) * orthogonal(0.95 momentum + 0.05 gradient)
-    dtype: of the arithmetic in orthogonal. State is made at the start, not in the first step: XLA
-    would compile the second step again.
+    State is made at the start, not in the first step: XLA would compile the second step again.
     """
 
-    def __init__(self, weights, hidden, dtype, **settings):
+    def __init__(self, weights, hidden, **settings):
         kinds = [weights, hidden] if hidden else [weights]
         super().__init__([{"params": list(kind)} for kind in kinds], **settings)
-        self.dtype = dtype
         for group, names in zip(self.param_groups, (("exp_avg", "exp_avg_sq"), ("momentum",))):
             for p in group["params"]:
                 self.state[p] = {name: torch.zeros_like(p) for name in names}
@@ -970,21 +998,19 @@ class Muon(torch.optim.AdamW):
             for (rows, columns), weights in same_size.items():      # a few large products
                 wanted = [torch.lerp(self.state[p]["momentum"], p.grad, 0.05).flatten(1)
                           for p in weights]
-                changes = orthogonal(torch.stack(wanted).to(self.dtype))
-                for p, change in zip(weights, changes):
+                for p, change in zip(weights, orthogonal(torch.stack(wanted))):
                     p.mul_(1 - rate * group["weight_decay"])
                     p.sub_(change.view_as(p), alpha=rate * max(1, rows / columns) ** 0.5)
                     p.grad = None                           # so that AdamW below skips it
         super().step()
 
 
-def make_optimizer(net, lr, device, precision="auto", hidden=()):
+def make_optimizer(net, lr, device, hidden=()):
     """The optimiser of both training scripts: Muon for the parameters in `hidden` (a segmenter's
     are none), AdamW for all others."""
     inside = {id(p) for p in hidden}
-    return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden),
-                torch.bfloat16 if uses_bf16(device, precision) else torch.float32,
-                lr=lr, betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
+    return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden), lr=lr,
+                betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
 
 
 class EMA:

@@ -31,7 +31,7 @@ import brainsyn as bs
 from kit import (checks, devices, files, judging, label_training, options, phantoms, pictures,
                  requests, runs, slices)
 
-STEPS, LABEL_STEPS = 2000, 3000                 # of a run with neither --steps nor --minutes
+STEPS, LABEL_STEPS = 1000, 3000                 # of a run with neither --steps nor --minutes
 HEADS = 4                                       # that are sampled at the end
 # Defaults of --generate labels. None: see PARTS.
 LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
@@ -52,15 +52,16 @@ FLAGS = [
     ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
     ("--blocks", options.count, 1, "residual blocks a level"),
     ("--patch", options.count, 4, "p x p pixels folded into channels"),
+    ("--around", options.natural, 1, "slices on either side that the network sees too"),
     # optimisation
     ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
     ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
-    ("--drop", options.fraction, 0.1, "fraction trained without labels, for guidance"),
+    ("--drop", options.fraction, 0.1, "fraction trained without labels, or without neighbours"),
     ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5 coarse, 0.4 fine"),
     # run
     ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
     ("--guidance", float, 1.0, "guidance scale of pictures and closing figures, 1: none"),
-    ("--sample-every", options.natural, 250, "steps between pictures, 0: none; labels 1000")]
+    ("--sample-every", options.natural, 100, "steps between pictures, 0: none; labels 1000")]
 
 
 def parse_arguments(argv=None):
@@ -98,7 +99,8 @@ class Images:
     def __init__(self, args, cache):
         self.args, self.cache = args, cache
         self.modalities, classes = cache.meta["modalities"], bs.CONDITIONS[args.condition]
-        self.network = {"channels": len(self.modalities), "classes": len(classes)}
+        self.network = {"channels": len(self.modalities), "classes": len(classes),
+                        "around": args.around}
         self.slice = devices.slice_of_batch(args.batch)         # this process's part
         train, val, test = [cache.part(part) for part in ("train", "val", "test")]
         self.prior = bs.measure_prior(cache.batches(cache.part("train", [0])), args.condition)
@@ -119,12 +121,18 @@ class Images:
         return self.cache.names(self.rows(step))
 
     def batch(self, step):
-        """That batch, on the CPU: t (B,), x0 and eps (B, C, R, R), onehot (B, K, R, R), scalars
-        (B, 1), signal and sigma (B, 1, 1, 1), mean and std of the prior (B, C, R, R)."""
-        shape = (self.args.batch, len(self.modalities), *self.cache.rows[0].shape[1:])
-        noise = bs.training_noise(self.args.seed, step, shape, self.args.drop)
+        """That batch, on the CPU: t (B,), x0 and eps (B, (2 around + 1) C, R, R), slabs, onehot
+        (B, K, R, R), scalars (B, 2), signal and sigma (B, 1, 1, 1), mean and std of the prior
+        (B, C, R, R). Of some slabs the neighbours are not given: 0 in x0 and in eps."""
+        args, channels = self.args, len(self.modalities)
+        shape = (args.batch, (2 * args.around + 1) * channels, *self.cache.rows[0].shape[1:])
+        noise = bs.training_noise(args.seed, step, shape, args.drop)
         t, eps, keep, mirror = [part[self.slice] for part in noise]
-        x0, classes, place = self.cache.batch(self.rows(step), mirror)
+        x0, classes, place = self.cache.batch(self.rows(step), mirror, args.around)
+        alone = torch.rand(args.batch, generator=bs.generator(args.seed, "alone", step)) < args.drop
+        alone = alone[self.slice].view(-1, 1, 1, 1)
+        x0, eps = [torch.where(alone, bs.lone_slabs(bs.middle(part, channels), args.around), part)
+                   for part in (x0, eps)]
         onehot = bs.one_hot(classes, self.network["classes"]) * keep.view(-1, 1, 1, 1)
         signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(self.args.shift), t)
         mean, std = bs.expected(self.prior, onehot, place)
@@ -186,7 +194,7 @@ class Images:
         others = self.heads("training", len(real))[1:] if self.part == "held-out" else None
         figures = judging.judge_run(real, sampled, prior, classes, self.args.condition, others)
         rows = pick_rows(self.cache, self.shown, self.first_lesion, 64)
-        scans, maps, place = self.cache.batch(rows)
+        scans, maps, place = self.cache.batch(rows, around=self.args.around)
         figures["skill"] = judging.skill(denoiser, scans, maps, place, (self.args.seed, "skill"))
         print(f"--- {len(real)} heads of {self.part} cases, sampled from their label maps")
         lines = judging.head_table(figures) + judging.doubts(figures)
@@ -238,7 +246,7 @@ def learn(args, device, kind, task, facts):
     network = sizes | task.network
     net = devices.place_network(bs.UNet(**network), device)
     ema = bs.EMA(net, args.ema, to_host=devices.to_host)
-    optimizer = bs.make_optimizer(net, args.lr, device, args.precision, net.hidden())
+    optimizer = bs.make_optimizer(net, args.lr, device, net.hidden())
     run = runs.Run(args, kind, net, ema, optimizer,
                    {"network": network, "prior": task.prior, "shift": args.shift, **facts})
     task.prior = run.facts["prior"]             # of a resumed run: measured again it may round
@@ -264,7 +272,7 @@ def learn(args, device, kind, task, facts):
         batch = devices.to_device(device, levels, *batch)
         t, x0, eps, onehot, scalars, signal, sigma, mean, std = batch
         x_t = bs.add_noise(x0, eps, signal, sigma)
-        v = bs.v_target(x0, eps, signal, sigma)
+        v = bs.middle(bs.v_target(x0, eps, signal, sigma), mean.shape[1])
         lr = bs.learning_rate(args.lr, run.progress(), run.step)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -72,11 +72,13 @@ def pick_xla():
     without torch_xla or a TPU; PJRT_DEVICE=CPU in the environment asks for XLA on the CPU."""
     asked = os.environ.get("PJRT_DEVICE", "TPU")        # torch_xla sets it where it is not set
     try:
-        import torch_xla
+        import torch_xla.backends
         import torch_xla.runtime as xr
         xr.use_spmd()
         if xr.process_count() > 1 or xr.device_type() == "CPU" != asked:
             raise RuntimeError("there is no TPU that one machine drives")
+        # otherwise a TPU multiplies float32 in bfloat16: too rough for orthogonal
+        torch_xla.backends.set_mat_mul_precision("highest")
         return torch_xla.device()
     except (ImportError, RuntimeError, OSError) as error:
         fault = str(error).splitlines()[0]

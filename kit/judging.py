@@ -38,6 +38,7 @@ class ZeroNet(torch.nn.Module):
     def __init__(self, net):
         super().__init__()
         self.channels, self.classes, self.out_channels = net.channels, net.classes, net.out_channels
+        self.around = net.around
 
     def forward(self, x_t, t, onehot, scalars):
         return x_t.new_zeros(len(x_t), self.out_channels, *x_t.shape[2:])
@@ -51,9 +52,10 @@ def prior_alone(denoiser):
 def skill(denoiser, x0, classes, place, key):
     """By how much a network removes noise better than the prior alone: 1 - the mean squared error
     of x0_hat inside the brain / that of the prior alone, at each noise level of SKILL_AT -> list. 0
-    is the prior alone, 1 is perfect. x0 (N, C, H, W), classes (N, H, W), place (N, 2); key: of
-    generator. NaN without brain."""
+    is the prior alone, 1 is perfect. x0 (N, C, H, W), or slabs, classes (N, H, W), place (N, 2);
+    key: of generator. NaN without brain."""
     found, onehot = [], bs.one_hot(classes, denoiser.net.classes)
+    clean = bs.middle(x0, denoiser.net.channels)
     for level in SKILL_AT:
         t = torch.full((len(x0),), level)
         signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
@@ -61,8 +63,9 @@ def skill(denoiser, x0, classes, place, key):
                            sigma)
         errors = []
         for model in (denoiser, prior_alone(denoiser)):
-            x0_hat, _ = bs.split_v(x_t, model(x_t, t, onehot, place), signal, sigma)
-            errors.append(((x0_hat - x0) ** 2).movedim(1, -1)[classes > 0].mean().item())
+            x0_hat, _ = bs.split_v(bs.middle(x_t, denoiser.net.channels),
+                                   model(x_t, t, onehot, place), signal, sigma)
+            errors.append(((x0_hat - clean) ** 2).movedim(1, -1)[classes > 0].mean().item())
         found.append(1 - errors[0] / errors[1])
     return found
 
@@ -226,8 +229,8 @@ def judge_volumes(real, sampled, classes, condition):
     figures = {}
     for name, measure in (("banding", banding), ("folds", fold_dice)):
         drawn, wanted = [np.mean([measure(*pair, condition) for pair in zip(volumes, classes)], 0)
-                        for volumes in (sampled, real)]
-        figures |= {f"{name}_{axis}": value for axis, value in zip("zyx", (drawn / wanted).tolist())}
+                         for volumes in (sampled, real)]
+        figures |= dict(zip((f"{name}_{axis}" for axis in "zyx"), (drawn / wanted).tolist()))
     sets = zip(PLANES, slices_of(real, classes), slices_of(sampled, classes))
     return figures | {f"texture_{plane}": texture_distance(*pair) for plane, *pair in sets}
 

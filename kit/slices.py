@@ -412,8 +412,10 @@ class Cache:
     """Slices of all cases on the model's grid along three axes, memory-mapped: no workers needed.
 
     cubes     list of arrays uint8 (R, C + 1, R, R), one a case: C modalities, then the class map
-    rows      list of N arrays uint8 (C + 1, R, R), views into cubes: axial slices of a case, then
-              coronal, then sagittal ones; those without brain left out
+    at        list of N pairs: a cube turned so that one of its planes comes first, and the number
+              of a slice. Axial slices of a case, then coronal, then sagittal ones; those without
+              brain left out
+    rows      list of N arrays uint8 (C + 1, R, R): these slices, views into cubes
     place     float32 (N, 2), a tensor: see the glossary
     cases     list of dicts, one a case: case, patient, part (train/val/test), hashes (see
               case_hashes), first, count and axial (its rows, and how many of them are axial), cut
@@ -425,8 +427,9 @@ class Cache:
 
     def __init__(self, blocks, cases, meta):
         self.cubes = [block["cube"].numpy() for block in blocks]
-        self.rows = [cube.swapaxes(0, bs.AXES[plane])[i] for cube, block in zip(self.cubes, blocks)
-                     for plane, shown in enumerate(block["shown"]) for i in shown.tolist()]
+        self.at = [(cube.swapaxes(0, bs.AXES[plane]), i) for cube, block in zip(self.cubes, blocks)
+                   for plane, shown in enumerate(block["shown"]) for i in shown.tolist()]
+        self.rows = [view[i] for view, i in self.at]
         self.place = torch.cat([bs.places(meta["resolution"], plane)[shown] for block in blocks
                                 for plane, shown in enumerate(block["shown"])])
         self.cases = cases
@@ -450,18 +453,25 @@ class Cache:
         on."""
         return sorted({digest for c in self.cases if c["part"] in parts for digest in c["hashes"]})
 
-    def batch(self, rows, mirror=None):
-        """rows: int (B,) -> x0 float32 (B, C, R, R) in [-1, 1], classes int64 (B, R, R), place
-        float32 (B, 2), all torch tensors on the CPU. mirror: bool (B,), left and right are swapped
-        where it is True: columns, or, of a sagittal slice, the side that it lies on."""
-        block = [self.rows[row] for row in rows]
-        block = torch.from_numpy(np.array(block, np.uint8).reshape(-1, *self.rows[0].shape))
+    def batch(self, rows, mirror=None, around=0):
+        """rows: int (B,) -> x0 float32 (B, (2 around + 1) C, R, R) in [-1, 1], slabs, see
+        bs.slabs_of; classes int64 (B, R, R), place float32 (B, 2), all torch tensors on the CPU.
+        mirror: bool (B,), left and right are swapped where it is True: columns, or, of a sagittal
+        slice, the side that it lies on."""
         place = self.place[rows]
-        if mirror is not None:
-            sagittal = place[:, 1] == 2
-            block = torch.where((mirror & ~sagittal).view(-1, 1, 1, 1), block.flip(-1), block)
-            place[mirror & sagittal, 0] *= -1
-        return bs.to_images(block[:, :-1]), block[:, -1].long(), place
+        mirror = torch.zeros(len(rows), dtype=torch.bool) if mirror is None else mirror
+        sagittal = mirror & (place[:, 1] == 2)
+        place[sagittal, 0] *= -1
+        slabs = []
+        for row, turn in zip(rows, sagittal.tolist()):
+            view, i = self.at[row]
+            near = (i + np.arange(-around, around + 1)).clip(0, len(view) - 1)
+            slabs.append(view[near[::-1] if turn else near])
+        shape = -1, 2 * around + 1, *self.rows[0].shape
+        slabs = torch.from_numpy(np.array(slabs, np.uint8).reshape(shape))
+        columns = (mirror & ~sagittal).view(-1, 1, 1, 1, 1)
+        slabs = torch.where(columns, slabs.flip(-1), slabs)
+        return bs.to_images(slabs[:, :, :-1]).flatten(1, 2), slabs[:, around, -1].long(), place
 
     def batches(self, rows, size=128):
         """These rows in turn, as batches of `size` or fewer."""

@@ -74,8 +74,7 @@ def measure(name, make, device, args, resolution):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         call(make()[0], *(torch.empty_like(part, device="meta") for part in batch)).sum().backward()
     net = devices.place_network(net, device)
-    optimizer = bs.make_optimizer(net, 1e-4, device, args.precision, hidden=net.hidden() if name
-                                  == "ours" else ())
+    optimizer = bs.make_optimizer(net, 1e-4, device, net.hidden() if name == "ours" else ())
     trained, times = devices.prepare_training(net, optimizer, device), []
     if args.compile:
         trained = torch.compile(trained)

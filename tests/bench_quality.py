@@ -205,9 +205,9 @@ def optimiser(original=bs.make_optimizer, **settings):
     return {"make_optimizer": make}
 
 
-def adamw(net, lr, device, precision="auto", hidden=(), original=bs.make_optimizer):
+def adamw(net, lr, device, hidden=(), original=bs.make_optimizer):
     """make_optimizer with AdamW for the weights inside too."""
-    return original(net, lr, device, precision)
+    return original(net, lr, device)
 
 
 def faster(factor, original=bs.orthogonal):

@@ -324,20 +324,23 @@ def test_the_cache_is_reused_until_something_changes(coarse_folder, tmp_path, mo
 
 
 def test_the_cache_gives_back_the_slices(cache, phantom_folder):
-    """Row for row what prepare_case made, along three axes; slices without brain are left out; air
-    is exactly -1; a mirrored slice is that of the mirrored head."""
+    """Row for row what prepare_case made, along three axes, with its neighbours where these are
+    asked for; slices without brain are left out; air is exactly -1; a mirrored slice is that of the
+    mirrored head, and so are its neighbours."""
     entry, case = cache.cases[3], nifti.find_cases(phantom_folder)[3]
     got = slices.prepare_case(case, 24, 192.0, "tumour")
     rows = np.arange(entry["first"], entry["first"] + entry["count"])
     head = torch.from_numpy(np.concatenate([got["images"], got["classes"][:, None]], 1))
     for flipped, wanted in ((None, head), (torch.ones(len(rows), dtype=torch.bool), head.flip(-1))):
-        x0, classes, place = cache.batch(rows, flipped)
+        slabs, classes, place = cache.batch(rows, flipped, 1)
+        x0 = cache.batch(rows, flipped)[0]
         for plane in range(3):
             here = place[:, 1] == plane
             at = torch.round((place[here, 0] + 1) * 12 - 0.5).long()
-            slices_of_head = bs.turned(wanted, plane)[at]
-            assert torch.equal(classes[here], slices_of_head[:, -1].long())
-            assert torch.equal(x0[here], bs.to_images(slices_of_head[:, :-1]))
+            view = bs.turned(wanted, plane)
+            assert torch.equal(classes[here], view[at, -1].long())
+            assert torch.equal(x0[here], bs.to_images(view[at, :-1]))
+            assert torch.equal(slabs[here], bs.slabs_of(bs.to_images(view[:, :-1]), 1)[at])
             assert 0 < len(at) < 24 and len(set(at.tolist())) == len(at)
     assert entry["axial"] == (place[:, 1] == 0).sum() and tuple(entry["hashes"]) == got["hashes"]
     assert (x0.movedim(1, -1)[classes == 0] == -1).all() and x0.max() <= 1

@@ -352,28 +352,45 @@ def test_guidance_acts_in_its_interval_only():
 
 
 def test_planes_are_asked_in_turn_and_put_back():
-    """Axial, coronal, sagittal, axial ...: each slice comes with the label map and the place of the
-    same cut, and v lands where the slice was. A denoiser that answers with label maps shows it."""
+    """Axial, coronal, sagittal, axial ...: each slice comes between its neighbours, with the label
+    map and the place of the same cut, and v lands where the slice was. A denoiser that answers with
+    label maps shows it."""
     asked = []
 
     def denoiser(x, t, onehot, scalars):
         asked.append((x.shape, scalars[:, 1].unique().tolist(), scalars[0, 0].item()))
         assert onehot.shape == (len(x), 5, *x.shape[2:])
+        assert torch.equal(x[1:, :4], x[:-1, 4:8]) and torch.equal(x[:-1, 8:], x[1:, 4:8])
+        assert torch.equal(x[0, :4], x[0, 4:8]) and torch.equal(x[-1, 8:], x[-1, 4:8])
         return onehot[:, :4] * 1.0
 
-    denoiser.alpha_bar, denoiser.net = ALPHA_BAR, types.SimpleNamespace(channels=4, classes=5)
+    denoiser.alpha_bar, denoiser.net = ALPHA_BAR, types.SimpleNamespace(channels=4, classes=5,
+                                                                      around=1)
     classes = torch.randint(0, 5, (6, 8, 10))
     volume = bs.sample_volume(denoiser, classes, (0, 1), {**bs.SAMPLING, "steps": 4})
-    assert asked == [((6, 4, 8, 10), [0.0], pytest.approx(1 / 6 - 1)),
-                     ((8, 4, 6, 10), [1.0], pytest.approx(1 / 8 - 1)),
-                     ((10, 4, 8, 6), [2.0], pytest.approx(1 / 10 - 1)),
-                     ((6, 4, 8, 10), [0.0], pytest.approx(1 / 6 - 1))]
+    assert asked == [((6, 12, 8, 10), [0.0], pytest.approx(1 / 6 - 1)),
+                     ((8, 12, 6, 10), [1.0], pytest.approx(1 / 8 - 1)),
+                     ((10, 12, 8, 6), [2.0], pytest.approx(1 / 10 - 1)),
+                     ((6, 12, 8, 10), [0.0], pytest.approx(1 / 6 - 1))]
     # v = onehot at every step: a walk of its own for each voxel and channel
     start = torch.randn(volume.shape, generator=bs.generator(0, 1, "start"))
     visited = bs.timesteps(4)
     wanted = bs.sample(lambda x, t: bs.one_hot(classes, 5)[:, :4], start, visited,
                        bs.sampler_table(ALPHA_BAR[visited], "dpmpp"))
     assert torch.allclose(volume, wanted, atol=1e-6)
+
+
+def test_slices_alone_are_seen_without_neighbours():
+    """Their channels are 0, which noise never is."""
+    def denoiser(x, t, onehot, scalars):
+        assert x.shape == (3, 20, 6, 6) and not x[:, :8].any() and not x[:, 12:].any()
+        assert x[:, 8:12].abs().min() > 0
+        return bs.middle(x, 4)
+
+    denoiser.alpha_bar = ALPHA_BAR
+    denoiser.net = types.SimpleNamespace(channels=4, classes=5, around=2)
+    bs.sample_slices(denoiser, torch.zeros(3, 6, 6, dtype=torch.long), (0, 1), bs.SAMPLING,
+                     [bs.places(3, 0)])
 
 
 def test_generators_depend_on_their_key_alone():

@@ -56,9 +56,8 @@ def test_training_makes_everything_it_promises(trained):
     table = text[text.index("figure "):].splitlines()
     assert table[0].split() == ["figure", "samples", "prior", "alone", "real"]
     assert table[1].startswith("skill at t = 125") and table[18].startswith("air at or below")
-    assert table[5].split() == ["texture", "distance", *(
-        f"{closing[name]:.3f}" for name in ("texture_distance", "prior_texture_distance",
-                                            "real_texture_distance"))]
+    assert table[5].split() == ["texture", "distance,", "axial", *(
+        f"{closing[f'{source}texture_axial']:.3f}" for source in ("", "prior_", "real_"))]
 
 
 def test_bad_cases_stop_every_command_unless_left_out(lay_phantoms, tmp_path):
@@ -134,12 +133,27 @@ def test_the_loss_has_the_same_say_at_every_noise_level(cache):
     task = train_ddpm.Images(train_ddpm.parse_arguments(["--batch", "64"]), cache)
     t, x0, eps, _, _, signal, sigma, mean, std = task.batch(0)
     x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
-    error = bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma, mean, std) - v
+    guess = bs.precondition(torch.zeros_like(mean), x_t, signal, sigma, mean, std)
+    error = guess - bs.middle(v, 4)
     spread = []
     for losses in (error / bs.prior_error(signal, sigma, std), error):
         quarters = [(losses[(t - 1) * 4 // bs.T == q] ** 2).mean().item() for q in range(4)]
         spread.append(max(quarters) / min(quarters))
     assert spread[0] < 3 and spread[1] > 5, spread
+
+
+def test_one_slab_in_ten_is_a_slice_alone(cache):
+    """Its neighbours are 0, without image and without noise; all others are as the cache has
+    them."""
+    task = train_ddpm.Images(train_ddpm.parse_arguments(["--batch", "64"]), cache)
+    alone = 0
+    for step in range(4):
+        _, x0, eps, *_ = task.batch(step)
+        lone = ~(x0 + eps)[:, :4].flatten(1).any(1)
+        alone += int(lone.sum())
+        assert not (x0[lone, 8:].any() or eps[lone, 8:].any()) and eps[~lone].abs().min() > 0
+        assert eps[:, 4:8].abs().min() > 0 and (x0[~lone].std((2, 3)) > 0).any(1).all()
+    assert 12 <= alone <= 40
 
 
 @pytest.fixture(scope="module")

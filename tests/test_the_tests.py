@@ -83,7 +83,7 @@ WRONG = {
     "orthogonal": [
         ("matrices.norm(dim=(1, 2), keepdim=True)", "matrices.norm()"),
         ("orthogonal(matrices.mT, steps).mT", "orthogonal(matrices.mT, steps)"),
-        ("beta=3.4445", "beta=1.0"),
+        ("3.4445 *", "1.0 *"),
         ("range(steps)", "range(1)")],
     "EMA.advanced": [
         ("** count", ""),

@@ -295,8 +295,7 @@ def test_muon_by_hand():
     torch.manual_seed(0)
     conv, twin = torch.nn.Conv2d(2, 40, 3).double(), torch.nn.Conv2d(2, 40, 3).double()
     twin.load_state_dict(conv.state_dict())
-    ours = bs.Muon([conv.bias], [conv.weight], torch.float64, lr=0.01, betas=(0.9, 0.99),
-                   weight_decay=0.1)
+    ours = bs.Muon([conv.bias], [conv.weight], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
     plain = torch.optim.AdamW([twin.bias], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
     weight, momentum = conv.weight.detach().clone(), 0.0
     for _ in range(2):
@@ -317,8 +316,8 @@ def test_muon_by_hand():
 
 
 def test_muon_gets_what_lies_inside():
-    """Matrices and convolutions, but for those that meet pixels, noise level or position; AdamW
-    gets all the rest, and alone it is torch's."""
+    """Matrices and convolutions, but for those that meet pixels, noise level or place; AdamW gets
+    all the rest, and alone it is torch's."""
     net = bs.UNet(width=16, mults=(1, 2))
     inside = {id(p) for p in net.hidden()}
     names = {name for name, p in net.named_parameters() if id(p) in inside}

@@ -1,0 +1,113 @@
+"""Ways to draw whole volumes with one trained generator, in figures and in a picture.
+
+    python tests/bench_volumes.py runs/ddpm                 four ways, at 10 and at 20 calls a slice
+    python tests/bench_volumes.py runs/ddpm --curve         in turn: calls, samplers, spacings
+    python tests/bench_volumes.py runs/real --data DIR
+
+Prints a row for each way: banding and folds over those of the held-out heads whose label maps are
+used, along z, y, x; texture distance of axial, coronal and sagittal slices; fine detail; seconds a
+volume. Writes volumes.png beside the checkpoint: the first head in three planes, a row each way.
+
+alone     axial slices that do not see their neighbours
+axial     axial slices that do
+in turn   one plane a step, as sample_volume does it
+mean      in every step the mean of what all three planes say: three times the calls
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import brainsyn as bs
+import train_ddpm
+from kit import checks, devices, files, judging, pictures, runs, slices
+
+WAYS = "alone", "axial", "in turn", "mean"
+
+
+def draw(denoiser, classes, way, settings, key):
+    """A volume (D, C, H, W) of the label map (D, H, W), drawn in one of WAYS."""
+    onehot = bs.one_hot(classes, denoiser.net.classes)
+    calls = iter(range(1000))
+
+    def ask(x, t, plane):
+        x, given = bs.turned(x, plane), bs.turned(onehot, plane)
+        slabs = (bs.lone_slabs if way == "alone" else bs.slabs_of)(x, denoiser.net.around)
+        return bs.turned(denoiser(slabs, t.expand(len(x)), given, bs.places(len(x), plane)), plane)
+
+    def predict_v(x, t):
+        if way == "mean":
+            return sum(ask(x, t, plane) for plane in range(3)) / 3
+        return ask(x, t, next(calls) % 3 if way == "in turn" else 0)
+
+    def noise(step):
+        return bs.torch.randn(start.shape, generator=bs.generator(*key, step))
+
+    start = bs.torch.zeros(len(classes), denoiser.net.channels, *classes.shape[1:])
+    visited = bs.timesteps(settings["steps"], settings["spacing"])
+    table = bs.sampler_table(denoiser.alpha_bar[visited], settings["sampler"])
+    return bs.sample(predict_v, noise("start"), visited, table, noise)
+
+
+def row(denoiser, real, classes, condition, way, **changes):
+    """Print one row -> the first volume."""
+    settings, started = {**bs.SAMPLING, **changes}, time.perf_counter()
+    made = [draw(denoiser, head, way, settings, (0, "volumes", i))
+            for i, head in enumerate(classes)]
+    seconds = (time.perf_counter() - started) / len(made)
+    found = judging.judge_volumes(real, made, classes, condition)
+    pairs = zip(judging.slices_of(made, classes), judging.slices_of(real, classes))
+    power = [judging.fine_power(*[part[name] for name in ("images", "classes")])
+             for pair in pairs for part in pair]
+    fine = np.mean([(a / b).mean().item() for a, b in zip(power[::2], power[1::2])])
+    values = {"banding": ("zyx", 2), "folds": ("zyx", 2), "texture": (judging.PLANES, 3)}
+    cells = [" ".join(f"{found[f'{name}_{part}']:.{digits}f}" for part in parts)
+             for name, (parts, digits) in values.items()]
+    words = way, settings["steps"], settings["sampler"], settings["spacing"]
+    print(f"| {' | '.join(map(str, (*words, *cells)))} | {fine:.2f} | {seconds:.1f} |", flush=True)
+    return made[0]
+
+
+def main():
+    """The table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", help="of a run of train_ddpm.py")
+    parser.add_argument("--data", help="folder of BraTS cases; phantoms without it")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--calls", type=int, nargs="+", default=[10, 20])
+    parser.add_argument("--curve", action="store_true")
+    own = parser.parse_args()
+    denoiser, state = runs.load_generator(own.folder, devices.pick_device("auto"))
+    args = argparse.Namespace(**{**state["args"], "out": own.folder, "data": own.data,
+                                 "split": None, "skip_bad": True})
+    cases, split = checks.find_data(args)
+    cache = slices.build_cache(cases, Path(own.folder).parent / "cache", state["resolution"],
+                               state["fov"], state["condition"], split)
+    _, real, classes = train_ddpm.Images(args, cache).heads("held-out", own.heads)
+    print("| way | calls | sampler | spacing | banding z y x | folds z y x | texture axial coronal "
+          "sagittal | fine detail | s a volume |\n" + "|---" * 9 + "|")
+    made = {"real": real[0]}
+    if own.curve:
+        for spacing in ("noise", "t"):
+            for sampler in ("dpmpp", "ddim", "ddpm"):
+                for calls in (4, 6, 8, 10, 14, 20):
+                    row(denoiser, real, classes, state["condition"], "in turn", steps=calls,
+                        sampler=sampler, spacing=spacing)
+        return
+    for calls in own.calls:
+        for way in WAYS:
+            made[f"{way}, {calls}"] = row(denoiser, real, classes, state["condition"], way,
+                                          steps=calls)
+    views = {name: judging.planes_of(volume, classes[0]) for name, volume in made.items()}
+    at = [pictures.fullest(seen >= 2, seen > 0) for _, seen in views["real"]]
+    rows = [[view[i, c] for (view, _), i in zip(views[name], at) for c in (0, 2)] for name in made]
+    titles = [f"{plane} {bs.MODALITIES[c]}" for plane in judging.PLANES for c in (0, 2)]
+    pictures.plot_rows(Path(own.folder) / "volumes.png", rows, titles, state["condition"],
+                       " | ".join(made))
+
+
+if __name__ == "__main__":
+    files.run_script(main)

@@ -313,14 +313,8 @@ def expected(prior, onehot, scalars):
     prior: from measure_prior; onehot (B, K, H, W); scalars (B, S), of which the place is used. Mean
     and std are those of the pixel's class; where onehot is all zeros (no label map), those over all
     pixels. In healthy brain they come from the atlas, linear between its middles.
-    Networks that draw label maps use two other priors. K = 0: the atlas applies everywhere.
-    {"shares": floor}: onehot holds, for every channel of x0, the expected fraction of a class. A
-    pixel that is +1 with that probability and else -1 has mean 2 fraction - 1 and variance
-    1 - mean^2; std is at least floor.
+    K = 0, as where label maps themselves are drawn: the atlas applies everywhere.
     """
-    if "shares" in prior:
-        mean = 2 * onehot - 1
-        return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
     class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
     found = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
     if "atlas" in prior:
@@ -369,19 +363,13 @@ def precondition(out, x_t, signal, sigma, mean, std):
 # without loss of quality.
 # ================================================================================================
 
-def slabs_of(volume, around):
+def slabs_of(volume, around, alone=False):
     """Slices of a volume (N, C, H, W) -> slabs (N, (2 around + 1) C, H, W): below each slice its
     neighbours before it, above it those behind. The first and the last slice are neighbours of
-    themselves."""
+    themselves. alone: neighbours are not given."""
     at = torch.arange(len(volume))
-    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)]
+    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)] * float(by == 0 or not alone)
                       for by in range(-around, around + 1)], 1)
-
-
-def lone_slabs(slices, around):
-    """Slices (N, C, H, W) -> slabs whose neighbours are not given: all 0."""
-    empty = around * slices.shape[1]
-    return F.pad(slices, (0, 0, 0, 0, empty, empty))
 
 
 def middle(slabs, channels):
@@ -631,12 +619,6 @@ def fast_math(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-def optimizer_form(device):
-    """The fastest form of AdamW on the device, as arguments of torch: fused, one kernel for all
-    weights; on XLA capturable, the step count a tensor (a Python number would be compiled anew)."""
-    return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "xla"}
-
-
 # ================================================================================================
 # 6  SAMPLING
 # From pure noise to an image (DDPM: [DDPM] algorithm 2; DDIM: [DDIM] equation 12):
@@ -829,44 +811,42 @@ SAMPLING = {"steps": 10, "sampler": "dpmpp", "spacing": "noise", "eta": 0.0, "gu
             "rescale": 0.7, "interval": (0.2, 0.8)}
 
 
-def sample_guided(denoiser, onehot, scalars, noise, settings=SAMPLING):
+def sample_guided(denoiser, onehot, scalars, key, settings=SAMPLING):
     """Sample pictures, or a volume, from their condition: onehot (N, K, H, W) -> float32
-    (N, C, H, W) on the CPU.
+    (N, C, H, W) in [-1, 1] on the CPU.
 
     scalars: a list of (N, S): one, of pictures that have nothing to do with each other; or three,
     of the axial, coronal and sagittal slices of a volume, which N, H and W are the axes of. Then
     every step asks another plane, in turn: what one plane draws, the next sees from the side, so
     that they must agree. Slices of a volume are seen with their neighbours, pictures without.
-    noise: function of "start" or a step number -> standard normal (N, C, H, W); settings: see
-    SAMPLING.
+    key: what all noise follows from, see generator; settings: see SAMPLING. How many slices go into
+    a network call changes the result by rounding only.
     """
     visited = timesteps(settings["steps"], settings["spacing"])
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    (low, high), calls, around = settings["interval"], itertools.count(), denoiser.net.around
+    (low, high), calls = settings["interval"], itertools.count()
+    shape = len(onehot), denoiser.net.channels, *onehot.shape[2:]
 
     def predict_v(x, t):
         plane = next(calls) % len(scalars)
         scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
         x, given = turned(x, plane), turned(onehot, plane)
-        x = slabs_of(x, around) if len(scalars) > 1 else lone_slabs(x, around)
+        x = slabs_of(x, denoiser.net.around, alone=len(scalars) == 1)
         v = guided_v(denoiser, x, t.expand(len(x)), given, scalars[plane], scale,
                      settings["rescale"])
         return turned(v, plane)
+
+    def noise(step):
+        return torch.randn(shape, generator=generator(*key, step))
 
     return sample(predict_v, noise("start"), visited, table, noise)
 
 
 def sample_slices(denoiser, classes, key, settings=SAMPLING, scalars=()):
-    """Sample slices from their label maps, each alone: classes int (N, H, W), scalars (N, S); key:
-    what all noise follows from, see generator; settings: see SAMPLING. How many slices go into a
-    network call changes the result by rounding only. Returns float32 (N, C, H, W) in [-1, 1] on the
-    CPU."""
-    shape = (len(classes), denoiser.net.channels, *classes.shape[1:])
-
-    def noise(step):
-        return torch.randn(shape, generator=generator(*key, step))
-
-    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), scalars, noise, settings)
+    """Sample slices from their label maps, each alone: classes int (N, H, W), scalars [(N, S)];
+    key, settings: see sample_guided -> float32 (N, C, H, W)."""
+    onehot = one_hot(classes, denoiser.net.classes)
+    return sample_guided(denoiser, onehot, scalars, key, settings)
 
 
 def sample_volume(denoiser, classes, key, settings=SAMPLING):
@@ -1009,8 +989,11 @@ def make_optimizer(net, lr, device, hidden=()):
     """The optimiser of both training scripts: Muon for the parameters in `hidden` (a segmenter's
     are none), AdamW for all others."""
     inside = {id(p) for p in hidden}
+    # the fastest form of AdamW: fused, one kernel for all weights; on XLA capturable, the step
+    # count a tensor (a Python number would be compiled anew)
     return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden), lr=lr,
-                betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
+                betas=(0.9, 0.99), weight_decay=0.01, fused=device.type in ("cpu", "cuda"),
+                capturable=device.type == "xla")
 
 
 class EMA:

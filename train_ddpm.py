@@ -11,8 +11,7 @@ request -> label map.
 Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
 Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
           (held-out scans beside samples from their label maps) and closing.json with the figures;
-          for labels the same twice, in runs/labels/coarse (heads in blocks) and runs/labels/fine
-          (their voxels)
+          for labels the same in runs/labels
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
 Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 minutes after half a
           minute of phantoms and cache. On held-out slices, in float32: skill
@@ -21,7 +20,6 @@ Measured  two CPU cores with bfloat16: 2000 steps of 16 slices at 64x64 in 3.3 m
           Labels: 2400 and 600 steps; held-out heads' places, asked for with all else they have,
           come within 7, 10 and 6 mm on average (the prior alone 21, 21, 11)
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +29,10 @@ import brainsyn as bs
 from kit import (checks, devices, files, judging, label_training, options, phantoms, pictures,
                  requests, runs, slices)
 
-STEPS, LABEL_STEPS = 1000, 3000                 # of a run with neither --steps nor --minutes
+STEPS = 1000                                    # of a run with neither --steps nor --minutes
 HEADS = 4                                       # that are sampled at the end
-# Defaults of --generate labels. None: see PARTS.
-LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
-                  "out": "runs/labels"}
-# The two networks of --generate labels: their fractions of a run's steps or minutes (a fine step
-# takes two to three times as long), and the defaults of --shift and --width.
-PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
-         "fine": {"steps": 0.2, "minutes": 0.4, "shift": 0.4, "width": 64}}
+# Defaults of --generate labels
+LABEL_DEFAULTS = {"sample_every": 250, "shift": 0.5, "out": "runs/labels"}
 FLAGS = [
     *options.COMMON, *options.TRAINING,
     # data
@@ -48,20 +41,20 @@ FLAGS = [
     ("--relatives", options.count, 512, "for labels: heads, training cases and moved copies"),
     # model
     ("--generate", ["images", "labels"], "images", "scans, or label maps from requests"),
-    ("--width", options.count, 64, "channels of the first level; of coarse labels 48"),
+    ("--width", options.count, 64, "channels of the first level"),
     ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
     ("--blocks", options.count, 1, "residual blocks a level"),
     ("--patch", options.count, 4, "p x p pixels folded into channels"),
     ("--around", options.natural, 1, "slices on either side that the network sees too"),
     # optimisation
-    ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
+    ("--steps", options.count, STEPS, "no bound with --minutes"),
     ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
     ("--drop", options.fraction, 0.1, "fraction trained without labels, or without neighbours"),
-    ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5 coarse, 0.4 fine"),
+    ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5"),
     # run
     ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
     ("--guidance", float, 1.0, "guidance scale of pictures and closing figures, 1: none"),
-    ("--sample-every", options.natural, 100, "steps between pictures, 0: none; labels 1000")]
+    ("--sample-every", options.natural, 100, "steps between pictures, 0: none; labels 250")]
 
 
 def parse_arguments(argv=None):
@@ -71,8 +64,6 @@ def parse_arguments(argv=None):
     args = parser.parse_training(argv, "generate", {"labels": LABEL_DEFAULTS})
     options.use_names(args.modalities, args.label_map)
     labels = args.generate == "labels"
-    if labels and args.resolution % (4 * requests.BLOCK):
-        raise bs.BadInput(f"--resolution: labels need a multiple of {4 * requests.BLOCK} pixels")
     if args.condition == "tissue" and not {"t1", "t2", "flair"} <= set(bs.MODALITIES):
         raise bs.BadInput("--condition tissue: finding tissue takes t1, t2 and flair")
     if args.label_maps and (not labels or args.condition != "tumour"):
@@ -90,7 +81,7 @@ def pick_rows(cache, rows, first_lesion, count):
 
 class Images:
     """What the generator of images learns from: slices of training cases and their label maps.
-    label_training.Heads and Voxels have the same attributes and methods.
+    label_training.Labels has the same attributes and methods.
 
     network: arguments of UNet that depend on the data; prior: see measure_prior; words: for the
     log.
@@ -131,8 +122,8 @@ class Images:
         x0, classes, place = self.cache.batch(self.rows(step), mirror, args.around)
         alone = torch.rand(args.batch, generator=bs.generator(args.seed, "alone", step)) < args.drop
         alone = alone[self.slice].view(-1, 1, 1, 1)
-        x0, eps = [torch.where(alone, bs.lone_slabs(bs.middle(part, channels), args.around), part)
-                   for part in (x0, eps)]
+        x0, eps = [torch.where(alone, bs.slabs_of(bs.middle(part, channels), args.around, True),
+                               part) for part in (x0, eps)]
         onehot = bs.one_hot(classes, self.network["classes"]) * keep.view(-1, 1, 1, 1)
         signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(self.args.shift), t)
         mean, std = bs.expected(self.prior, onehot, place)
@@ -202,7 +193,7 @@ class Images:
 
 
 def train(args, device):
-    """Train what --generate asks for: one network for images, two for labels."""
+    """Train what --generate asks for."""
     cases, split = checks.find_data(args)
     cache = devices.first_process_first(lambda: slices.build_cache(
         cases, Path(args.out).parent / "cache", args.resolution, args.fov, args.condition, split))
@@ -214,33 +205,19 @@ def train(args, device):
              "data": "phantoms" if only_phantoms and not args.label_maps else "patients"}
     if args.generate == "images":
         return learn(args, device, "ddpm", Images(args, cache), facts)
-    data = label_training.LabelData(args, cache)
+    task = label_training.Labels(args, cache)
     # in random order and rounded: no row leads back to a case
-    order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
+    order = torch.randperm(len(task.asked), generator=bs.generator(args.seed, "measured"))
     digits = [2 if name == "sphericity" else 1 for name in requests.entries()]
-    facts["measured"] = [list(map(round, row, digits)) for row in data.asked[order].tolist()]
-    facts["trained_on"] = data.hashes
-    facts["patients"] += len(data.cases) if args.label_maps else 0
-    for part, task in (("coarse", label_training.Heads), ("fine", label_training.Voxels)):
-        print(f"--- {part} network")
-        part_args = arguments_of_part(args, part)
-        learn(part_args, device, "labels", task(part_args, data), facts)
-
-
-def arguments_of_part(args, part):
-    """The arguments of one network of --generate labels: its folder, its fraction of the run, its
-    defaults. See PARTS."""
-    usual = PARTS[part]
-    changed = {"out": str(Path(args.out) / part), "shift": args.shift or usual["shift"],
-               "width": args.width or usual["width"],
-               "steps": args.steps and max(1, round(args.steps * usual["steps"])),
-               "minutes": args.minutes and args.minutes * usual["minutes"]}
-    return argparse.Namespace(**{**vars(args), **changed})
+    facts["measured"] = [list(map(round, row, digits)) for row in task.asked[order].tolist()]
+    facts["trained_on"] = task.hashes
+    facts["patients"] += len(task.cases) if args.label_maps else 0
+    learn(args, device, "labels", task, facts)
 
 
 def learn(args, device, kind, task, facts):
     """One training run, start to end, resumed where one was begun. kind: of the checkpoint; task:
-    Images, Heads or Voxels; facts: what a checkpoint says of the data."""
+    Images or Labels; facts: what a checkpoint says of the data."""
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in ("width", "mults", "blocks", "patch")}
     network = sizes | task.network

@@ -35,7 +35,7 @@ def draw(denoiser, classes, way, settings, key):
 
     def ask(x, t, plane):
         x, given = bs.turned(x, plane), bs.turned(onehot, plane)
-        slabs = (bs.lone_slabs if way == "alone" else bs.slabs_of)(x, denoiser.net.around)
+        slabs = bs.slabs_of(x, denoiser.net.around, way == "alone")
         return bs.turned(denoiser(slabs, t.expand(len(x)), given, bs.places(len(x), plane)), plane)
 
     def predict_v(x, t):

@@ -619,6 +619,12 @@ def fast_math(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
+def optimizer_form(device):
+    """The fastest form of AdamW on the device, as arguments of torch: fused, one kernel for all
+    weights; on XLA capturable, the step count a tensor (a Python number would be compiled anew)."""
+    return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "xla"}
+
+
 # ================================================================================================
 # 6  SAMPLING
 # From pure noise to an image (DDPM: [DDPM] algorithm 2; DDIM: [DDIM] equation 12):
@@ -989,11 +995,8 @@ def make_optimizer(net, lr, device, hidden=()):
     """The optimiser of both training scripts: Muon for the parameters in `hidden` (a segmenter's
     are none), AdamW for all others."""
     inside = {id(p) for p in hidden}
-    # the fastest form of AdamW: fused, one kernel for all weights; on XLA capturable, the step
-    # count a tensor (a Python number would be compiled anew)
     return Muon([p for p in net.parameters() if id(p) not in inside], list(hidden), lr=lr,
-                betas=(0.9, 0.99), weight_decay=0.01, fused=device.type in ("cpu", "cuda"),
-                capturable=device.type == "xla")
+                betas=(0.9, 0.99), weight_decay=0.01, **optimizer_form(device))
 
 
 class EMA:

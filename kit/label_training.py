@@ -85,7 +85,7 @@ class Labels:
                          for least in (0, len(self.names) - len(bs.LABELS) - 1)]
         rows = np.arange(len(shown))
         self.pool = rows[tumour > 0], rows[(tumour == 0) & (shown > 0.01)]
-        self.words = (f"slices of {len(self.heads)} heads, {len(self.cases)} of them not moved")
+        self.words = f"slices of {len(self.heads)} heads, {len(self.cases)} of them not moved"
 
     def measure(self, volumes):
         """Characteristics of label maps int (N, R, R, R) -> (N, E)."""
@@ -104,26 +104,26 @@ class Labels:
         return [self.cases[i % len(self.cases)] for i in self.rows(step)[0]]
 
     def batch(self, step):
-        """The batch of a training step, see the module. A head is turned left for right before it
-        is cut where its slice is mirrored."""
+        """The batch of a training step, see the module. Where a slice is mirrored, its head is
+        turned left for right before it is cut."""
         args, size = self.args, self.args.resolution
         heads, planes, index = self.rows(step)
         shape = args.batch, (2 * args.around + 1) * len(self.names), size, size
         t, eps, keep, mirror = bs.training_noise(args.seed, step, shape, args.drop)
         near = torch.arange(-args.around, args.around + 1)
-        slabs = []
+        slabs, place = [], []
         for head, plane, at, turn in zip(heads, planes, index, mirror.tolist()):
             volume = self.heads[head].flip(-1) if turn else self.heads[head]
-            view = volume.transpose(0, plane)
-            slabs.append(view[(at + near).clamp(0, size - 1)].long())
+            at = size - 1 - at if turn and plane == 2 else at
+            slabs.append(volume.transpose(0, plane)[(at + near).clamp(0, size - 1)].long())
+            place.append(bs.places(size, plane)[at])
         x0 = 2 * bs.one_hot(torch.cat(slabs), len(self.names)) - 1
         x0 = x0.unflatten(0, (args.batch, -1)).flatten(1, 2)
         asked = self.asked[heads]
         asked[:, requests.entries().index("x")] *= torch.where(mirror, -1.0, 1.0)
         is_open = requests.open_entries(args.batch, args.seed, step)
         asked[(keep == 0)[:, None] | is_open] = torch.nan
-        place = torch.stack([bs.places(size, plane)[at] for plane, at in zip(planes, index)])
-        scalars = torch.cat([place, requests.scaled(asked)], 1)
+        scalars = torch.cat([torch.stack(place), requests.scaled(asked)], 1)
         levels = bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t)
         onehot = x0[:, :0]
         return t, x0, eps, onehot, scalars, *levels, *bs.expected(self.prior, onehot, scalars)

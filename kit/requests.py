@@ -183,7 +183,7 @@ def move_volumes(volumes, key):
     return moved[:, 0].to(torch.uint8)
 
 
-# --------------------------------------------------------------- what the network takes and gives ---
+# ------------------------------------------------------------ what the network takes and gives ---
 
 def label_prior(heads, n_classes):
     """What is known of label maps before any training, see bs.expected: heads uint8 (N, R, R, R) ->
@@ -302,8 +302,9 @@ def fill_volumes(wanted, known, key):
     """A request (E,) with its open volumes filled by those of one training head: known
     (N, E), the characteristics of training heads. The head is drawn from the 5% of them
     that are most like the request, or from all if nothing is asked for. So the volumes of many
-    generated heads are spread like those of patients; the network alone makes tumours too small. Heads without a tumour are drawn only if nothing is asked of the tumour, or lesions=0;
-    et=0 asks for a tumour without ET."""
+    generated heads are spread like those of patients; the network alone makes tumours too small.
+    Heads without a tumour are drawn only if nothing is asked of the tumour, or lesions=0; et=0 asks
+    for a tumour without ET."""
     is_open, has_tumour = torch.isnan(wanted), known[:, :-6].sum(1) > 0
     if not is_open[:-1].all() and wanted[LESIONS] != 0 and has_tumour.any():
         known = known[has_tumour]

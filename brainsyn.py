@@ -262,13 +262,13 @@ def measure_prior(batches, condition, size=32):
             n = min(size, *x0.shape[2:])
             total = torch.zeros(3, len(names) + 1, x0.shape[1])
             sums = torch.zeros(3, n, x0.shape[1], n, n)
-        slab = ((place[:, 0] + 1) / 2 * n).long().clamp(0, n - 1)
+        layer = ((place[:, 0] + 1) / 2 * n).long().clamp(0, n - 1)
         for k in range(len(names) + 1):
             here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
             parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
             total[:, k] += torch.stack([part.sum((0, 2, 3)) for part in parts])
             if k == 1 and has_brain:
-                sums.index_add_(1, slab, torch.stack([F.adaptive_avg_pool2d(part, n)
+                sums.index_add_(1, layer, torch.stack([F.adaptive_avg_pool2d(part, n)
                                                       for part in parts]))
     count, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
     variance = (total[2] / count.clamp(min=1) - mean ** 2).clamp(min=1e-4)
@@ -478,7 +478,7 @@ class UNet(nn.Module):
         self.out_channels = out_channels or channels
         self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
         self.emb = emb = 4 * width
-        c_in = channels * (2 * around + 1) + classes + 2        # noisy slab, label map, place
+        c_in = channels * (2 * around + 1) + classes + 2        # noisy slab, labels, row, column
         widths = [width * m for m in mults]
         self.time = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.scalar = nn.Sequential(nn.Linear(scalars * 33, emb), nn.SiLU(),
@@ -533,8 +533,8 @@ class UNet(nn.Module):
     def forward(self, x_t, t, onehot, scalars):
         height, width = x_t.shape[-2:]
         axes = [torch.linspace(-1, 1, n, device=x_t.device) for n in (height, width)]
-        place = torch.stack(torch.meshgrid(axes, indexing="ij")).expand(len(x_t), -1, -1, -1)
-        x = torch.cat([x_t, onehot, place.to(x_t.dtype)], 1)                # (B, c_in, H, W)
+        pixels = torch.stack(torch.meshgrid(axes, indexing="ij")).expand(len(x_t), -1, -1, -1)
+        x = torch.cat([x_t, onehot, pixels.to(x_t.dtype)], 1)                # (B, c_in, H, W)
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))                  # (B, width, H/p, W/p)
         emb, kept = self.embed(t, scalars), []
@@ -643,10 +643,14 @@ def optimizer_form(device):
 # ================================================================================================
 
 
+MOST_STEPS = {"t": T, "noise": 600}             # more would visit a level twice
+
+
 def timesteps(steps, spacing="noise"):
     """Noise levels a sampler visits: int64 tensor (steps + 1,), from T down to 0, rounded to the
-    nearest; steps in 1..600. spacing: evenly in "t", or in "noise", sigma / (signal + sigma) of the
-    schedule without shift: t = T 2/pi atan(noise / (1 - noise)), which is denser at both ends."""
+    nearest; steps in 1..MOST_STEPS[spacing]. spacing: evenly in "t", or in "noise", sigma / (signal
+    + sigma) of the schedule without shift: t = T 2/pi atan(noise / (1 - noise)), which is denser at
+    both ends."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if spacing == "noise":
         even = torch.atan2(even, 1 - even) * 2 / math.pi
@@ -848,18 +852,17 @@ def sample_guided(denoiser, onehot, scalars, key, settings=SAMPLING):
     return sample(predict_v, noise("start"), visited, table, noise)
 
 
-def sample_slices(denoiser, classes, key, settings=SAMPLING, scalars=()):
-    """Sample slices from their label maps, each alone: classes int (N, H, W), scalars [(N, S)];
-    key, settings: see sample_guided -> float32 (N, C, H, W)."""
-    onehot = one_hot(classes, denoiser.net.classes)
-    return sample_guided(denoiser, onehot, scalars, key, settings)
+def sample_slices(denoiser, classes, place, key, settings=SAMPLING):
+    """Sample slices from their label maps, each alone: classes int (N, H, W), place (N, 2); key,
+    settings: see sample_guided -> float32 (N, C, H, W)."""
+    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), [place], key, settings)
 
 
 def sample_volume(denoiser, classes, key, settings=SAMPLING):
-    """The same for one whole volume from its label map, one plane a step in turn: classes int
-    (D, H, W), cubic voxels; key: (seed, case number) -> float32 (D, C, H, W)."""
+    """Sample a whole volume from its label map, one plane a step in turn: classes int (D, H, W),
+    cubic voxels; key: (seed, case number); settings: see SAMPLING -> float32 (D, C, H, W)."""
     planes = [places(size, plane) for plane, size in enumerate(classes.shape)]
-    return sample_slices(denoiser, classes, key, settings, planes)
+    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), planes, key, settings)
 
 
 # ================================================================================================
@@ -911,8 +914,8 @@ def training_noise(seed, step, shape, drop):
     mirror  bool (B,): True where left and right are swapped (one half)
     """
     g, batch = generator(seed, "noise", step), shape[0]
-    place = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
-    t = (place * T).long().clamp(max=T - 1) + 1
+    part = (torch.randperm(batch, generator=g) + torch.rand(batch, generator=g)) / batch
+    t = (part * T).long().clamp(max=T - 1) + 1
     u = torch.rand(2, batch, generator=g)
     eps = torch.randn(shape, generator=g)
     return t, eps, (u[0] >= drop).float(), u[1] < 0.5
@@ -934,7 +937,7 @@ def orthogonal(matrices, steps=5):
 
     Newton-Schulz iteration, which needs nothing but matrix products:
         x = matrix / (|matrix| + 1e-7), then `steps` times
-        x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x = factor x
+        factor = 3.4445 - 4.7750 (x x^T) + 2.0315 (x x^T)^2,  x <- factor x
     (on the transpose where M > N: the same result from smaller products). Each factor follows from
     the one before, since x x^T becomes factor (x x^T) factor: the long x is multiplied once, by the
     product of all factors. That needs float32: in bfloat16 small singular values would be lost.

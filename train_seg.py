@@ -241,8 +241,9 @@ def picture_of(case, prepared, predicted):
     slice with most tumour, true or predicted."""
     true, predicted = slices.to_slices(nifti.read_labels(case)[0]), slices.to_slices(predicted)
     at = int(((true > 0) | (predicted > 0)).sum((1, 2)).argmax())
-    scans = prepared["grid"].grow(bs.to_images(prepared["images"]).movedim(1, 0).numpy())[:, at]
-    shown = [scans[bs.MODALITIES.index(name)] for name in shown_modalities()]
+    names = [bs.MODALITIES.index(name) for name in shown_modalities()]
+    scans = bs.to_images(prepared["images"][:, names]).movedim(1, 0)
+    shown = [*prepared["grid"].grow(scans.numpy())[:, at]]
     return [*shown, *(pictures.overlay(shown[0], labels[at]) for labels in (true, predicted))]
 
 

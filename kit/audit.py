@@ -218,12 +218,13 @@ def canary(kind, images, classes, other, seed):
 def reproduction(denoiser, real, group, few, condition, head, settings):
     """How alike a sample is to the scan its label map came from, case by case: real from
     audit_slices; group int (M,): which of these cases, of which `few` are taken; head from
-    mean_head, settings of sample_volume -> array (few,) in [-1, 1], mean of similarity over slices.
-    High for any good generator; higher for training cases only if it remembers them."""
+    mean_head, settings: see SAMPLING -> array (few,) in [-1, 1], mean of similarity over slices,
+    which are drawn alone, without neighbours, while cases of a set are drawn whole. High for any
+    good generator; higher for training cases only if it remembers them."""
     alike = []
     for number, i in enumerate(group[slices.evenly(len(group), few)]):
         scan, labels, place = [part[i] for part in real]
-        sampled = bs.sample_slices(denoiser, labels, (0, "audit", number), settings, [place])
+        sampled = bs.sample_slices(denoiser, labels, place, (0, "audit", number), settings)
         pair = [audit_views(x[None], labels[None], condition) for x in (sampled, scan)]
         alike.append(similarity(*pair, head)[0, :, 0].mean().item())
     return np.float32(alike)

@@ -30,7 +30,7 @@ def first_look():
         rows.append([None, *x_t[0]])
     pictures.plot_rows("runs/first_look.png", rows, ["labels", *bs.MODALITIES], "tumour",
                        "phantom 0; below it t = 100, 300, 500, 700, 900, 1000")
-    print("\n".join(pictures.layer_table(bs.UNet(), 64)))
+    print("\n".join(pictures.layer_table(bs.UNet(around=1), 64)))
     print("a phantom and its noise ladder -> runs/first_look.png")
 
 

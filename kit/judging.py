@@ -208,24 +208,32 @@ def fold_dice(images, classes, condition):
     return found
 
 
-def slices_of(volumes, classes, count=10):
-    """`count` slices along every axis of each volume, evenly spread over those with brain on 5% of
-    the picture: for axial, coronal and sagittal ones a dict of images and classes."""
+def evenly_with_brain(classes, count):
+    """Numbers of `count` slices of a class map (D, H, W), evenly spread over those with brain on 5%
+    of the picture, or on half as much as any where none has that; some twice where there are
+    fewer."""
+    share = (classes > 0).float().mean((1, 2))
+    shown = torch.where(share > min(0.05, float(share.max()) / 2))[0]
+    return shown[torch.linspace(0, len(shown) - 1, count).long()]
+
+
+def slices_of(volumes, classes):
+    """Ten slices along every axis of each volume: for axial, coronal and sagittal ones a dict of
+    images and classes."""
     sets = []
     for views in zip(*map(planes_of, volumes, classes)):
-        images, maps = [], []
-        for view, seen in views:
-            shown = torch.where((seen > 0).float().mean((1, 2)) > 0.05)[0]
-            rows = shown[torch.linspace(0, len(shown) - 1, count + 2).long()[1:-1]]
-            images.append(view[rows])
-            maps.append(seen[rows])
-        sets.append({"images": torch.cat(images), "classes": torch.cat(maps)})
+        # not the first and the last, which show little
+        rows = [evenly_with_brain(seen, 12)[1:-1] for _, seen in views]
+        sets.append({"images": torch.cat([view[at] for (view, _), at in zip(views, rows)]),
+                     "classes": torch.cat([seen[at] for (_, seen), at in zip(views, rows)])})
     return sets
 
 
 def judge_volumes(real, sampled, classes, condition):
-    """How volumes (D, C, H, W) hang together and look from three sides, beside scans on the same
-    label maps (D, H, W), each a list: {name: value}, banding and folds over those of the scans."""
+    """How volumes hang together and look from three sides, beside scans on the same label maps:
+    lists with an entry a head, real and sampled (D, C, H, W), classes (D, H, W) -> {name: value}.
+    banding_z to folds_x are over those of the scans; texture_axial to texture_sagittal are
+    distances."""
     figures = {}
     for name, measure in (("banding", banding), ("folds", fold_dice)):
         drawn, wanted = [np.mean([measure(*pair, condition) for pair in zip(volumes, classes)], 0)
@@ -245,9 +253,10 @@ def judge_run(real, sampled, prior, classes, condition, others=None):
     figures, alone = [judge_slices(joined[0]["images"], part["images"], maps, condition)
                       | judge_volumes(real, volumes, classes, condition)
                       for part, volumes in zip(joined[1:], (sampled, prior))]
-    for i, plane in enumerate(PLANES):
-        figures[f"real_texture_{plane}"] = texture_distance(
-            slices_of(real, classes)[i], slices_of(*others)[i]) if others else np.nan
+    pairs = zip(slices_of(real, classes), slices_of(*others)) if others else ()
+    figures |= dict.fromkeys((f"real_texture_{plane}" for plane in PLANES), np.nan)
+    for plane, pair in zip(PLANES, pairs):
+        figures[f"real_texture_{plane}"] = texture_distance(*pair)
     return figures | {f"prior_{name.removeprefix('sampled_')}": value
                       for name, value in alone.items() if not name.startswith(("real_", "slices_"))}
 
@@ -386,14 +395,11 @@ def slice_set(segmenter, prepared):
     returns."""
     parts = {plane: [] for plane in PLANES}
     for got in prepared:
-        for plane, axis in zip(PLANES, bs.AXES):
-            images, classes = got["images"].swapaxes(0, axis), got["classes"].swapaxes(0, axis and
-                                                                                       axis - 1)
-            shown = np.where((classes > 0).mean((1, 2)) > 0.05)[0]
-            rows = shown[np.linspace(0, len(shown) - 1, SLICES_A_CASE).astype(int)]
+        cubes = [torch.from_numpy(got[name]) for name in ("images", "classes")]
+        for plane, (images, classes) in zip(PLANES, planes_of(*cubes)):
+            rows = evenly_with_brain(classes, SLICES_A_CASE)
             parts[plane].append((images[rows], classes[rows]))
-    joined = {plane: [torch.from_numpy(np.concatenate(part)) for part in zip(*parts[plane])]
-              for plane in PLANES}
+    joined = {plane: [torch.cat(part) for part in zip(*parts[plane])] for plane in PLANES}
     images, classes = joined["axial"]
     images, case = bs.to_images(images), torch.arange(len(prepared))
     group = {"images": images, "classes": classes,

@@ -80,11 +80,10 @@ class Labels:
         self.prior = requests.label_prior(self.heads, len(self.names))
         # rows count head, plane, slice; slices without brain or tumour are left out
         views = [self.heads.transpose(1, axis) for axis in (1, 2, 3)]
-        shown, tumour = [torch.stack([(view > least).flatten(2).float().mean(2) for view in views],
-                                     1).flatten().numpy()
+        shown, tumour = [torch.stack([(view > least).sum((2, 3)) for view in views], 1).flatten()
                          for least in (0, len(self.names) - len(bs.LABELS) - 1)]
-        rows = np.arange(len(shown))
-        self.pool = rows[tumour > 0], rows[(tumour == 0) & (shown > 0.01)]
+        empty = (tumour == 0) & (shown > 0.01 * args.resolution ** 2)
+        self.pool = [torch.where(some)[0].numpy() for some in (tumour > 0, empty)]
         self.words = f"slices of {len(self.heads)} heads, {len(self.cases)} of them not moved"
 
     def measure(self, volumes):
@@ -123,7 +122,7 @@ class Labels:
         asked[:, requests.entries().index("x")] *= torch.where(mirror, -1.0, 1.0)
         is_open = requests.open_entries(args.batch, args.seed, step)
         asked[(keep == 0)[:, None] | is_open] = torch.nan
-        scalars = torch.cat([torch.stack(place), requests.scaled(asked)], 1)
+        scalars = requests.label_scalars(torch.stack(place), asked)
         levels = bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t)
         onehot = x0[:, :0]
         return t, x0, eps, onehot, scalars, *levels, *bs.expected(self.prior, onehot, scalars)

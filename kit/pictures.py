@@ -41,6 +41,12 @@ def fullest(tumour, brain):
     return int((tumour.sum((1, 2)) * 1000 + brain.sum((1, 2))).argmax())
 
 
+def upright(view, plane):
+    """Slices of a plane (..., H, W) as people look at them: coronal and sagittal ones with the top
+    of the head up, sagittal ones with the face to the left."""
+    return view if plane == 0 else (view.mT if plane == 2 else view).flip(-2)
+
+
 def show(*definitions):
     """Print the source of functions or classes, as notebooks do."""
     print("\n\n".join(inspect.getsource(definition).rstrip() for definition in definitions))
@@ -157,7 +163,7 @@ def layer_table(net, size):
 
     hook = torch.nn.modules.module.register_module_forward_hook(note)
     with torch.no_grad():
-        net(torch.zeros(1, net.channels, size, size), torch.ones(1),
+        net(torch.zeros(1, (2 * net.around + 1) * net.channels, size, size), torch.ones(1),
             torch.zeros(1, net.classes, size, size), torch.zeros(1, 2))
     hook.remove()
     return [*lines, f"{'total':<28} {'':<18} {count_parameters(net):>10,}"]

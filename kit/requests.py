@@ -138,8 +138,8 @@ def nearest_tumour(volumes, others, condition):
 # ----------------------------------------------------------------------- volumes to learn from ---
 
 def resample(classes, n_classes, matrices):
-    """Majority resampling of a class map, int array: along axis i by matrices[i], (n_out, n_in);
-    axes after the last matrix stay as they are -> uint8. Each class is resampled as a fraction and
+    """Majority resampling of a class map, int array: along axis i by matrices[i], (n_out, n_in) ->
+    uint8. Each class is resampled as a fraction and
     the largest wins. What lies outside the input is class 0."""
     fractions = np.stack([classes == k for k in range(n_classes)]).astype(np.float32)
     for axis, matrix in enumerate(matrices, 1):
@@ -188,10 +188,12 @@ def move_volumes(volumes, key):
 def label_prior(heads, n_classes):
     """What is known of label maps before any training, see bs.expected: heads uint8 (N, R, R, R) ->
     mean and std of every class at every place, over the heads and their mirror images, as a dict:
-    "atlas" (2, K, R/2, R/2, R/2), "classes" (2, 1, K), their means. A voxel that is +1 with
-    probability p and else -1 has mean 2 p - 1 and variance 1 - mean^2; std is at least 0.1: a
-    tumour may come where none was seen."""
-    share = sum(F.avg_pool3d(bs.one_hot(head.long(), n_classes).movedim(1, 0), 2) for head in heads)
+    "atlas" (2, K, N, N, N), N = R / 2 rounded up, "classes" (2, 1, K), their means. A voxel that is
+    +1 with probability p and else -1 has mean 2 p - 1 and variance 1 - mean^2; std is at least 0.1:
+    a tumour may come where none was seen."""
+    size = (heads.shape[1] + 1) // 2
+    share = sum(F.adaptive_avg_pool3d(bs.one_hot(head.long(), n_classes).movedim(1, 0), size)
+                for head in heads)
     mean = (share + share.flip(-1)) / len(heads) - 1
     atlas = torch.stack([mean, (1 - mean ** 2).clamp(min=0.01).sqrt()])
     return {"classes": atlas.mean((2, 3, 4))[:, None], "atlas": atlas}
@@ -337,7 +339,7 @@ def settle(scores, voxels):
     voxels float (V,), how many of them the last V classes should get -> int64 (D, R, R).
 
     1. Fractions are (score + 1) / 2. They are smoothed by (1, 6, 1) / 8 along each axis, air twice
-       by (1, 2, 1) / 4: single unsure voxels go and slabs meet. Stronger smoothing would make
+       by (1, 2, 1) / 4: single unsure voxels go. Stronger smoothing would make
        tumours rounder than they are. The classes but air are scaled so that the sum is 1; where
        they are all 0 the voxel is class 1, brain. Classes with 0 voxels are left out.
     2. The tumour as a whole: the lead of a voxel is the sum of its label fractions / its largest

@@ -139,6 +139,8 @@ def trained_network(kind, state, weights, device):
     BadInput where it was trained with other modalities or labels than this process uses."""
     if state["network"].get("depth", 18) not in bs.STAGES:      # of a former version
         raise bs.BadInput(f"{state['file']}: ResNets other than 18 and 34 are gone; train again")
+    if kind is bs.UNet and "around" not in state["network"]:
+        raise bs.BadInput(f"{state['file']}: of a version that drew slices one by one; train again")
     require_names(state)
     net = kind(**state["network"])
     net.load_state_dict(state[weights])

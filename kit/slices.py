@@ -136,10 +136,10 @@ class Grid:
 
     def resample(self, volume, weights):
         """A volume (..., D, H, W), resampled by area_weights or linear_weights."""
-        slabs, rows, columns = [
+        depth, rows, columns = [
             weights(self.shape[axis], self.resolution, start, step)
             for axis, start, step in zip((2, 1, 0), self.start, self.step)]
-        volume = np.moveaxis(np.tensordot(slabs, volume, (1, -3)), 0, -3)
+        volume = np.moveaxis(np.tensordot(depth, volume, (1, -3)), 0, -3)
         return rows @ volume @ columns.T
 
     def shrink(self, volume):

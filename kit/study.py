@@ -138,7 +138,8 @@ def study(args, split, device, fit, source):
                               {"train": train})
     prepared, results = list(metrics.prepare_blind(test, args.resolution, args.fov)), {}
     for size in sizes:
-        rows = np.where(np.isin(real.of_rows("patient"), order[:size]))[0]
+        rows = real.part("train", [0])
+        rows = rows[np.isin(real.of_rows("patient")[rows], order[:size])]
         cases = [case for case in train if case.patient in order[:size]]
         here = out / f"patients_{size:03d}"
         caches = {"synthetic": given} if given else make_sets(args, cases, held, here)
@@ -147,7 +148,7 @@ def study(args, split, device, fit, source):
                 continue
             sources = [source(real, rows)] if with_real else []
             if name:
-                chosen = caches[name].part("train")
+                chosen = caches[name].part("train", [0])
                 sources.insert(0, source(caches[name], chosen, args.synthetic_share))
             for seed in range(args.seeds):
                 path = here / f"{arm.replace(' ', '_')}-{seed}.json"

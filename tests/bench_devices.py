@@ -34,7 +34,8 @@ from kit import devices, files, pictures
 def our_network():
     """(network, function of it and a batch that returns what it predicts); default sizes of
     train_ddpm.py."""
-    return bs.UNet(), lambda net, x_t, t, onehot, scalars: net(x_t, t, onehot, scalars)
+    return bs.UNet(around=1), lambda net, x_t, t, onehot, scalars: net(
+        torch.cat([x_t] * 3, 1), t, onehot, scalars)
 
 
 def monai_network():

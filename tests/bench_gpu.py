@@ -25,8 +25,8 @@ from kit import devices, files
 
 def draw(size, device):
     """Print seconds and memory of one volume of size^3 voxels."""
-    net = devices.place_network(bs.UNet(), device).eval()
-    prior = {"classes": torch.tensor([-0.5, 0.5]).view(2, 1, 1).expand(2, 6, 4)}
+    net = devices.place_network(bs.UNet(around=1), device).eval()
+    prior = {"classes": torch.rand(2, 6, 4) + 0.1, "atlas": torch.rand(2, 4, 32, 32, 32) + 0.1}
     denoiser = bs.Denoiser(net, prior, bs.cosine_alpha_bar(), device, 32, devices.to_device,
                            devices.result_to_host)
     classes = torch.ones(size, size, size, dtype=torch.long)
@@ -50,8 +50,9 @@ def main():
     args = parser.parse_args()
     data = ["--data", args.data] if args.data else ["--phantoms", args.phantoms]
     for script, *words in (("tests/bench_devices.py", "--resolutions", *args.sizes),
-                           ("train_ddpm.py", *data, "--resolution", args.sizes[0], "--minutes",
-                            args.minutes, "--out", args.out)):
+                           ("train_ddpm.py", *data, "--resolution", args.sizes[0], "--shift",
+                            str(128 / int(args.sizes[0])), "--minutes", args.minutes, "--out",
+                            args.out)):
         print("python", script, *words, flush=True)
         subprocess.run([sys.executable, ROOT / script, *words], check=True)
     device = devices.pick_device("auto")

@@ -67,13 +67,13 @@ SIGNS = {"x0 at .9": 1, "x0 at .5": 1, "x0 at .1": 1, "x0 at .01": 1, "Dice": -1
 
 
 def some_slices(cache, part, count, condition):
-    """`count` slices with tumour, spread evenly over a part of the cases: (x0, classes,
-    position)."""
+    """`count` axial slices with tumour, spread evenly over a part of the cases: (x0, classes,
+    place)."""
     first_lesion = bs.CONDITIONS[condition].index(bs.LABELS[0])
-    return cache.batch(train_ddpm.pick_rows(cache, cache.part(part), first_lesion, count))
+    return cache.batch(train_ddpm.pick_rows(cache, cache.part(part, [0]), first_lesion, count))
 
 
-def x0_errors(denoiser, x0, classes, position):
+def x0_errors(denoiser, x0, classes, place):
     """{"x0 at .9": mean squared error, ...}. denoiser: function (x_t, t, onehot, scalars) -> v_hat
     with .alpha_bar and .net.classes."""
     onehot, out = bs.one_hot(classes, denoiser.net.classes), {}
@@ -82,7 +82,7 @@ def x0_errors(denoiser, x0, classes, position):
         signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
         eps = torch.randn(x0.shape, generator=bs.generator(0, "quality", level))
         x_t = bs.add_noise(x0, eps, signal, sigma)
-        x0_hat, _ = bs.split_v(x_t, denoiser(x_t, t, onehot, position[:, None]), signal, sigma)
+        x0_hat, _ = bs.split_v(x_t, denoiser(x_t, t, onehot, place), signal, sigma)
         out[f"x0 at {str(level)[1:]}"] = F.mse_loss(x0_hat, x0).item()
     return out
 
@@ -90,10 +90,10 @@ def x0_errors(denoiser, x0, classes, position):
 def look(denoiser, cache, args, condition="tumour", settings=None, picture=None):
     """All figures of a generator -> dict. Recorded rows are of 20 DDIM calls; settings: what to
     change in that."""
-    x0, classes, position = some_slices(cache, "test", args.held, condition)
-    figures = x0_errors(denoiser, x0, classes, position)
-    settings = {**bs.SAMPLING, "sampler": "ddim", "coherence": 0.0, **(settings or {})}
-    made = bs.sample_volume(denoiser, classes, position, 1.0, (0, "quality"), settings)
+    x0, classes, place = some_slices(cache, "test", args.held, condition)
+    figures = x0_errors(denoiser, x0, classes, place)
+    settings = {**bs.SAMPLING, "sampler": "ddim", "steps": 20, "spacing": "t", **(settings or {})}
+    made = bs.sample_slices(denoiser, classes, place, (0, "quality"), settings)
     segmenter = runs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
     labels = bs.tumour_labels(classes, condition)
     real, ours = [segmenter.features(images) for images in (x0, made)]
@@ -176,7 +176,7 @@ def chance(**fixed):
     original = bs.training_noise
 
     def changed(*inputs):
-        got = dict(zip(("t", "eps", "keep", "given", "mirror"), original(*inputs)))
+        got = dict(zip(("t", "eps", "keep", "mirror"), original(*inputs)))
         return tuple({**got, **{name: change(got[name]) for name,
                                 change in fixed.items()}}.values())
     return {"training_noise": changed}
@@ -262,21 +262,13 @@ def early(share, what):
 class MovedCache(slices.Cache):
     """Training slices are turned, scaled and shifted at random, as the segmenter's are."""
 
-    def batch(self, rows, mirror=None):
-        x0, classes, position = super().batch(rows, mirror)
+    def batch(self, rows, mirror=None, around=0):
+        x0, classes, place = super().batch(rows, mirror)
         if mirror is not None:
             bs.AUGMENT["moved"] = {**bs.AUGMENT["standard"], "gamma": 0, "contrast": 0, "noise": 0}
             x0, classes = bs.augment(x0, classes, "moved", ("moved", *map(int, rows)))
             x0 = torch.where(classes[:, None] > 0, x0, -1.0)        # interpolated edges
-        return x0, classes, position
-
-
-class PlacelessCache(slices.Cache):
-    """Slices do not say where in the brain they lie, neither in training nor when looked at."""
-
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        self.position = torch.full_like(self.position, torch.nan)
+        return x0, classes, place
 
 
 # A change of the default: (words added to the command line, names of brainsyn.py and the kit
@@ -303,7 +295,6 @@ CHANGES = {"default": ("", {}), "AdamW": ("", {"make_optimizer": adamw}),
            "shift 1": ("--shift 1", {}), "shift 4": ("--shift 4", {}),
            "levels in the middle": ("", chance(t=middle_levels)),
            "EMA 0.99": ("--ema 0.99", {}), "EMA 0.9999": ("--ema 0.9999", {}),
-           "no position, so no mean brain": ("", {"Cache": PlacelessCache}),
            "no mirroring": ("", chance(mirror=lambda it: it & False)),
            "nothing dropped": ("--drop 0", {}), "no outline": ("", {"one_hot": without_outline}),
            "no mean brain": ("", {"measure_prior": plain_prior}),
@@ -341,8 +332,9 @@ def run_ours(args, name, minutes, words="", names=None, loud=True):
             home = next(place for place in (train_ddpm.Images, bs, devices, slices, runs)
                         if hasattr(place, word))
             replaced.enter_context(mock.patch.object(home, word, value))
-        train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--minutes",
-                         str(minutes), *args.words.split(), *words.split()])
+        # slices alone, as other libraries' networks see them
+        train_ddpm.main([*common_words(args), "--out", str(out), "--sample-every", "0", "--around",
+                         "0", "--minutes", str(minutes), *args.words.split(), *words.split()])
 
 
 # -------------------------------------------------------------------------------------- peers ---
@@ -354,7 +346,7 @@ class PeerDenoiser:
 
     def __init__(self, net, alpha_bar, predicts, fast):
         self.net, self.alpha_bar, self.predicts, self.fast = net, alpha_bar, predicts, fast
-        net.classes, net.channels = bench_peers.CLASSES, bench_peers.CHANNELS
+        net.classes, net.channels, net.around = bench_peers.CLASSES, bench_peers.CHANNELS, 0
 
     @torch.no_grad()
     def __call__(self, x_t, t, onehot, scalars, batch=32):
@@ -454,14 +446,15 @@ def run_peer(args, name, cache):
         else:
             optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99) if average
                                          else (0.9, 0.999))
-        rows, seconds, step, left = cache.part("train"), 0.0, 0, list(minutes)
+        rows, seconds, step, left = cache.part("train", [0]), 0.0, 0, list(minutes)
         with_tumour = slices.has_label(cache, rows, 2)
         size = pictures.count_parameters(net) / 1e6
         print(f"{name}: {size:.1f} M parameters, lr {lr:g}", flush=True)
         while left:
             started = time.time()
             drawn = bs.batch_rows(rows[with_tumour], rows[~with_tumour], 0.5, args.seed, step, 16)
-            x0, classes, position = cache.batch(drawn, torch.rand(16) < 0.5)
+            x0, classes, place = cache.batch(drawn, torch.rand(16) < 0.5)
+            position = place[:, 0]
             for group in optimizer.param_groups:
                 group["lr"] = bs.learning_rate(lr, seconds / (60 * left[-1]), step) if tuned else lr
             loss(net, x0, bs.one_hot(classes, bench_peers.CLASSES), position, fast).backward()

@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 # reaches, an assumption
 CHIPS = {"one H200": 989e12, "a v5e-8": 8 * 197e12}
 SHARE = 0.25
-BRATS_2021 = (1251, 140)                        # training cases; slices with brain in each, about
-DEFAULT_RUN = (train_ddpm.STEPS * 16, 2329)     # slices seen, slices there are: 13.7 passes
+BRATS_2021 = (1251, 440)                # training cases; slices with brain in each, of three planes
+DEFAULT_RUN = (train_ddpm.STEPS * 16, 6119)     # slices seen, slices there are: 2.6 passes
 
 
 def in_child(function, *inputs):
@@ -63,13 +63,13 @@ def in_child(function, *inputs):
 def sample_one(size, n_slices, calls):
     """Seconds to sample one volume at this picture size."""
     torch.manual_seed(0)
-    denoiser = bs.Denoiser(devices.place_network(bs.UNet().eval(), CPU),
+    denoiser = bs.Denoiser(devices.place_network(bs.UNet(around=1).eval(), CPU),
                            {"classes": torch.rand(2, 6, 4) + 0.1,
-                            "atlas": torch.rand(2, 16, 4, size, size) + 0.1},
+                            "atlas": torch.rand(2, 4, 32, 32, 32) + 0.1},
                            bs.cosine_alpha_bar(2.0), CPU)
     started = time.perf_counter()
-    bs.sample_volume(denoiser, torch.ones(n_slices, size, size, dtype=torch.int64),
-                     torch.linspace(-1, 1, n_slices), 1.0, (0,), {**bs.SAMPLING, "steps": calls})
+    bs.sample_volume(denoiser, torch.ones(n_slices, size, size, dtype=torch.int64), (0,),
+                     {**bs.SAMPLING, "steps": calls})
     return time.perf_counter() - started
 
 
@@ -110,12 +110,12 @@ def seconds_of(function, times=3):
 def step_time(size, batch, width, steps):
     """Median seconds of a training step of the generator, and its FLOP."""
     torch.manual_seed(0)
-    net = devices.place_network(bs.UNet(width=width), CPU)
-    batch_of = [torch.randn(batch, 4, size, size), torch.randint(1, bs.T, (batch,)),
+    net = devices.place_network(bs.UNet(width=width, around=1), CPU)
+    batch_of = [torch.randn(batch, 12, size, size), torch.randint(1, bs.T, (batch,)),
                 torch.zeros(batch, 5, size, size), torch.zeros(batch, 2)]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        bs.UNet(width=width)(*(torch.empty_like(part, device="meta") for part in batch_of)).sum(
-            ).backward()
+        inputs = [torch.empty_like(part, device="meta") for part in batch_of]
+        bs.UNet(width=width, around=1)(*inputs).sum().backward()
     optimizer = bs.make_optimizer(net, 1e-4, CPU, hidden=net.hidden())
 
     def step():

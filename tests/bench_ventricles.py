@@ -69,7 +69,7 @@ class Slices:
         self.rows = np.concatenate(rows)
 
     def batch(self, rows):
-        """See slices.Cache.batch; positions are NaN."""
+        """See slices.Cache.batch; places are NaN."""
         block = torch.from_numpy(self.rows[rows])
         return (bs.to_images(block[:, :-1]), LIKE_ET[block[:, -1].long()],
                 torch.full((len(block),), torch.nan))

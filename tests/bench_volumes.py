@@ -6,7 +6,8 @@
 
 Prints a row for each way: banding and folds over those of the held-out heads whose label maps are
 used, along z, y, x; texture distance of axial, coronal and sagittal slices; fine detail; seconds a
-volume. Writes volumes.png beside the checkpoint: the first head in three planes, a row each way.
+volume. Without --curve it writes volumes.png beside the checkpoint: the first head in three planes,
+a row each way.
 
 alone     axial slices that do not see their neighbours
 axial     axial slices that do
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brainsyn as bs
@@ -30,8 +32,9 @@ WAYS = "alone", "axial", "in turn", "mean"
 
 def draw(denoiser, classes, way, settings, key):
     """A volume (D, C, H, W) of the label map (D, H, W), drawn in one of WAYS."""
+    if way == "in turn":
+        return bs.sample_volume(denoiser, classes, key, settings)
     onehot = bs.one_hot(classes, denoiser.net.classes)
-    calls = iter(range(1000))
 
     def ask(x, t, plane):
         x, given = bs.turned(x, plane), bs.turned(onehot, plane)
@@ -41,12 +44,12 @@ def draw(denoiser, classes, way, settings, key):
     def predict_v(x, t):
         if way == "mean":
             return sum(ask(x, t, plane) for plane in range(3)) / 3
-        return ask(x, t, next(calls) % 3 if way == "in turn" else 0)
+        return ask(x, t, 0)
 
     def noise(step):
-        return bs.torch.randn(start.shape, generator=bs.generator(*key, step))
+        return torch.randn(shape, generator=bs.generator(*key, step))
 
-    start = bs.torch.zeros(len(classes), denoiser.net.channels, *classes.shape[1:])
+    shape = len(classes), denoiser.net.channels, *classes.shape[1:]
     visited = bs.timesteps(settings["steps"], settings["spacing"])
     table = bs.sampler_table(denoiser.alpha_bar[visited], settings["sampler"])
     return bs.sample(predict_v, noise("start"), visited, table, noise)
@@ -55,11 +58,11 @@ def draw(denoiser, classes, way, settings, key):
 def row(denoiser, real, classes, condition, way, **changes):
     """Print one row -> the first volume."""
     settings, started = {**bs.SAMPLING, **changes}, time.perf_counter()
-    made = [draw(denoiser, head, way, settings, (0, "volumes", i))
-            for i, head in enumerate(classes)]
-    seconds = (time.perf_counter() - started) / len(made)
-    found = judging.judge_volumes(real, made, classes, condition)
-    pairs = zip(judging.slices_of(made, classes), judging.slices_of(real, classes))
+    drawn = [draw(denoiser, head, way, settings, (0, "volumes", i))
+             for i, head in enumerate(classes)]
+    seconds = (time.perf_counter() - started) / len(drawn)
+    found = judging.judge_volumes(real, drawn, classes, condition)
+    pairs = zip(judging.slices_of(drawn, classes), judging.slices_of(real, classes))
     power = [judging.fine_power(*[part[name] for name in ("images", "classes")])
              for pair in pairs for part in pair]
     fine = np.mean([(a / b).mean().item() for a, b in zip(power[::2], power[1::2])])
@@ -68,7 +71,7 @@ def row(denoiser, real, classes, condition, way, **changes):
              for name, (parts, digits) in values.items()]
     words = way, settings["steps"], settings["sampler"], settings["spacing"]
     print(f"| {' | '.join(map(str, (*words, *cells)))} | {fine:.2f} | {seconds:.1f} |", flush=True)
-    return made[0]
+    return drawn[0]
 
 
 def main():
@@ -79,34 +82,38 @@ def main():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--calls", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--curve", action="store_true")
-    own = parser.parse_args()
-    denoiser, state = runs.load_generator(own.folder, devices.pick_device("auto"))
-    args = argparse.Namespace(**{**state["args"], "out": own.folder, "data": own.data,
+    flags = parser.parse_args()
+    runs.use_names_of(flags.folder, None)
+    denoiser, state = runs.load_generator(flags.folder, devices.pick_device("auto"))
+    args = argparse.Namespace(**{**state["args"], "out": flags.folder, "data": flags.data,
                                  "split": None, "skip_bad": True})
     cases, split = checks.find_data(args)
-    cache = slices.build_cache(cases, Path(own.folder).parent / "cache", state["resolution"],
+    cache = slices.build_cache(cases, Path(flags.folder).parent / "cache", state["resolution"],
                                state["fov"], state["condition"], split)
-    _, real, classes = train_ddpm.Images(args, cache).heads("held-out", own.heads)
+    _, real, classes = train_ddpm.Images(args, cache).heads("held-out", flags.heads)
     print("| way | calls | sampler | spacing | banding z y x | folds z y x | texture axial coronal "
           "sagittal | fine detail | s a volume |\n" + "|---" * 9 + "|")
-    made = {"real": real[0]}
-    if own.curve:
+    volumes, condition = {"real": real[0]}, state["condition"]
+    if flags.curve:
         for spacing in ("noise", "t"):
             for sampler in ("dpmpp", "ddim", "ddpm"):
                 for calls in (4, 6, 8, 10, 14, 20):
-                    row(denoiser, real, classes, state["condition"], "in turn", steps=calls,
+                    row(denoiser, real, classes, condition, "in turn", steps=calls,
                         sampler=sampler, spacing=spacing)
         return
-    for calls in own.calls:
+    for calls in flags.calls:
         for way in WAYS:
-            made[f"{way}, {calls}"] = row(denoiser, real, classes, state["condition"], way,
-                                          steps=calls)
-    views = {name: judging.planes_of(volume, classes[0]) for name, volume in made.items()}
-    at = [pictures.fullest(seen >= 2, seen > 0) for _, seen in views["real"]]
-    rows = [[view[i, c] for (view, _), i in zip(views[name], at) for c in (0, 2)] for name in made]
-    titles = [f"{plane} {bs.MODALITIES[c]}" for plane in judging.PLANES for c in (0, 2)]
-    pictures.plot_rows(Path(own.folder) / "volumes.png", rows, titles, state["condition"],
-                       " | ".join(made))
+            volumes[f"{way}, {calls}"] = row(denoiser, real, classes, condition, way, steps=calls)
+    views = {name: judging.planes_of(volume, classes[0]) for name, volume in volumes.items()}
+    at = [pictures.fullest(bs.tumour_labels(seen, condition) > 0, seen > 0)
+          for _, seen in views["real"]]
+    shown = range(len(bs.MODALITIES))[:2]
+    rows = [[pictures.upright(view[i, c], plane)
+             for plane, ((view, _), i) in enumerate(zip(views[name], at)) for c in shown]
+            for name in volumes]
+    titles = [f"{plane} {bs.MODALITIES[c]}" for plane in judging.PLANES for c in shown]
+    pictures.plot_rows(Path(flags.folder) / "volumes.png", rows, titles, condition,
+                       " | ".join(volumes))
 
 
 if __name__ == "__main__":

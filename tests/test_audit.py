@@ -262,7 +262,7 @@ SETTINGS = {**bs.SAMPLING, "steps": 10}
 
 def audited(pool, training, masks, denoiser, few=12):
     """The audit of a set sampled from the label maps of these cases of the pool."""
-    images = [bs.sample_slices(denoiser, pool[1][i], (5, int(i)), SETTINGS, [pool[2][i]])
+    images = [bs.sample_slices(denoiser, pool[1][i], pool[2][i], (5, int(i)), SETTINGS)
               for i in masks]
     synthetic = [torch.stack(images), *take(pool, masks)[1:]]
     related = torch.zeros(len(masks), 44, dtype=torch.bool)

@@ -76,3 +76,26 @@ def test_costs_of_whole_volumes_are_measured(tmp_path):
     text = run(tmp_path, "bench_scale.py", "--tiny")
     for words in ("| sampled, 16x16", "| segmented", "| ratio |", "| pixels a side |", "on paper:"):
         assert words in text, text
+
+
+@pytest.mark.programs
+def test_ways_to_draw_volumes_are_compared(tmp_path, lay_phantoms):
+    """A row a way, a picture of all."""
+    folder = lay_phantoms(tmp_path, 7)
+    words = ["--phantoms", 7, "--resolution", 24, "--width", 16, "--mults", 1, "--batch", 4,
+             "--steps", 2, "--sample-every", 0]
+    status, text = run_script(folder, "train_ddpm.py", *words)
+    assert status == 0, text
+    text = run(folder, "bench_volumes.py", "runs/ddpm", "--heads", 1, "--calls", 2)
+    rows = [line.split(" | ") for line in text.splitlines() if " | dpmpp | noise | " in line]
+    assert [row[0] for row in rows] == ["| alone", "| axial", "| in turn", "| mean"], text
+    assert all(len(row[4].split()) == len(row[6].split()) == 3 for row in rows), text
+    assert (folder / "runs/ddpm/volumes.png").exists()
+
+
+@pytest.mark.programs
+def test_all_of_a_card_is_tried(tmp_path):
+    """Steps, a short training, a volume: whatever device there is."""
+    text = run(tmp_path, "bench_gpu.py", "--sizes", 16, "--minutes", 0.01, "--phantoms", 6)
+    assert "| ours |" in text and "texture distance, sagittal" in text
+    assert "16^3 voxels: a volume in " in text, text

@@ -543,12 +543,12 @@ def test_a_batch_that_is_not_finite_is_named(here, monkeypatch, capsys):
     monkeypatch.setattr(train_ddpm.Images, "report", lambda *_: None)
     real, calls = slices.Cache.batch, []
 
-    def batch(cache, rows, mirror=None):
-        x0, classes, place = real(cache, rows, mirror)
+    def batch(cache, rows, mirror=None, around=0):
+        x0, classes, place = real(cache, rows, mirror, around)
         if mirror is not None:                  # a training batch
             calls.append(cache.names(rows))
             if len(calls) == 5:
-                x0[1, 2, 3, 4] = float("nan")
+                x0[1, 6, 3, 4] = float("nan")
         return x0, classes, place
 
     monkeypatch.setattr(slices.Cache, "batch", batch)

@@ -90,7 +90,7 @@ def test_the_prior_alone_draws_what_an_untrained_network_draws(held_out, untrain
     torch.nn.init.normal_(trained.conv_out.weight, std=0.1)
     trained = bs.Denoiser(trained, untrained.prior, untrained.alpha_bar, untrained.device)
     drawn, alone, learned = [
-        bs.sample_slices(model, classes, (0, 0), scalars=[torch.zeros(3, 2)])
+        bs.sample_slices(model, classes, torch.zeros(3, 2), (0, 0))
         for model in (untrained, judging.prior_alone(trained), trained)]
     assert torch.equal(drawn, alone) and not torch.equal(alone, learned)
 

@@ -389,8 +389,7 @@ def test_slices_alone_are_seen_without_neighbours():
 
     denoiser.alpha_bar = ALPHA_BAR
     denoiser.net = types.SimpleNamespace(channels=4, classes=5, around=2)
-    bs.sample_slices(denoiser, torch.zeros(3, 6, 6, dtype=torch.long), (0, 1), bs.SAMPLING,
-                     [bs.places(3, 0)])
+    bs.sample_slices(denoiser, torch.zeros(3, 6, 6, dtype=torch.long), bs.places(3, 0), (0, 1))
 
 
 def test_generators_depend_on_their_key_alone():

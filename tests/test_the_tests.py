@@ -93,8 +93,8 @@ WRONG = {
     "timesteps": [
         (".round().long()", ".long()"),
         ("steps + 1", "steps"),
-        ("T, 0", "0, T"),
-        ("T, 0, steps + 1", "T - T // steps, 0, steps + 1")],
+        ("1, 0, steps", "0, 1, steps"),
+        ("atan2(even, 1 - even)", "atan2(1 - even, even)")],
     "ddpm_step": [
         ("math.sqrt(ratio) * (1 - after)", "ratio * (1 - after)"),
         ("math.sqrt(after) * (1 - ratio)", "math.sqrt(after) * ratio"),
@@ -208,7 +208,10 @@ RIGHT = {
         out = torch.zeros(len(classes), n_classes, *classes.shape[1:])
         return out.scatter_(1, classes.unsqueeze(1), 1.0)""",
     "timesteps": """
-        return torch.tensor([round(T * (1 - i / steps)) for i in range(steps + 1)])""",
+        share = [1 - i / steps for i in range(steps + 1)]
+        if spacing == "noise":
+            share = [math.atan2(x, 1 - x) / math.pi * 2 for x in share]
+        return torch.tensor([round(T * x) for x in share])""",
     "ddpm_step": """
         return ddim_step(before, after, 1.0)""",
     "guided_v": """
@@ -216,7 +219,7 @@ RIGHT = {
         if scale == 1:
             return v_cond
         null = scalars.clone()
-        null[:, 1:] = math.nan
+        null[:, 2:] = math.nan
         v_null = denoiser(x_t, t, onehot * 0, null)
         v = (1 - scale) * v_null + scale * v_cond
         spread = v_cond.flatten(1).std(1).view(-1, 1, 1, 1) / v.flatten(1).std(1).view(-1, 1, 1, 1)

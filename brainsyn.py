@@ -313,8 +313,14 @@ def expected(prior, onehot, scalars):
     prior: from measure_prior; onehot (B, K, H, W); scalars (B, S), of which the place is used. Mean
     and std are those of the pixel's class; where onehot is all zeros (no label map), those over all
     pixels. In healthy brain they come from the atlas, linear between its middles.
-    K = 0, as where label maps themselves are drawn: the atlas applies everywhere.
+    Networks that draw label maps use two other priors. K = 0: the atlas applies everywhere.
+    {"shares": floor}: onehot holds, for every channel of x0, the expected fraction of a class. A
+    pixel that is +1 with that probability and else -1 has mean 2 fraction - 1 and variance
+    1 - mean^2; std is at least floor.
     """
+    if "shares" in prior:
+        mean = 2 * onehot - 1
+        return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
     class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
     found = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
     if "atlas" in prior:

@@ -11,12 +11,13 @@ request -> label map.
 Reads     a folder of BraTS cases, or makes phantoms in runs/phantoms; slices go into runs/cache
 Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it learns, samples.png
           (held-out scans beside samples from their label maps) and closing.json with the figures;
-          for labels the same in runs/labels
+          for labels the same twice, in runs/labels/coarse (heads in blocks) and runs/labels/fine
+          (their voxels)
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
-Measured  two CPU cores, in float32: skill 0.70, 0.72, 0.60, 0.29 at four noise levels on held-out
-          slices; on held-out heads drawn whole, texture distance 0.042, 0.044, 0.039 in axial,
-          coronal and sagittal slices (the prior alone 0.3 to 0.4, training heads 0.043 to 0.048)
+Measured  two CPU cores, float32: skill 0.70, 0.72, 0.60, 0.29 at four noise levels, texture
+          distance of held-out heads drawn whole 0.042, 0.044, 0.039 along three axes
 """
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,15 @@ import brainsyn as bs
 from kit import (checks, devices, files, judging, label_training, options, phantoms, pictures,
                  requests, runs, slices)
 
-STEPS = 1000                                    # of a run with neither --steps nor --minutes
+STEPS, LABEL_STEPS = 1000, 3000                 # of a run with neither --steps nor --minutes
 HEADS = 4                                       # that are sampled at the end
-# Defaults of --generate labels
-LABEL_DEFAULTS = {"sample_every": 250, "shift": 0.5, "out": "runs/labels"}
+# Defaults of --generate labels. None: see PARTS.
+LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
+                  "out": "runs/labels"}
+# The two networks of --generate labels: their fractions of a run's steps or minutes (a fine step
+# takes two to three times as long), and the defaults of --shift and --width.
+PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
+         "fine": {"steps": 0.2, "minutes": 0.4, "shift": 0.4, "width": 64}}
 FLAGS = [
     *options.COMMON, *options.TRAINING,
     # data
@@ -38,20 +44,20 @@ FLAGS = [
     ("--relatives", options.count, 512, "for labels: heads, training cases and moved copies"),
     # model
     ("--generate", ["images", "labels"], "images", "scans, or label maps from requests"),
-    ("--width", options.count, 64, "channels of the first level"),
+    ("--width", options.count, 64, "channels of the first level; of coarse labels 48"),
     ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
     ("--blocks", options.count, 1, "residual blocks a level"),
     ("--patch", options.count, 4, "p x p pixels folded into channels"),
     ("--around", options.natural, 1, "slices on either side that the network sees too"),
     # optimisation
-    ("--steps", options.count, STEPS, "no bound with --minutes"),
+    ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
     ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
     ("--drop", options.fraction, 0.1, "fraction trained without labels, or without neighbours"),
-    ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5"),
+    ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5 coarse, 0.4 fine"),
     # run
     ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
     ("--guidance", float, 1.0, "guidance scale of pictures and closing figures, 1: none"),
-    ("--sample-every", options.natural, 100, "steps between pictures, 0: none; labels 250")]
+    ("--sample-every", options.natural, 100, "steps between pictures, 0: none; labels 1000")]
 
 
 def parse_arguments(argv=None):
@@ -61,6 +67,8 @@ def parse_arguments(argv=None):
     args = parser.parse_training(argv, "generate", {"labels": LABEL_DEFAULTS})
     options.use_names(args.modalities, args.label_map)
     labels = args.generate == "labels"
+    if labels and args.resolution % (4 * requests.BLOCK):
+        raise bs.BadInput(f"--resolution: labels need a multiple of {4 * requests.BLOCK} pixels")
     if args.condition == "tissue" and not {"t1", "t2", "flair"} <= set(bs.MODALITIES):
         raise bs.BadInput("--condition tissue: finding tissue takes t1, t2 and flair")
     if args.label_maps and (not labels or args.condition != "tumour"):
@@ -78,7 +86,7 @@ def pick_rows(cache, rows, first_lesion, count):
 
 class Images:
     """What the generator of images learns from: slices of training cases and their label maps.
-    label_training.Labels has the same attributes and methods.
+    label_training.Heads and Voxels have the same attributes and methods.
 
     network: arguments of UNet that depend on the data; prior: see measure_prior; words: for the
     log.
@@ -127,8 +135,7 @@ class Images:
         return t, x0, eps, onehot, place, signal, sigma, mean, std
 
     def plot(self, real, classes, sampled, planes, name, headline):
-        """Draw slices (N, C, R, R) of these planes, their label maps and samples into the file
-        `name`."""
+        """Draw slices (N, C, R, R) of these planes, label maps and samples into a file."""
         shown = [[pictures.upright(part, plane) for part in (seen, *scan)] + [None]
                  + [pictures.upright(part, plane) for part in drawn]
                  for scan, seen, drawn, plane in zip(real, classes, sampled, planes)]
@@ -148,28 +155,22 @@ class Images:
                   f"step {step}")
 
     def heads(self, part, count):
-        """`count` heads of a part, "held-out" or "training", evenly spread: numbers of cases, scans
-        float (D, C, R, R) and label maps int64 (D, R, R), three lists."""
-        numbers = [i for i, case in enumerate(self.cache.cases) if (case["part"] != "train") ==
-                   (part == "held-out")]
+        """`count` heads of a part, "held-out" or "training": numbers of cases, scans float
+        (D, C, R, R) and label maps int64 (D, R, R), three lists."""
+        numbers = [i for i, case in enumerate(self.cache.cases)
+                   if (case["part"] == "train") == (part == "training")]
         numbers = [numbers[i] for i in slices.evenly(len(numbers), count)]
         cubes = [torch.from_numpy(self.cache.cubes[i]) for i in numbers]
         return (numbers, [bs.to_images(cube[:, :-1]) for cube in cubes],
                 [cube[:, -1].long() for cube in cubes])
 
-    def volumes(self, denoiser, heads):
-        """Volumes float (D, C, R, R) sampled from the label maps of some heads, always with the
-        same noise."""
-        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
-        return [bs.sample_volume(denoiser, classes, (self.args.seed, "closing", number), settings)
-                for number, _, classes in zip(*heads)]
-
     def report(self, denoiser, run):
         """End a run: samples.png, and the figures of up to HEADS whole heads, held out where the
         split holds out any, beside those of the prior alone."""
-        heads = self.heads(self.part, HEADS)
-        real, classes = heads[1:]
-        sampled, prior = [self.volumes(model, heads)
+        numbers, real, classes = self.heads(self.part, HEADS)
+        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
+        sampled, prior = [[bs.sample_volume(model, head, (self.args.seed, "closing", i), settings)
+                           for i, head in zip(numbers, classes)]
                           for model in (denoiser, judging.prior_alone(denoiser))]
         shown = []              # two heads in three planes, each in the slice with most tumour
         for pair in list(zip(real, sampled, classes))[:2]:
@@ -189,7 +190,7 @@ class Images:
 
 
 def train(args, device):
-    """Train what --generate asks for."""
+    """Train what --generate asks for: one network for images, two for labels."""
     cases, split = checks.find_data(args)
     cache = devices.first_process_first(lambda: slices.build_cache(
         cases, Path(args.out).parent / "cache", args.resolution, args.fov, args.condition, split))
@@ -201,22 +202,36 @@ def train(args, device):
              "data": "phantoms" if only_phantoms and not args.label_maps else "patients"}
     if args.generate == "images":
         return learn(args, device, "ddpm", Images(args, cache), facts)
-    task = label_training.Labels(args, cache)
+    data = label_training.LabelData(args, cache)
     # in random order and rounded: no row leads back to a case
-    order = torch.randperm(len(task.asked), generator=bs.generator(args.seed, "measured"))
+    order = torch.randperm(len(data.asked), generator=bs.generator(args.seed, "measured"))
     digits = [2 if name == "sphericity" else 1 for name in requests.entries()]
-    facts["measured"] = [list(map(round, row, digits)) for row in task.asked[order].tolist()]
-    facts["trained_on"] = task.hashes
-    facts["patients"] += len(task.cases) if args.label_maps else 0
-    learn(args, device, "labels", task, facts)
+    facts["measured"] = [list(map(round, row, digits)) for row in data.asked[order].tolist()]
+    facts["trained_on"] = data.hashes
+    facts["patients"] += len(data.cases) if args.label_maps else 0
+    for part, task in (("coarse", label_training.Heads), ("fine", label_training.Voxels)):
+        print(f"--- {part} network")
+        part_args = arguments_of_part(args, part)
+        learn(part_args, device, "labels", task(part_args, data), facts)
+
+
+def arguments_of_part(args, part):
+    """The arguments of one network of --generate labels: its folder, its fraction of the run, its
+    defaults. See PARTS."""
+    usual = PARTS[part]
+    changed = {"out": str(Path(args.out) / part), "shift": args.shift or usual["shift"],
+               "width": args.width or usual["width"],
+               "steps": args.steps and max(1, round(args.steps * usual["steps"])),
+               "minutes": args.minutes and args.minutes * usual["minutes"]}
+    return argparse.Namespace(**{**vars(args), **changed})
 
 
 def learn(args, device, kind, task, facts):
     """One training run, start to end, resumed where one was begun. kind: of the checkpoint; task:
-    Images or Labels; facts: what a checkpoint says of the data."""
+    Images, Heads or Voxels; facts: what a checkpoint says of the data."""
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in ("width", "mults", "blocks", "patch")}
-    network = sizes | task.network
+    network = {"around": 0, **sizes, **task.network}
     net = devices.place_network(bs.UNet(**network), device)
     ema = bs.EMA(net, args.ema, to_host=devices.to_host)
     optimizer = bs.make_optimizer(net, args.lr, device, net.hidden())

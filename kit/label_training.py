@@ -1,8 +1,8 @@
-"""What the network of --generate labels learns from: slices of label volumes and their requests.
+"""What the two networks of --generate labels learn from: heads in blocks, then their voxels.
 
-`Labels` has what the training loop in train_ddpm.py uses, as its `Images` does:
+`Heads` and `Voxels` have what the training loop in train_ddpm.py uses, as its `Images` does:
 
-network, prior, words    arguments of UNet; see bs.expected; the data in words, for the log
+network, prior, words    arguments of UNet; see `expected`; the data in words, for the log
 batch(step)              t, x0, eps, onehot, scalars, signal, sigma, mean, std of a training step
 case_names(step)         the cases that the batch of this step came from
 picture(denoiser, step)  sample_STEP.png: what has been learned so far
@@ -15,6 +15,76 @@ import torch
 
 import brainsyn as bs
 from kit import judging, metrics, pictures, recipes, requests, runs, slices
+
+
+class LabelData:
+    """The heads that both networks learn from: the training cases of a cache, or the maps of
+    --label-maps in their outlines, and moved copies of them, --relatives in all. args: of the
+    command line. BadInput where no map is left.
+
+    cases       names of the N training cases
+    hashes      see case_hashes
+    heads       uint8 (M, D, R, R): N training heads, then relatives, N at a time
+    asked       (M, E), their characteristics
+    fractions   (M, D', K, r, r), their blocks
+    shown       uint8: heads that pictures and figures compare with
+    shown_are   "held-out" or "training"
+    """
+
+    def __init__(self, args, cache):
+        self.args, self.names = args, bs.CONDITIONS[args.condition]
+        self.step_mm = step = args.fov / args.resolution                        # mm a voxel
+        depth = args.resolution * 3 // 4
+        edge = (args.resolution - depth) // 2
+        tall = [case["case"] for case, cube in zip(cache.cases, cache.cubes)
+                if cube[:edge, -1].any() or cube[-edge:, -1].any()]
+        if tall:
+            print(f"note: {len(tall)} heads ({tall[0]} for one) are cut at {depth * step:.0f} mm")
+        train = requests.label_volumes(cache, ("train",), depth)
+        held_out = requests.label_volumes(cache, ("val", "test"), depth)
+        self.cases = [case["case"] for case in cache.cases if case["part"] == "train"]
+        self.hashes = cache.hashes("train")
+        if args.label_maps:
+            maps, names, hashes, lost = recipes.read_label_maps(args.label_maps, train, step,
+                                                                args.seed)
+            dice = requests.nearest_tumour(maps, held_out, args.condition)
+            keep = [i for i in range(len(maps)) if not dice[i] > 0.8]           # NaN: no other
+            print(f"label maps: {len(maps)} in outlines of training cases, {lost:.1%} of tumours "
+                  f"cut off; {len(maps) - len(keep)} show the tumour of a held-out case: left out")
+            if not keep:
+                raise bs.BadInput(f"{args.label_maps}: no map is left; add others")
+            train, self.cases = maps[keep], [names[i] for i in keep]
+            self.hashes = sorted({*self.hashes, *(hashes[i] for i in keep)})
+        relatives = [requests.move_volumes(train, (args.seed, "moves", i))
+                     for i in range(1, args.relatives // len(train))]
+        self.heads = torch.cat([train, *relatives])
+        self.shown = (held_out if len(held_out) else train)[:12]
+        self.shown_are = "held-out" if len(held_out) else "training"
+        self.asked = self.measure(self.heads)
+        self.fractions = requests.block_fractions(self.heads, len(self.names))
+
+    def measure(self, volumes):
+        """Characteristics of label maps int (N, D, R, R) -> (N, E)."""
+        return torch.stack([requests.characteristics(classes.long(), self.args.condition,
+                                                     self.step_mm) for classes in volumes])
+
+    def draw(self, function, args, count, *networks, untrained=False, **settings):
+        """What sample_blocks or sample_labels makes of the characteristics of the first `count`
+        shown heads. args: of this network's run; untrained: every network outputs 0."""
+        if untrained:
+            networks = [net and judging.prior_alone(net) for net in networks]
+        model = requests.LabelGenerator(*networks, args.condition, self.step_mm, self.asked)
+        sampling = {**requests.SETTINGS, "guidance": args.guidance}
+        return torch.stack([function(model, wanted, (args.seed, "shown", i), sampling, **settings)
+                            for i, wanted in enumerate(self.measure(self.shown[:count]))])
+
+    def report(self, args, run, real, sampled, figures, lines):
+        """The end of a run: samples.png, classes of `shown` heads beside those sampled with their
+        characteristics, and runs.report of figures and lines. args: of this network's run."""
+        pictures.plot_planes(Path(args.out) / "samples.png", list(zip(real, sampled))[:6],
+                             [self.shown_are, "SYNTHETIC"], args.condition)
+        print(f"--- {len(real)} heads with the characteristics of {self.shown_are} cases")
+        runs.report(args, run, {"heads": f"{len(sampled)} {self.shown_are}", **figures}, lines)
 
 
 def compare(names, asked, got, source=""):
@@ -38,140 +108,153 @@ def error_rows(figures, units):
              figures.get(f"prior_{keys[name]}", np.nan), 0.0) for name, unit in units.items()]
 
 
-class Labels:
-    """The heads that the network learns from: the training cases of a cache, or the maps of
-    --label-maps in their outlines, and moved copies of them, --relatives in all. args: of the
-    command line. BadInput where no map is left.
+def with_levels(learner, t, x0, eps, onehot, scalars):
+    """A batch of Heads or Voxels with the noise levels and the prior of t, see the module."""
+    levels = bs.signal_sigma(bs.cosine_alpha_bar(learner.args.shift), t)
+    return t, x0, eps, onehot, scalars, *levels, *bs.expected(learner.prior, onehot, scalars)
 
-    cases       names of the N training cases
-    hashes      see case_hashes
-    heads       uint8 (M, R, R, R): N training heads, then relatives, N at a time
-    asked       (M, E), their characteristics
-    shown       uint8: heads that pictures and figures compare with
-    shown_are   "held-out" or "training"
-    """
 
-    def __init__(self, args, cache):
-        self.args, self.names = args, bs.CONDITIONS[args.condition]
-        self.step_mm = step = args.fov / args.resolution                        # mm a voxel
-        train = requests.label_volumes(cache, ("train",))
-        held_out = requests.label_volumes(cache, ("val", "test"))
-        self.cases = [case["case"] for case in cache.cases if case["part"] == "train"]
-        self.hashes = cache.hashes("train")
-        if args.label_maps:
-            maps, names, hashes, lost = recipes.read_label_maps(args.label_maps, train, step,
-                                                                args.seed)
-            dice = requests.nearest_tumour(maps, held_out, args.condition)
-            keep = [i for i in range(len(maps)) if not dice[i] > 0.8]           # NaN: no other
-            print(f"label maps: {len(maps)} in outlines of training cases, {lost:.1%} of tumours "
-                  f"cut off; {len(maps) - len(keep)} show the tumour of a held-out case: left out")
-            if not keep:
-                raise bs.BadInput(f"{args.label_maps}: no map is left; add others")
-            train, self.cases = maps[keep], [names[i] for i in keep]
-            self.hashes = sorted({*self.hashes, *(hashes[i] for i in keep)})
-        relatives = [requests.move_volumes(train, (args.seed, "moves", i))
-                     for i in range(1, args.relatives // len(train))]
-        self.heads = torch.cat([train, *relatives])
-        self.shown = (held_out if len(held_out) else train)[:12]
-        self.shown_are = "held-out" if len(held_out) else "training"
-        self.asked = self.measure(self.heads)
-        self.network = {"channels": len(self.names), "classes": 0, "around": args.around,
-                        "scalars": 2 + len(requests.entries())}
-        self.prior = requests.label_prior(self.heads, len(self.names))
-        # rows count head, plane, slice; slices without brain or tumour are left out
-        views = [self.heads.transpose(1, axis) for axis in (1, 2, 3)]
-        shown, tumour = [torch.stack([(view > least).sum((2, 3)) for view in views], 1).flatten()
-                         for least in (0, len(self.names) - len(bs.LABELS) - 1)]
-        empty = (tumour == 0) & (shown > 0.01 * args.resolution ** 2)
-        self.pool = [torch.where(some)[0].numpy() for some in (tumour > 0, empty)]
-        self.words = f"slices of {len(self.heads)} heads, {len(self.cases)} of them not moved"
+def draw_progress(args, step, volumes):
+    """sample_STEP.png: sampled classes (N, D, H, W), a row each."""
+    pictures.plot_planes(Path(args.out) / f"sample_{step:06d}.png", [[head] for head in volumes],
+                         [f"SYNTHETIC, step {step}"], args.condition)
 
-    def measure(self, volumes):
-        """Characteristics of label maps int (N, R, R, R) -> (N, E)."""
-        return torch.stack([requests.characteristics(classes.long(), self.args.condition,
-                                                     self.step_mm) for classes in volumes])
+
+class Heads:
+    """The coarse network learns the class fractions of all blocks of a head, conditioned on its
+    characteristics, of which a random part is left open."""
+
+    def __init__(self, args, data):
+        self.args, self.data = args, data
+        self.x0 = requests.head_pictures(data.fractions)                        # (M, D' K, r, r)
+        self.network = {"channels": self.x0.shape[1], "classes": 0,
+                        "scalars": 2 + len(requests.entries()), "patch": 1, "fine": 48}
+        self.prior = requests.label_prior(self.x0)
+        self.words = f"blocks of {len(data.heads)} heads, {len(data.cases)} of them not moved"
 
     def rows(self, step):
-        """Head, plane and number of the slices in the batch of this step: three lists."""
-        args = self.args
-        rows = bs.batch_rows(*self.pool, args.tumour_share, args.seed, step, args.batch)
-        heads, rest = np.divmod(rows, 3 * args.resolution)
-        return heads.tolist(), *(part.tolist() for part in np.divmod(rest, args.resolution))
+        """The heads in the batch of this step, int (B,)."""
+        return bs.endless(np.arange(len(self.x0)), (self.args.seed, "heads"),
+                          step * self.args.batch, self.args.batch)
 
     def case_names(self, step):
         """Names of the cases in the batch of this step."""
-        return [self.cases[i % len(self.cases)] for i in self.rows(step)[0]]
+        return [self.data.cases[i % len(self.data.cases)] for i in self.rows(step)]
 
     def batch(self, step):
-        """The batch of a training step, see the module. Where a slice is mirrored, its head is
-        turned left for right before it is cut."""
-        args, size = self.args, self.args.resolution
-        heads, planes, index = self.rows(step)
-        shape = args.batch, (2 * args.around + 1) * len(self.names), size, size
-        t, eps, keep, mirror = bs.training_noise(args.seed, step, shape, args.drop)
-        near = torch.arange(-args.around, args.around + 1)
-        slabs, place = [], []
-        for head, plane, at, turn in zip(heads, planes, index, mirror.tolist()):
-            volume = self.heads[head].flip(-1) if turn else self.heads[head]
-            at = size - 1 - at if turn and plane == 2 else at
-            slabs.append(volume.transpose(0, plane)[(at + near).clamp(0, size - 1)].long())
-            place.append(bs.places(size, plane)[at])
-        x0 = 2 * bs.one_hot(torch.cat(slabs), len(self.names)) - 1
-        x0 = x0.unflatten(0, (args.batch, -1)).flatten(1, 2)
-        asked = self.asked[heads]
+        """The batch of a training step, see the module."""
+        seed, heads = self.args.seed, self.rows(step)
+        x0, asked = self.x0[heads], self.data.asked[heads]
+        t, eps, keep, mirror = bs.training_noise(seed, step, x0.shape, self.args.drop)
+        x0 = torch.where(mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
         asked[:, requests.entries().index("x")] *= torch.where(mirror, -1.0, 1.0)
-        is_open = requests.open_entries(args.batch, args.seed, step)
-        asked[(keep == 0)[:, None] | is_open] = torch.nan
-        scalars = requests.label_scalars(torch.stack(place), asked)
-        levels = bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t)
-        onehot = x0[:, :0]
-        return t, x0, eps, onehot, scalars, *levels, *bs.expected(self.prior, onehot, scalars)
+        asked[(keep == 0)[:, None] | requests.open_entries(len(x0), seed, step)] = torch.nan
+        return with_levels(self, t, x0, eps, x0[:, :0], requests.head_scalars(asked))
 
-    def sample(self, denoiser, count):
-        """Label maps sampled with the characteristics of the first `count` shown heads."""
-        args = self.args
-        model = requests.LabelGenerator(denoiser, args.condition, self.step_mm, args.resolution,
-                                        self.asked)
-        settings = {**bs.SAMPLING, "guidance": args.guidance}
-        return torch.stack([
-            requests.sample_labels(model, wanted, (args.seed, "shown", i), settings, drafts=1)
-            for i, wanted in enumerate(self.measure(self.shown[:count]))])
+    def sample(self, denoiser, count, untrained=False):
+        """Blocks sampled with the characteristics of the first `count` shown heads. untrained: see
+        LabelData.draw."""
+        return self.data.draw(requests.sample_blocks, self.args, count, denoiser, None,
+                              untrained=untrained)
 
     def picture(self, denoiser, step):
-        """sample_STEP.png: one head."""
-        rows = [[head] for head in self.sample(denoiser, 1)]
-        pictures.plot_planes(Path(self.args.out) / f"sample_{step:06d}.png", rows,
-                             [f"SYNTHETIC, step {step}"], self.args.condition)
+        """sample_STEP.png: three heads in blocks."""
+        draw_progress(self.args, step, self.sample(denoiser, 3).argmax(2))
 
     def report(self, denoiser, run):
-        """The end of a run: samples.png, held-out heads beside those sampled with their
-        characteristics; how well requests are met, how label maps hang together, how close they are
-        to the heads learned from."""
-        condition, names, shown = self.args.condition, requests.entries(), self.shown
-        unmoved = self.heads[:len(self.cases)]
-        sampled, prior = [self.sample(model, len(shown))
-                          for model in (denoiser, judging.prior_alone(denoiser))]
-        asked, got, without = [self.measure(heads) for heads in (shown, sampled, prior)]
-        figures, alone = [judging.judge_labels(heads, shown, condition, self.step_mm)
+        """The end of a run: how well the volumes of blocks come as asked for."""
+        data, real = self.data, requests.block_fractions(self.data.shown, len(self.data.names))
+        sampled, prior = [self.sample(denoiser, len(real), untrained=word)
+                          for word in (False, True)]
+        asked, got, without = [
+            requests.block_characteristics(heads, self.args.condition, data.step_mm)
+            for heads in (real, sampled, prior)]
+        figures = (compare(bs.LABELS, asked, got)
+                   | compare(bs.LABELS, asked, without, "prior_"))
+        data.report(self.args, run, real.argmax(2), sampled.argmax(2), figures,
+                    judging.table(error_rows(figures, dict.fromkeys(bs.LABELS, ["mL"]))))
+
+
+class Voxels:
+    """The fine network learns the voxels of a slab, conditioned on the blocks of its head and on
+    the characteristics that blocks do not show, each left open with probability 0.3."""
+
+    def __init__(self, args, data):
+        self.args, self.data = args, data
+        self.slabs = data.fractions.shape[1]
+        # a row is head * slabs + slab; those with almost no brain are left out
+        rows = np.where((data.fractions[:, :, 0].mean((2, 3)) < 0.99).flatten())[0]
+        tumour = data.fractions[:, :, -len(bs.LABELS):].sum((2, 3, 4)).flatten()[rows] > 0
+        self.with_tumour, self.without = rows[tumour], rows[~tumour]
+        channels = requests.BLOCK * len(data.names)
+        self.network = {"channels": channels, "classes": channels, "scalars": 4}  # of slab_scalars
+        self.prior = {"shares": torch.tensor(0.1)}
+        self.words = f"{len(rows)} slabs of {len(data.heads)} heads"
+
+    def rows(self, step):
+        """The heads and the slabs in the batch of this step, int (B,) each."""
+        rows = bs.batch_rows(self.with_tumour, self.without, self.args.tumour_share,
+                             self.args.seed, step, self.args.batch)
+        return np.divmod(rows, self.slabs)
+
+    def case_names(self, step):
+        """Names of the cases in the batch of this step."""
+        return [self.data.cases[i % len(self.data.cases)] for i in self.rows(step)[0]]
+
+    def batch(self, step):
+        """The batch of a training step, see the module."""
+        seed, data = self.args.seed, self.data
+        heads, index = [torch.from_numpy(part) for part in self.rows(step)]
+        # (B, BLOCK, R, R)
+        classes = data.heads.unflatten(1, (self.slabs, requests.BLOCK))[heads, index].long()
+        # (B, BLOCK K, R, R)
+        x0 = 2 * bs.one_hot(classes, len(data.names)).transpose(1, 2).flatten(1, 2) - 1
+        blocks = requests.slab_fractions(data.fractions[heads], index)          # the same shape
+        t, eps, _, mirror = bs.training_noise(seed, step, x0.shape, 0.0)
+        x0, blocks = [torch.where(mirror.view(-1, 1, 1, 1), part.flip(-1), part)
+                      for part in (x0, blocks)]
+        asked = data.asked[heads]
+        chance = torch.rand(asked.shape, generator=bs.generator(seed, "open", step))
+        asked[chance < 0.3] = torch.nan
+        return with_levels(self, t, x0, eps, blocks,
+                           requests.slab_scalars(index, self.slabs, asked))
+
+    def sample(self, denoiser, count, untrained=False):
+        """Label maps sampled with the characteristics of the first `count` shown heads. untrained:
+        see LabelData.draw."""
+        folder = Path(self.args.out).parent / "coarse"
+        coarse, _ = runs.load_generator(folder, denoiser.device, kind="labels")
+        return self.data.draw(requests.sample_labels, self.args, count, coarse, denoiser, drafts=1,
+                              untrained=untrained)
+
+    def picture(self, denoiser, step):
+        """sample_STEP.png: three heads."""
+        draw_progress(self.args, step, self.sample(denoiser, 3))
+
+    def report(self, denoiser, run):
+        """The end of a run: how well requests are met, how label maps hang together, how close they
+        are to the heads learned from."""
+        condition, data, names = self.args.condition, self.data, requests.entries()
+        shown, unmoved = data.shown, data.heads[:len(data.cases)]
+        sampled, prior = [self.sample(denoiser, len(shown), untrained=word)
+                          for word in (False, True)]
+        asked, got, without = [data.measure(heads) for heads in (shown, sampled, prior)]
+        figures, alone = [judging.judge_labels(heads, shown, condition, data.step_mm)
                           for heads in (sampled, prior)]
         figures |= compare(names, asked, got) | compare(names, asked, without, "prior_")
         figures |= {f"prior_{name.removeprefix('made_')}": value for name, value in alone.items()
                     if not name.startswith("real_")}
-        held_out = self.shown_are == "held-out"
+        held_out = data.shown_are == "held-out"
         others = unmoved[slices.evenly(len(unmoved), len(shown))]
         figures["real_shape_distance"] = (judging.shape_distance(
-            others, shown, condition, self.step_mm) if held_out else np.nan)
-        near = requests.nearest_tumour(sampled, self.heads, condition)
-        near_shown = requests.nearest_tumour(shown, self.heads if held_out else self.heads[:0],
+            others, shown, condition, data.step_mm) if held_out else np.nan)
+        near = requests.nearest_tumour(sampled, data.heads, condition)
+        near_shown = requests.nearest_tumour(shown, data.heads if held_out else data.heads[:0],
                                              condition)
         figures |= {"nearest_training_tumour_dice": near.nanmean().item(),
                     "the_same_of_held_out_cases": near_shown.nanmean().item(),
                     "copies": int((near > 0.9).sum())}
-        pictures.plot_planes(Path(self.args.out) / "samples.png", list(zip(shown, sampled))[:6],
-                             [self.shown_are, "SYNTHETIC"], condition)
-        print(f"--- {len(shown)} heads with the characteristics of {self.shown_are} cases")
-        runs.report(self.args, run, {"heads": f"{len(shown)} {self.shown_are}", **figures},
-                    label_lines(figures))
+        data.report(self.args, run, shown, sampled, figures, label_lines(figures))
 
 
 # What says how a label map hangs together, see judging.label_figures, in words.
@@ -181,7 +264,7 @@ HANGS_TOGETHER = {"pieces": "pieces of tumour", "slice_dice": "Dice from slice t
 
 def label_lines(figures):
     """The end of a run of label maps in lines of text: volumes in a sentence, then what the
-    network decides as a table. figures: see Labels.report."""
+    networks decide as a table. figures: see Voxels.report."""
     volumes = [f"{name} {figures[f'{name}_error']:.2f} mL"
                for name in (*bs.LABELS, "ventricles") if f"{name}_error" in figures]
     rows = error_rows(figures, {"x": ["mm"], "y": ["mm"], "z": ["mm"], "sphericity": [],

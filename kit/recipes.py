@@ -56,7 +56,7 @@ class Recipe:
                                                condition)
             return prepared | {"hashes": tuple(self.facts[name] for name in writing.ORIGIN)}
         classes = requests.sample_labels(self.model, self.request, (*self.key, "labels"),
-                                         {**bs.SAMPLING, "guidance": LABEL_GUIDANCE})
+                                         {**requests.SETTINGS, "guidance": LABEL_GUIDANCE})
         return requests.prepare_labels(classes, self.model.condition, self.model.step, resolution,
                                        fov, condition)
 
@@ -140,7 +140,7 @@ def label_maps_alone(args, state, scratch):
     size, fov = state["resolution"], state["fov"]
     with contextlib.redirect_stdout(io.StringIO()):
         cache = slices.build_cache(nifti.find_cases(scratch), scratch, size, fov, "tumour")
-    outlines = requests.label_volumes(cache, slices.PARTS)
+    outlines = requests.label_volumes(cache, slices.PARTS, size * 3 // 4)
     maps, _, hashes, lost = read_label_maps(args.labels, outlines, fov / size, args.seed)
     print(f"label maps: {len(maps)} without scans, drawn into outlines of phantoms, which cut off "
           f"{lost:.1%} of the tumours")
@@ -190,7 +190,7 @@ def requested_labels(args, device, state):
     model = requests.load_label_generator(args.label_checkpoint, device)
     requests.require_condition(model.condition, state["condition"])
     if "ventricles" in args.request and state["condition"] != "ventricles":
-        raise bs.BadInput("--request ventricles: train both generators with --condition ventricles")
+        raise bs.BadInput("--request ventricles: train both networks with --condition ventricles")
     for number in range(args.count):
         request = requests.requested(args.request, number, args.count, args.seed)
         wanted = dict(zip(requests.entries(), request.tolist()))

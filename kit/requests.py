@@ -1,12 +1,13 @@
-"""Label maps on request, without a patient: the same network, noise and sampler as for scans.
+"""Label maps on request, without a patient. Two networks generate a head one after the other.
 
-A voxel of a label map is a picture element with a channel for each class, 1 where it is that class
-and -1 elsewhere. A network learns slices of such volumes along three axes, is told the request
-(volumes, place, sphericity, number of lesions) as scalars, and draws volumes as bs.sample_guided
-does: one plane a step, in turn.
+A coarse network predicts the class fractions of every block of BLOCK x BLOCK x BLOCK voxels (12 mm
+at 3 mm a voxel) of the whole head, conditioned on the request: volumes, place, sphericity, number
+of lesions. A fine network predicts the voxels, BLOCK slices (a slab) at a time, conditioned on the
+blocks. The blocks decide where the tumour lies and how large it is; the voxels give it its shape.
 
     request -> fill_volumes    volumes that the request leaves open come from a training head
-            -> sample_draft    scores of all voxels; settle turns them into labels of that volume
+            -> sample_blocks   CANDIDATES heads in blocks; the one closest to the request is kept
+            -> sample_draft    voxels of all slabs; settle turns scores into labels of that volume
             -> sample_labels   up to DRAFTS such label maps; the closest to the request is kept
 
 A request is a float tensor (E,), one number for each of entries(), NaN where it is left open.
@@ -16,8 +17,10 @@ SOURCES
               github.com/rachitsaluja/BraTS-2023-Metrics
               BraTS 2023 Metrics
 """
+import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,9 +31,16 @@ from kit import edits, files, runs, slices
 
 
 SPHERICITY, LESIONS = -3, -2            # their places in a request, see entries
+BLOCK = 4                               # voxels a side of a block; slices of a slab
+# The sampler leaves a little of every class everywhere. A fraction below LEAST_FRACTION becomes 0,
+# and so does a label where neither the block nor one of its 26 neighbours reaches SURE_FRACTION.
+# A label of one or two mL that is spread thinly can get lost this way.
+LEAST_FRACTION, SURE_FRACTION = 0.05, 0.2
+CANDIDATES = 16                         # heads in blocks that are sampled for one that is kept
 # At most this many label maps are sampled for one that is kept. Sampling ends at a distance below
 # NEAR per entry asked for, plus NEAR: about 10 or 14 mL for 12, 4 mm of place, no lesion too many.
 DRAFTS, NEAR = 4, 0.002
+SETTINGS = {**bs.SAMPLING, "steps": 20, "spacing": "t"}     # of both networks, as was measured
 
 
 def entries():
@@ -66,25 +76,49 @@ def sphericity(mask):
     return math.pi ** (1 / 3) * (6 * mask.sum(axes)) ** (2 / 3) / area
 
 
+def volumes_and_place(fractions, condition, spacing):
+    """Class fractions of cubic cells (N, D, K, H, W), `spacing` mm a side -> requests (N,
+    E) that hold the volumes and the place of the tumour, the rest NaN. The place is the
+    centre of mass of the tumour minus that of the head; NaN without a tumour."""
+    tumour, head = fractions[:, :, -len(bs.LABELS):].sum(2), 1 - fractions[:, :, 0]
+    # the place of every cell, (3, D, H, W)
+    at = torch.stack(torch.meshgrid(*map(torch.arange, head.shape[1:]), indexing="ij")).float()
+
+    def centre(mass):                           # (N, D, H, W) -> slice, row and column, (3, N)
+        return torch.einsum("ndhw,adhw->an", mass, at) / mass.sum((1, 2, 3))
+
+    up, back, left = (centre(tumour) - centre(head)) * spacing
+    out = torch.full((len(fractions), len(entries())), torch.nan)
+    out[:, -6:-3] = torch.stack([-left, -back, up], 1)
+    volumes = volume_entries(condition)
+    cells = fractions[:, :, -len(volumes):].sum((1, 3, 4)).double()
+    out[:, volumes] = (cells * spacing ** 3 / 1000).float()
+    return out
+
+
 def characteristics(classes, condition, step):
     """What a request can ask for, measured on a label map: classes int tensor (D, H, W), slices as
-    to_slices has them, cubic voxels of `step` mm -> float32 (E,). The place is the centre of mass
-    of the tumour minus that of the head. Parts of the tumour below 50 mm3 do not count as lesions
-    [LESION]. Without a tumour place and sphericity are NaN; ventricles are NaN where the condition
-    does not have them."""
-    out = torch.full((len(entries()),), torch.nan)
-    volumes = volume_entries(condition)
-    counts = torch.bincount(classes.flatten(), minlength=len(bs.CONDITIONS[condition]))
-    out[volumes] = (counts[-len(volumes):].double() * step ** 3 / 1000).float()
+    to_slices has them, cubic voxels of `step` mm -> float32 (E,). Parts of the tumour
+    below 50 mm3 do not count as lesions [LESION]. Without a tumour place and sphericity are NaN;
+    ventricles are NaN where the condition does not have them."""
+    onehot = bs.one_hot(classes, len(bs.CONDITIONS[condition]))                 # (D, K, H, W)
+    out = volumes_and_place(onehot[None], condition, step)[0]
     tumour = bs.tumour_labels(classes, condition) > 0
     sizes = torch.bincount(slices.components(tumour).flatten())[1:]
     out[LESIONS] = (sizes * step ** 3 >= 50).sum()
     if tumour.any():
-        up, back, left = [(at.double().mean() - head.double().mean()) * step
-                          for at, head in zip(torch.where(tumour), torch.where(classes > 0))]
-        out[SPHERICITY - 3:SPHERICITY] = torch.stack([-left, -back, up])
         box = tuple(slice(int(at.min()), int(at.max()) + 1) for at in torch.where(tumour))
         out[SPHERICITY] = sphericity(tumour[box])
+    return out
+
+
+def block_characteristics(fractions, condition, step):
+    """The same, estimated from blocks: class fractions (N, D', K, r, r), voxels of `step` mm ->
+    (N, E). Lesions are NaN: blocks do not show them. The sphericity s of the fractions is
+    too high, since blocks smooth the surface; 0.8 s - 0.2 is the estimate (python
+    tests/bench_labels.py shapes prints how good it is)."""
+    out = volumes_and_place(fractions, condition, BLOCK * step)
+    out[:, SPHERICITY] = 0.8 * sphericity(fractions[:, :, -len(bs.LABELS):].sum(2)) - 0.2
     return out
 
 
@@ -139,19 +173,22 @@ def nearest_tumour(volumes, others, condition):
 
 def resample(classes, n_classes, matrices):
     """Majority resampling of a class map, int array: along axis i by matrices[i], (n_out, n_in) ->
-    uint8. Each class is resampled as a fraction and
-    the largest wins. What lies outside the input is class 0."""
+    uint8. Each class is resampled as a fraction and the largest wins. What lies outside the input
+    is class 0."""
     fractions = np.stack([classes == k for k in range(n_classes)]).astype(np.float32)
     for axis, matrix in enumerate(matrices, 1):
         fractions = np.moveaxis(np.tensordot(matrix, fractions, (1, axis)), 0, axis)
     return slices.majority(fractions)
 
 
-def label_volumes(cache, parts):
-    """The label maps of these parts of a cache: uint8 (N, R, R, R)."""
+def label_volumes(cache, parts, depth):
+    """The label maps of these parts of a cache: uint8 (N, depth, R, R), the middle of their cubes.
+    """
     size = cache.meta["resolution"]
-    chosen = [cube[:, -1] for cube, case in zip(cache.cubes, cache.cases) if case["part"] in parts]
-    return torch.from_numpy(np.array(chosen, np.uint8).reshape(-1, size, size, size))
+    first = (size - depth) // 2
+    chosen = [cube[first:first + depth, -1] for cube, case in zip(cache.cubes, cache.cases)
+              if case["part"] in parts]
+    return torch.from_numpy(np.array(chosen, np.uint8).reshape(-1, depth, size, size))
 
 
 # How heads are moved in training: degrees; scale, shift and bend (elastic) as fractions of the
@@ -183,20 +220,41 @@ def move_volumes(volumes, key):
     return moved[:, 0].to(torch.uint8)
 
 
-# ------------------------------------------------------------ what the network takes and gives ---
+# -------------------------------------------------------------- what the networks take and give ---
 
-def label_prior(heads, n_classes):
-    """What is known of label maps before any training, see bs.expected: heads uint8 (N, R, R, R) ->
-    mean and std of every class at every place, over the heads and their mirror images, as a dict:
-    "atlas" (2, K, N, N, N), N = R / 2 rounded up, "classes" (2, 1, K), their means. A voxel that is
-    +1 with probability p and else -1 has mean 2 p - 1 and variance 1 - mean^2; std is at least 0.1:
-    a tumour may come where none was seen."""
-    size = (heads.shape[1] + 1) // 2
-    share = sum(F.adaptive_avg_pool3d(bs.one_hot(head.long(), n_classes).movedim(1, 0), size)
-                for head in heads)
-    mean = (share + share.flip(-1)) / len(heads) - 1
-    atlas = torch.stack([mean, (1 - mean ** 2).clamp(min=0.01).sqrt()])
-    return {"classes": atlas.mean((2, 3, 4))[:, None], "atlas": atlas}
+def block_fractions(volumes, n_classes):
+    """Fraction of every class in each block: int (B, D, R, R) -> float (B, D / BLOCK, K, R / BLOCK,
+    R / BLOCK) in 0..1."""
+    onehots = (bs.one_hot(volume.long(), n_classes).movedim(1, 0) for volume in volumes)
+    return torch.stack([F.avg_pool3d(onehot, BLOCK).movedim(0, 1) for onehot in onehots])
+
+
+def slab_fractions(fractions, index):
+    """The blocks of a head as a picture that conditions the fine network on one slab: class
+    fractions (N, D', K, r, r), index int (N,) in 0..D' - 1 -> (N, BLOCK * K, R, R) in 0..1, linear
+    between the centres of blocks."""
+    rows, last = torch.arange(len(fractions)), fractions.shape[1] - 1
+    near = torch.stack([fractions[rows, (index + by).clamp(0, last)] for by in (-1, 0, 1)], 2)
+    # (N, K, 3 BLOCK, R, R)
+    near = F.interpolate(near, scale_factor=BLOCK, mode="trilinear", align_corners=False)
+    return near[:, :, BLOCK:2 * BLOCK].movedim(1, 2).flatten(1, 2)
+
+
+def head_pictures(fractions):
+    """Class fractions (N, D', K, r, r) in 0..1 -> x0 of the coarse network, 2 sqrt(fraction) - 1,
+    (N, D' K, r, r). The root lets a small fraction stand out from the sampler's noise, and turns
+    noise around 0 into next to nothing."""
+    return (2 * fractions.sqrt() - 1).flatten(1, 2)
+
+
+def label_prior(x0):
+    """The prior of the coarse network, see `expected`: x0 (N, D' K, r, r) from head_pictures ->
+    mean and std for every class and block over the heads and their mirror images, as a dict:
+    "atlas" (2, D' K, 1, r, r), "classes" (2, 1, D' K), its mean over a picture. std is at least
+    0.1: a tumour may come where none was seen."""
+    x = torch.cat([x0, x0.flip(-1)])
+    atlas = torch.stack([x.mean(0), x.std(0).clamp(min=0.1)])
+    return {"classes": atlas.mean((2, 3))[:, None], "atlas": atlas[:, :, None]}
 
 
 def open_entries(count, seed, step):
@@ -209,9 +267,16 @@ def open_entries(count, seed, step):
     return torch.where(volumes_only < 0.5, ~is_volume() | (each > 0.5), each > level)
 
 
-def label_scalars(place, wanted):
-    """Places of slices (B, 2) and requests (B, E) -> scalars of the network (B, 2 + E)."""
-    return torch.cat([place, scaled(wanted).expand(len(place), -1)], 1)
+def head_scalars(wanted):
+    """Requests (B, E) -> scalars of the coarse network (B, 2 + E): 0 in the place
+    of the slice's place, which a head does not have, then the request."""
+    return F.pad(scaled(wanted), (2, 0))
+
+
+def slab_scalars(index, slabs, wanted):
+    """Scalars of the fine network (B, 4): place of slab number index (B,) of `slabs`, then
+    sphericity and lesions of the request (B, E), which blocks show badly or not at all."""
+    return torch.cat([bs.places(slabs, 0)[index], scaled(wanted)[:, [SPHERICITY, LESIONS]]], 1)
 
 
 # ------------------------------------------------------------------------------------- requests ---
@@ -283,30 +348,39 @@ def prepare_labels(classes, condition, step, resolution, fov, wanted):
 
 @dataclass
 class LabelGenerator:
-    """The network of a run of train_ddpm.py --generate labels and what is known of the run."""
-    denoiser: bs.Denoiser
+    """Both networks of a run of train_ddpm.py --generate labels and what is known of the run."""
+    coarse: bs.Denoiser
+    fine: bs.Denoiser
     condition: str
     step: float                                 # mm a voxel
-    resolution: int                             # voxels a side
     measured: torch.Tensor                      # (N, E), of the heads trained on
-    state: dict | None = None                   # the checkpoint, and "digest", its hash
+    state: dict | None = None                   # see load_label_generator
 
 
 def load_label_generator(folder, device):
-    """The LabelGenerator of a run's folder, or of a file of published weights."""
-    denoiser, state = runs.load_generator(folder, device, kind="labels")
-    state["digest"] = files.file_hash(state["file"])
-    return LabelGenerator(denoiser, state["condition"], state["fov"] / state["resolution"],
-                          state["resolution"], torch.tensor(state["measured"]), state)
+    """The LabelGenerator of a run's folder, which holds "coarse" and "fine", or of a folder of
+    published weights, "coarse.npz" and "fine.npz". Its state is the coarse network's checkpoint and
+    "digest", a hash of both files. BadInput where one is missing, or the two come from different
+    runs: other cases, condition, resolution or fov."""
+    suffix = "" if Path(folder, "coarse").exists() else ".npz"
+    (coarse, state), (fine, other) = [runs.load_generator(Path(folder, part), device, kind="labels")
+                                      for part in ("coarse" + suffix, "fine" + suffix)]
+    for name in ("trained_on", "condition", "resolution", "fov"):
+        if state[name] != other[name]:
+            raise bs.BadInput(f"{folder}: both networks must be of one run ({name} differs)")
+    digests = files.file_hash(state["file"]) + files.file_hash(other["file"])
+    state["digest"] = hashlib.sha256(digests.encode()).hexdigest()
+    return LabelGenerator(coarse, fine, state["condition"], state["fov"] / state["resolution"],
+                          torch.tensor(state["measured"]), state)
 
 
 def fill_volumes(wanted, known, key):
     """A request (E,) with its open volumes filled by those of one training head: known
     (N, E), the characteristics of training heads. The head is drawn from the 5% of them
     that are most like the request, or from all if nothing is asked for. So the volumes of many
-    generated heads are spread like those of patients; the network alone makes tumours too small.
-    Heads without a tumour are drawn only if nothing is asked of the tumour, or lesions=0; et=0 asks
-    for a tumour without ET."""
+    generated heads are spread like those of patients; the coarse network alone makes tumours too
+    small. Heads without a tumour are drawn only if nothing is asked of the tumour, or lesions=0;
+    et=0 asks for a tumour without ET."""
     is_open, has_tumour = torch.isnan(wanted), known[:, :-6].sum(1) > 0
     if not is_open[:-1].all() and wanted[LESIONS] != 0 and has_tumour.any():
         known = known[has_tumour]
@@ -314,6 +388,39 @@ def fill_volumes(wanted, known, key):
     lot = int(torch.randint(count, (1,), generator=bs.generator(*key, "lot")))
     head = known[distance(known, wanted).argsort(stable=True)[lot]]
     return torch.where(is_open & is_volume(), head, wanted)
+
+
+def refill(fractions):
+    """Class fractions (..., K, r, r) of which some were set to 0: all classes but air (class 0) are
+    scaled so that the sum is 1. A block where nothing is left beside air gets class 1, brain."""
+    air, rest = fractions[..., :1, :, :], fractions[..., 1:, :, :].clone()
+    rest[..., 0, :, :] += 1e-30
+    return torch.cat([air, rest * ((1 - air) / rest.sum(-3, keepdim=True))], -3)
+
+
+def sample_blocks(model, wanted, key, settings=SETTINGS, candidates=CANDIDATES, weight=1.0):
+    """One head in blocks: a LabelGenerator, of which the coarse network is used, request float
+    (E,) -> class fractions (D', K, r, r), sum 1. `candidates` heads are sampled and
+    cleaned, see LEAST_FRACTION; the one with the least distance to the request is kept. A class of
+    which 0 mL are wanted is removed. key, settings: see sample_labels; weight: see distance."""
+    blocks = model.coarse.prior["atlas"].shape[-1]
+    scalars = head_scalars(wanted.expand(candidates, -1))
+    nothing = torch.zeros(candidates, 0, blocks, blocks)
+    x = bs.sample_guided(model.coarse, nothing, [scalars], (*key, "blocks"), settings)
+    x = x.unflatten(1, (-1, len(bs.CONDITIONS[model.condition])))               # (N, D', K, r, r)
+    fractions = ((x + 1) / 2).clamp(1e-6, 1) ** 2
+    fractions = fractions / fractions.sum(2, keepdim=True)
+    volumes = volume_entries(model.condition)
+    labels = fractions[:, :, -len(volumes):]
+    # the largest fraction of a block and its neighbours
+    labels *= F.max_pool3d(labels.movedim(2, 1), 3, 1, 1).movedim(1, 2) >= SURE_FRACTION
+    fractions = refill(fractions)
+    fractions[fractions < LEAST_FRACTION] = 0
+    fractions = fractions / fractions.sum(2, keepdim=True)
+    measured = block_characteristics(fractions, model.condition, model.step)
+    best = fractions[distance(measured, wanted, weight).argmin()]
+    best[:, -len(volumes):][:, wanted[volumes] == 0] = 0
+    return refill(best)
 
 
 def smooth(scores, middle):
@@ -339,7 +446,7 @@ def settle(scores, voxels):
     voxels float (V,), how many of them the last V classes should get -> int64 (D, R, R).
 
     1. Fractions are (score + 1) / 2. They are smoothed by (1, 6, 1) / 8 along each axis, air twice
-       by (1, 2, 1) / 4: single unsure voxels go. Stronger smoothing would make
+       by (1, 2, 1) / 4: single unsure voxels go and slabs meet. Stronger smoothing would make
        tumours rounder than they are. The classes but air are scaled so that the sum is 1; where
        they are all 0 the voxel is class 1, brain. Classes with 0 voxels are left out.
     2. The tumour as a whole: the lead of a voxel is the sum of its label fractions / its largest
@@ -370,23 +477,27 @@ def settle(scores, voxels):
     return classes
 
 
-def sample_draft(model, wanted, key, settings):
-    """One label map: scores from the network, settled; see sample_labels. wanted: request with its
-    volumes filled."""
-    size = model.resolution
-    scalars = [label_scalars(bs.places(size, plane), wanted) for plane in range(3)]
-    nothing = torch.zeros(size, 0, size, size)
-    x = bs.sample_guided(model.denoiser, nothing, scalars, (*key, "labels"), settings)
+def sample_draft(model, wanted, key, settings, candidates, weight):
+    """One label map from both networks: blocks, voxels, settle; see sample_labels. wanted: request
+    with its volumes filled; weight: see distance."""
+    fractions = sample_blocks(model, wanted, key, settings, candidates, weight)
+    slabs, index = len(fractions), torch.arange(len(fractions))
+    # (D', BLOCK K, R, R)
+    onehot = slab_fractions(fractions.expand(slabs, *fractions.shape), index)
+    scalars = slab_scalars(index, slabs, wanted.expand(slabs, -1))
+    settings = {**settings, "guidance": 1.0}
+    x = bs.sample_guided(model.fine, onehot, [scalars], (*key, "voxels"), settings)
     voxels = wanted[volume_entries(model.condition)].double() * 1000 / model.step ** 3
-    return settle(x, voxels.float())
+    return settle(x.unflatten(1, (BLOCK, -1)).flatten(0, 1), voxels.float())
 
 
-def sample_labels(model, wanted, key, settings=bs.SAMPLING, drafts=DRAFTS):
+def sample_labels(model, wanted, key, settings=SETTINGS, candidates=CANDIDATES, drafts=DRAFTS):
     """One label map on request: a LabelGenerator, request float (E,), NaN where open ->
     classes int64 (D, R, R). At most `drafts` label maps are sampled, until one is NEAR the request;
     the nearest is kept, the first one if nothing is asked for.
 
-    key: see generator; settings: see SAMPLING. Open volumes: see fill_volumes.
+    key: see generator; settings: see SAMPLING, of which guidance is for the coarse network only;
+    candidates: see sample_blocks. Open volumes: see fill_volumes.
     """
     asked = ~torch.isnan(wanted)
     weight = torch.where(asked, 1.0, 0.1)       # volumes that fill_volumes adds count a tenth
@@ -394,7 +505,7 @@ def sample_labels(model, wanted, key, settings=bs.SAMPLING, drafts=DRAFTS):
     for i in range(drafts):
         draft_key = (*key, i) if i else key
         filled = fill_volumes(wanted, model.measured, draft_key)
-        classes = sample_draft(model, filled, draft_key, settings)
+        classes = sample_draft(model, filled, draft_key, settings, candidates, weight)
         off = float(distance(characteristics(classes, model.condition, model.step), filled, weight))
         found.append((off, i, classes))
         if not asked.any() or off < NEAR * (1 + asked.sum()):

@@ -121,7 +121,8 @@ def publish(run, path):
     """Write the weights of a run's folder, or of one of its checkpoints, as .npz -> its sha256.
 
     The file holds arrays and one JSON text, no pickle: the checkpoint without TRAINING. sample.py
-    takes it as --checkpoint, --segmenter or --label-checkpoint.
+    takes it as --checkpoint or --segmenter; two of them in a folder, "coarse.npz" and "fine.npz",
+    as --label-checkpoint.
     """
     state = load_checkpoint(run, ("ddpm", "labels", "segmenter"), names=("best.pt", *NEWEST_FIRST))
     for name in {"file"} if state["kind"] == "segmenter" else {"file", *TRAINING}:

@@ -99,7 +99,7 @@ def make_sets(args, out, fov, low, high):
               "ventricles", "--sample-every", 0, "--device", args.device, *args.words.split()]
     labels = ["--generate", "labels", "--steps", args.label_steps]
     for folder, last, words in (("ddpm", "closing.json", ["--steps", args.image_steps]),
-                                ("labels", "closing.json", labels)):
+                                ("labels", "fine/closing.json", labels)):
         if not (out / folder / last).exists():
             train_ddpm.main([str(word) for word in (*common, *words, "--out", out / folder)])
     sets = {}
@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--image-steps", type=int, default=train_ddpm.STEPS,
                         help="training of the image generator")
-    parser.add_argument("--label-steps", type=int, default=train_ddpm.STEPS,
+    parser.add_argument("--label-steps", type=int, default=train_ddpm.LABEL_STEPS,
                         help="of the label generator")
     parser.add_argument("--words", default="", help="more words for train_ddpm.py")
     parser.add_argument("--count", type=int, default=24, help="synthetic cases a set")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import brainsyn as bs
-from kit import judging, nifti, phantoms, slices
+from kit import judging, nifti, phantoms, requests, slices
 
-bs.SAMPLING["steps"] = 3                        # calls, where a test does not say how many
+bs.SAMPLING["steps"] = requests.SETTINGS["steps"] = 3   # calls, where a test does not say how many
 judging.DRAWS = 2
 judging.PATCHES = 20_000
 pytest_plugins = ["hand_ins", "halves"]         # pytest --impl=student.py -m a1; two processes

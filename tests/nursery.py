@@ -19,8 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot, nibabel, pytest, torch
 import torch.utils.flop_counter
 import brainsyn
-from kit import judging
-brainsyn.SAMPLING["steps"] = 3                  # calls, where a command does not say how many
+from kit import judging, requests
+# calls, where a command does not say how many
+brainsyn.SAMPLING["steps"] = requests.SETTINGS["steps"] = 3
 judging.DRAWS = 2
 judging.PATCHES = 20_000
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch

@@ -44,7 +44,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, denoiser, x0, known, share):
         super().__init__()
-        self.channels, self.classes, self.out_channels = 4, 5, 4
+        self.channels, self.classes, self.out_channels, self.around = 4, 5, 4, 0
         self.denoiser, self.x0, self.known, self.share = denoiser, x0, known, share
 
     def forward(self, x_t, t, onehot, scalars):
@@ -178,7 +178,7 @@ def test_a_run_reports_on_its_network_and_doubts_its_data(phantom_folder, tmp_pa
     for cube in cache.cubes:
         cube[:, 1] = np.where(cube[:, -1] > 0, 255 - cube[:, 1], 0)         # T1ce
     images = train_ddpm.Images(args, cache)
-    denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,)).eval(), images.prior,
+    denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,), around=1).eval(), images.prior,
                            bs.cosine_alpha_bar(2.0), torch.device("cpu"))
     kept = {}
     monkeypatch.setattr(train_ddpm.runs, "report",
@@ -312,9 +312,10 @@ def blurred(images):
     return torch.nn.functional.avg_pool2d(images, 8).flatten(1)
 
 
-def test_texture_sees_what_is_small_wherever_it_is(slice_sets):
+def test_texture_sees_what_is_small_wherever_it_is(slice_sets, monkeypatch):
     """Nothing between equal pictures in whatever order; other heads are near; blur, noise and
     another contrast are far, and the further the stronger."""
+    monkeypatch.setattr(judging, "PATCHES", 200_000)            # all there are
     real, other = slice_sets["real"], slice_sets["training"]
     images = real["images"]
 

@@ -1,11 +1,11 @@
 """Labels on request: what a request asks for is measured right and may be left open, and generated
 volumes hang together."""
-import dataclasses
 import itertools
 import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -28,12 +28,12 @@ def ball(radius, centre, shape=(48, 64, 64)):
     return (grid - torch.tensor(centre)).norm(dim=-1) < radius
 
 
-def head(*lesions, shape=(48, 64, 64)):
+def head(*lesions):
     """Classes of the condition "tumour": a ball of a brain and lesions in it, (radius, centre,
     label) each."""
-    classes = ball(21, (24.0, 32.0, 32.0), shape).long()
+    classes = ball(21, (24.0, 32.0, 32.0)).long()
     for radius, centre, label in lesions:
-        classes[ball(radius, centre, shape)] = label + 1
+        classes[ball(radius, centre)] = label + 1
     return classes
 
 
@@ -55,9 +55,16 @@ def as_scores(classes):
     return 2 * bs.one_hot(classes, 5) - 1
 
 
-def generator(known=None, denoiser=None):
-    """A LabelGenerator trained on heads with these characteristics."""
-    return requests.LabelGenerator(denoiser, "tumour", STEP, 64, known)
+def coarse_denoiser(fractions):
+    """What sample_blocks needs of a denoiser beside its predictions."""
+    x0 = requests.head_pictures(fractions)
+    return SimpleNamespace(prior=requests.label_prior(x0), alpha_bar=bs.cosine_alpha_bar(0.5),
+                           net=SimpleNamespace(channels=x0.shape[1], around=0))
+
+
+def generator(coarse, known=None):
+    """A LabelGenerator with this coarse network, trained on heads with these characteristics."""
+    return requests.LabelGenerator(coarse, None, "tumour", STEP, known)
 
 
 def test_volumes_are_ml_of_each_label():
@@ -153,13 +160,13 @@ def test_scaled_requests_keep_open_entries():
     assert torch.nan_to_num(got).abs().max() < 1.2
 
 
-def test_label_volumes_are_those_of_a_part(cache):
-    """In the order of cases."""
-    part = cache.cases[0]["part"]
-    volumes = requests.label_volumes(cache, (part,))
-    assert np.array_equal(volumes[0], cache.cubes[0][:, -1])
+def test_label_volumes_are_the_middle_of_cubes(cache):
+    """Of the parts asked for, in the order of cases."""
+    cube, part = cache.cubes[0], cache.cases[0]["part"]
+    volumes = requests.label_volumes(cache, (part,), 18)
+    assert np.array_equal(volumes[0], cube[3:21, -1])
     assert len(volumes) == sum(case["part"] == part for case in cache.cases)
-    assert requests.label_volumes(cache, ()).shape == (0, 24, 24, 24)
+    assert requests.label_volumes(cache, (), 18).shape == (0, 18, 24, 24)
 
 
 @pytest.mark.parametrize("word", ["et=big", "core=3", "et=5..3", "ed=-4", "et", "et=nan", "et=inf",
@@ -192,26 +199,123 @@ def test_ranges_are_flat_and_their_orders_differ():
     assert not torch.equal(got[:, 2], wanted(1)[:, 2])
 
 
-def test_the_prior_of_labels_is_their_mean():
-    """Left and right alike; no spread under the floor; cut along any axis."""
-    volumes = torch.stack([head((6, (24.0, 26.0, 24.0), 3), shape=(64, 64, 64)),
-                           head(shape=(64, 64, 64))])
-    prior = requests.label_prior(volumes, 5)
-    mean, std = prior["atlas"]
-    share = torch.stack([torch.nn.functional.avg_pool3d(
-        bs.one_hot(volume, 5).movedim(1, 0), 2) for volume in volumes]).mean(0)
-    assert torch.allclose((mean + 1) / 2, (share + share.flip(-1)) / 2, atol=1e-6)
-    assert std.min() == 0.1 and torch.allclose(std.max(), torch.tensor(1.0), atol=1e-3)
-    for plane in range(3):
-        scalars = requests.label_scalars(bs.places(32, plane), request())
-        got = bs.expected(prior, torch.zeros(32, 0, 32, 32), scalars)
-        for part, atlas in zip(got, prior["atlas"]):
-            wanted = bs.turned(atlas.movedim(0, 1), plane)
-            assert torch.allclose(part, wanted, atol=1e-5)
+def test_blocks_hold_fractions_of_classes():
+    """They sum to 1, and to the same volume as the voxels."""
+    volumes = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head()])
+    fractions = requests.block_fractions(volumes.to(torch.uint8), 5)
+    assert fractions.shape == (2, 12, 5, 16, 16)
+    assert torch.allclose(fractions.sum(2), torch.ones(2, 12, 16, 16))
+    voxels = fractions[0, :, 4].sum() * requests.BLOCK ** 3
+    assert voxels == pytest.approx((volumes[0] == 4).sum().item())
+    block = volumes[0, 20:24, 28:32, 40:44]
+    assert fractions[0, 5, 4, 7, 10] == (block == 4).float().mean() > 0
+
+
+def test_a_slab_is_conditioned_on_its_blocks():
+    """The same as the blocks of the whole head interpolated at once, at every slab, the lowest and
+    highest among them."""
+    fractions = requests.block_fractions(head((9, (22.0, 28.0, 40.0), 2))[None], 5)
+    whole = torch.nn.functional.interpolate(fractions.movedim(2, 1), scale_factor=requests.BLOCK,
+                                            mode="trilinear")[0]
+    got = requests.slab_fractions(fractions.expand(12, -1, -1, -1, -1), torch.arange(12))
+    slices_of_head = got.unflatten(1, (requests.BLOCK, 5)).flatten(0, 1)
+    assert torch.allclose(slices_of_head, whole.movedim(1, 0), atol=1e-5)
+    mean, std = bs.expected({"shares": torch.tensor(0.1)}, got, torch.zeros(12, 2))
+    assert torch.allclose(mean, 2 * got - 1)
+    assert std.min() >= 0.1 and torch.isclose(std.max(), torch.tensor(1.0))
+
+
+def test_the_prior_of_heads_is_their_mean():
+    """Left and right alike; no spread under the floor; the same whatever is asked for."""
+    fractions = requests.block_fractions(torch.stack([head((4, (24.0, 26.0, 24.0), 3)), head()]), 5)
+    prior = requests.label_prior(requests.head_pictures(fractions))
+    mean, std = prior["atlas"][:, :, 0].unflatten(1, (12, 5))
+    roots = fractions.sqrt().mean(0)                                        # (D', K, r, r)
+    assert torch.allclose((mean + 1) / 2, (roots + roots.flip(-1)) / 2, atol=1e-5)
+    assert torch.allclose(mean, mean.flip(-1), atol=1e-6) and std.min() == 0.1
+    scalars = requests.head_scalars(request().expand(3, -1))
+    got = bs.expected(prior, torch.zeros(3, 0, 16, 16), scalars)
+    for part, atlas in zip(got, prior["atlas"]):
+        assert torch.allclose(part, atlas.movedim(1, 0).expand(3, -1, -1, -1), atol=1e-5)
+
+
+def test_blocks_measure_what_voxels_do():
+    """Volumes and place, sphericity as far as its order goes; entries that blocks do not show are
+    NaN; so is the place without a tumour."""
+    sausage = [(4.0, (22.0, 20.0 + 6 * i, 32.0), 2) for i in range(4)]
+    heads = torch.stack([head((7, (22.0, 28.0, 40.0), 2), (4, (22.0, 28.0, 40.0), 3)), head(),
+                         head(*sausage)])
+    got = requests.block_characteristics(requests.block_fractions(heads, 5), "tumour", STEP)
+    exact = torch.stack([requests.characteristics(classes, "tumour", STEP) for classes in heads])
+    assert torch.allclose(got[0, :6], exact[0, :6], atol=1.0) and torch.isnan(got[:, 7:]).all()
+    assert torch.allclose(got[1, :3], exact[1, :3], atol=1e-3) and torch.isnan(got[1, 3:7]).all()
+    got, exact = got[[0, 2], SPHERICITY], exact[[0, 2], SPHERICITY]
+    assert got[0] > got[1] + 0.02 and exact[0] > exact[1] + 0.1 and (got - exact).abs().max() < 0.3
+
+
+def test_the_candidate_nearest_to_the_request_is_kept():
+    """A network that predicts the prior: with more candidates the head is nearer to the request;
+    open entries do not matter; the key decides."""
+    volumes = torch.stack([head((3 + i, (24.0, 32.0, 20.0 + 2 * i), 3)) for i in range(6)])
+    x0 = requests.head_pictures(requests.block_fractions(volumes, 5))
+    prior, alpha_bar = requests.label_prior(x0), bs.cosine_alpha_bar(0.5)
+
+    class PriorAlone:
+        def __init__(self):
+            self.prior, self.alpha_bar = prior, alpha_bar
+            self.net = SimpleNamespace(channels=x0.shape[1], around=0)
+
+        def __call__(self, x_t, t, onehot, scalars):
+            signal, sigma = bs.signal_sigma(alpha_bar, t)
+            return bs.precondition(torch.zeros_like(x_t), x_t, signal, sigma,
+                                   *bs.expected(prior, onehot, scalars))
+
+    def blocks(number, candidates):
+        return requests.sample_blocks(generator(PriorAlone()), request(ET=30), (0, number),
+                                      {**bs.SAMPLING, "steps": 3}, candidates)
+
+    errors = {1: [], 8: []}
+    for candidates, number in itertools.product(errors, range(6)):
+        fractions = blocks(number, candidates)
+        assert torch.allclose(fractions.sum(1), torch.ones(12, 16, 16), atol=1e-4)
+        assert fractions.min() >= 0
+        et = requests.block_characteristics(fractions[None], "tumour", STEP)[0, 2]
+        errors[candidates].append(float((et - 30).abs()))
+    assert np.mean(errors[8]) < np.mean(errors[1])
+    assert torch.equal(blocks(5, 8), fractions)
+
+
+def test_a_head_without_tumour_has_no_place(monkeypatch):
+    """Asked for a place, of two candidates the one that has a tumour, however far off, is nearer
+    than the one that has none."""
+    heads = torch.stack([head(), head((6, (24.0, 32.0, 24.0), 3))])
+    fractions = requests.block_fractions(heads, 5)
+    monkeypatch.setattr(bs, "sample", lambda *args: requests.head_pictures(fractions))
+    model = generator(coarse_denoiser(fractions))
+    got = requests.sample_blocks(model, request(x=-40), (0,), candidates=2)
+    x = requests.block_characteristics(got[None], "tumour", STEP)[0, X]
+    assert torch.allclose(x, torch.tensor(24.0), atol=2)
+
+
+def test_a_little_of_a_label_is_none(monkeypatch):
+    """Blocks keep a label that they, or a neighbour, plainly have; a label of which 0 mL are
+    asked for goes altogether."""
+    full = requests.block_fractions(head((6, (24.0, 32.0, 24.0), 3))[None], 5)
+    faint = full.clone()
+    faint[0, 6, [1, 4], 4, 11] = torch.tensor([0.85, 0.15])                 # ET far from all other
+    faint[0, 6, [1, 3], 10, 4] = torch.tensor([0.85, 0.15])                 # ED, the same
+    monkeypatch.setattr(bs, "sample", lambda *args: requests.head_pictures(faint))
+    model = generator(coarse_denoiser(full))
+    got = requests.sample_blocks(model, request(), (0,), candidates=1)
+    assert got[6, 4, 4, 11] == 0 and got[:, 3].sum() == 0
+    assert torch.allclose(got.sum(1), torch.ones(12, 16, 16))
+    assert got[:, 4].sum() == pytest.approx(float(full[0, :, 4].sum()), rel=0.15)
+    got = requests.sample_blocks(model, request(ET=0), (0,), candidates=1)
+    assert got[:, 4].sum() == 0
 
 
 def test_the_volume_asked_for_is_settled(monkeypatch):
-    """Where scores and request disagree about how much, the request counts; 0 mL are none at
+    """Where blocks and request disagree about how much, the request counts; 0 mL are none at
     all."""
     truth = head((8, (24.0, 32.0, 32.0), 2), (4, (24.0, 32.0, 32.0), 3))    # 7 of 57 mL are ET
     scores = bs.one_hot(truth, 5)
@@ -219,8 +323,11 @@ def test_the_volume_asked_for_is_settled(monkeypatch):
     et = (1 - far.float().norm(dim=0) / 8).clamp(min=0).view(truth.shape)   # likelier inside
     scores[:, 4] = et * (truth > 1)
     scores[:, 3] = (1 - et) * (truth > 1)
-    monkeypatch.setattr(bs, "sample_guided", lambda *args: 2 * scores - 1)
-    model = generator(request(NCR=0, ED=50, ET=7)[None])
+    fractions = requests.block_fractions(truth[None], 5)[0]
+    slabs = (2 * scores - 1).unflatten(0, (-1, requests.BLOCK)).flatten(1, 2)
+    monkeypatch.setattr(requests, "sample_blocks", lambda *args: fractions)
+    monkeypatch.setattr(bs, "sample_guided", lambda *args: slabs)
+    model = generator(None, request(NCR=0, ED=50, ET=7)[None])
     volumes = {}
     for ml in (0.0, 3.0, 15.0):
         got = measured(requests.sample_labels(model, request(ED=57.0 - ml, ET=ml), (0,)))
@@ -271,27 +378,40 @@ def test_a_label_asked_to_be_nothing_still_has_a_tumour():
         assert requests.fill_volumes(request(lesions=0), known, (i,))[:3].tolist() == [0, 0, 0]
 
 
-def test_the_network_gets_the_request_filled(monkeypatch):
-    """Open volumes reach it as those of a training head, in every plane, and settle so."""
-    seen = []
+def test_the_networks_get_the_request_filled_and_candidates_are_chosen_by_it(monkeypatch):
+    """Open volumes reach both networks as those of a training head, and count less than entries
+    that were asked for."""
+    seen, sizes = [], ((6.7, 5.1), (5.95, 4.1))         # 34 mL of ET and 15 of ED, or 24 and 8
+    heads = torch.stack([head((et, (24.0, 32.0, 24.0), 3), (ed, (24.0, 32.0, 44.0), 2))
+                         for et, ed in sizes])
+    fractions = requests.block_fractions(heads, 5)
 
     def sampled(denoiser, onehot, scalars, *settings):
-        seen.append(scalars)
-        return as_scores(head((6.7, (24.0, 32.0, 24.0), 3), (5.1, (24.0, 32.0, 44.0), 2)))
+        seen.append((onehot, scalars))
+        return 2 * onehot - 1 if onehot.shape[1] else requests.head_pictures(fractions)
 
     monkeypatch.setattr(bs, "sample_guided", sampled)
-    model = generator(request(NCR=0, ED=15, ET=90)[None])
-    got = requests.sample_labels(model, request(ET=24), (0,), drafts=1)
-    filled = requests.scaled(request(NCR=0, ED=15, ET=24)).nan_to_num()
-    assert len(seen[0]) == 3
-    for plane, scalars in enumerate(seen[0]):
-        assert torch.equal(scalars[:, :2], bs.places(64, plane))
-        assert torch.allclose(scalars[:, 2:].nan_to_num(), filled.expand(64, -1))
-    assert measured(got)["ET"] == pytest.approx(24, rel=0.1)
+    model = generator(coarse_denoiser(fractions), request(NCR=0, ED=15, ET=90)[None])
+    got = requests.sample_labels(model, request(ET=24), (0,), candidates=2)
+    (_, of_coarse), (of_fine, _) = seen[:2]
+    filled = requests.scaled(request(NCR=0, ED=15, ET=24))
+    assert torch.allclose(of_coarse[0][0, 2:].nan_to_num(), filled.nan_to_num())
+    et = of_fine.unflatten(1, (requests.BLOCK, 5))[:, :, 4].sum() * STEP ** 3 / 1000
+    assert et < 29 and measured(got)["ET"] == pytest.approx(24, rel=0.1)
 
 
 def test_what_goes_leaves_air_where_it_was():
-    """A voxel that held nothing but a label which is not to come is brain."""
+    """A block, or a voxel, that held nothing but a label which is not to come is brain."""
+    fractions = torch.rand(3, 5, 4, 4) ** 4
+    fractions[0, :, 0, 0] = torch.tensor([0.0, 0, 0, 1, 0])
+    fractions[1, :, 0, 0] = torch.tensor([0.25, 0, 0, 0.75, 0])
+    fractions = fractions / fractions.sum(1, keepdim=True)
+    air = fractions[:, 0].clone()
+    fractions[:, 3] = 0
+    got = requests.refill(fractions)
+    assert got[:, 3].sum() == 0 and torch.equal(got[:, 0], air)
+    assert torch.allclose(got.sum(1), torch.ones(3, 4, 4))
+    assert got[:2, 1, 0, 0].tolist() == [1, 0.75]
     truth = head((8, (24.0, 32.0, 32.0), 2))
     classes = requests.settle(as_scores(truth), torch.zeros(3))
     assert torch.equal(classes, (truth > 0).long())
@@ -308,7 +428,7 @@ def test_drafts_are_sampled_until_one_is_as_asked(monkeypatch):
         return head(*lesions[:min(len(keys), 3)])
 
     monkeypatch.setattr(requests, "sample_draft", draft)
-    model = generator(request()[None])
+    model = generator(None, request()[None])
     assert measured(requests.sample_labels(model, request(), (5,)))["lesions"] == 1
     assert keys == [(5,)]
     for count, drafts in ((1, 1), (2, 2), (9, 4)):
@@ -316,6 +436,14 @@ def test_drafts_are_sampled_until_one_is_as_asked(monkeypatch):
         got = measured(requests.sample_labels(model, request(lesions=count), (5,)))
         assert got["lesions"] == min(count, 3)
         assert keys == [(5,), (5, 1), (5, 2), (5, 3)][:drafts]
+
+
+def test_the_fine_network_gets_the_entries_that_blocks_do_not_show():
+    """The place of a slab, then sphericity and lesions as scaled, open where they are open."""
+    wanted = torch.stack([request(sphericity=0.75), request(lesions=3)])
+    got = requests.slab_scalars(torch.tensor([0, 11]), 12, wanted)
+    assert torch.allclose(got.nan_to_num(nan=9.0), torch.tensor(
+        [[-11 / 12, 0, 0.5, 9], [11 / 12, 0, 9, 1]]))
 
 
 def test_scores_settle_as_a_label_map():
@@ -376,9 +504,9 @@ def test_what_training_leaves_open():
 
 
 def small_net():
-    """A network of labels whose layers that start at zero have learned something."""
+    """A network of heads whose layers that start at zero have learned something."""
     torch.manual_seed(0)
-    net = bs.UNet(channels=5, classes=0, width=16, mults=(1, 2), around=1,
+    net = bs.UNet(channels=15, classes=0, width=16, mults=(1, 2), patch=1,
                   scalars=2 + len(requests.entries()))
     for parameter in net.parameters():
         if parameter.abs().max() == 0:
@@ -389,13 +517,13 @@ def small_net():
 def test_open_entries_are_a_state_of_their_own():
     """Left open is not 0, for each of them, and open entries give numbers."""
     net, x, t = small_net(), torch.randn(1, 15, 16, 16), torch.full((1,), 500)
-    place, wanted = torch.zeros(1, 2), torch.zeros(1, len(requests.entries()))
+    wanted = torch.zeros(1, len(requests.entries()))
     with torch.no_grad():
-        given = net(x, t, x[:, :0], requests.label_scalars(place, wanted))
+        given = net(x, t, x[:, :0], requests.head_scalars(wanted))
         for i, name in enumerate(requests.entries()):
             with_open = wanted.clone()
             with_open[0, i] = torch.nan
-            got = net(x, t, x[:, :0], requests.label_scalars(place, with_open))
+            got = net(x, t, x[:, :0], requests.head_scalars(with_open))
             assert (given - got).abs().max() > 1e-4 and not torch.isnan(got).any(), name
 
 
@@ -407,7 +535,7 @@ def test_guidance_leaves_the_request_open():
         seen.append(scalars)
         return x_t
 
-    scalars = requests.label_scalars(bs.places(2, 1), torch.ones(2, len(requests.entries())))
+    scalars = requests.head_scalars(torch.ones(2, len(requests.entries())))
     bs.guided_v(denoiser, torch.randn(2, 5, 8, 8), torch.full((2,), 500), torch.zeros(2, 0, 8, 8),
                 scalars, 2.0)
     assert torch.equal(seen[0], scalars) and torch.equal(seen[1][:, :2], scalars[:, :2])
@@ -587,78 +715,57 @@ def work(tmp_path_factory, lay_phantoms):
     return folder, said
 
 
-def test_training_labels_makes_everything_it_promises(work):
-    """Pictures, figures, checkpoint; the same command again goes on where it was, which is at the
+def test_training_labels_makes_both_networks(work):
+    """Pictures, figures, checkpoints; the same command again goes on where it was, which is at the
     end."""
     folder, _ = work
-    for name in ("checkpoint.pt", "samples.png", "sample_000002.png", "curves.png", "log.csv",
-                 "closing.json"):
-        assert (folder / "runs/labels" / name).stat().st_size > 0, name
-    figures = json.loads((folder / "runs/labels/closing.json").read_text())
+    for part in ("coarse", "fine"):
+        for name in ("checkpoint.pt", "samples.png", "sample_000002.png", "curves.png", "log.csv",
+                     "closing.json"):
+            assert (folder / "runs/labels" / part / name).stat().st_size > 0, name
+    figures = json.loads((folder / "runs/labels/fine/closing.json").read_text())
     assert {"ET_error", "x_error", "real_pieces", "made_pieces", "made_outside", "made_apart",
             "shape_distance", "nearest_training_tumour_dice", "copies", "prior_x_error",
             "prior_sphericity_error", "prior_pieces", "prior_slice_dice", "prior_outside",
             "prior_apart", "prior_shape_distance", "real_shape_distance"} <= set(figures)
     assert "ventricles_error" not in figures
+    figures = json.loads((folder / "runs/labels/coarse/closing.json").read_text())
+    assert {"ET_error", "prior_ET_error"} <= set(figures) and "x_error" not in figures
     shutil.copytree(folder / "runs/labels", folder / "runs/again")
     status, said = run_script(folder, "train_ddpm.py", "--generate", "labels", *TINY, "--batch", 4,
                               "--out", "runs/again")
-    assert status == 0 and said.count("resumed: ") == 1, said
+    assert status == 0 and said.count("resumed: ") == 2, said
     lines = said[said.index("volumes are off by NCR "):].splitlines()
     assert lines[1].split() == ["figure", "samples", "prior", "alone", "real"]
     assert [line.split("  ")[0] for line in lines[2:5]] == [f"{name} error, mm" for name in "xyz"]
     assert not [line for line in lines[2:] if line.startswith(bs.LABELS)]
-    # sidecars name generators by their hash
-    assert len({files.file_hash(folder / "runs" / run / "checkpoint.pt")
-                for run in ("labels", "again")}) == 1
+    for part in ("coarse", "fine"):             # sidecars name generators by their hash
+        assert len({files.file_hash(folder / "runs" / run / part / "checkpoint.pt")
+                    for run in ("labels", "again")}) == 1
 
 
-def label_task(work):
-    """What the labels of `work` were learned from."""
+def test_labels_of_the_prior_alone_come_from_no_network(work):
+    """What both parts draw untrained is what networks fresh from their class draw; after training
+    they draw something else."""
     args = train_ddpm.parse_arguments(["--generate", "labels", *map(str, TINY), "--batch", "4",
                                        "--out", str(work[0] / "runs/labels")])
     cache = slices.build_cache(nifti.find_cases(work[0] / "runs/phantoms/A")[:6],
                                work[0] / "runs/cache", 32, 192.0, "tumour")
-    return label_training.Labels(args, cache)
-
-
-def test_labels_are_learned_as_slabs_of_heads(work):
-    """Each is cut from its head, mirrored or not, between its neighbours; half show tumour; the
-    request is that of the head, or open."""
-    task = label_task(work)
-    with_tumour = mirrored = 0
-    for step in range(8):
-        t, x0, eps, onehot, scalars, *_ = task.batch(step)
-        heads, planes, index = task.rows(step)
-        assert x0.shape == eps.shape == (4, 15, 32, 32) and onehot.shape[1] == 0
-        mirror = bs.training_noise(0, step, x0.shape, 0.1)[3]
-        for i, (at, plane, turn) in enumerate(zip(heads, planes, mirror.tolist())):
-            volume = task.heads[at].flip(-1) if turn else task.heads[at]
-            scores = 2 * bs.one_hot(volume.transpose(0, plane).long(), 5) - 1
-            number = 31 - index[i] if turn and plane == 2 else index[i]
-            assert torch.equal(x0[i], bs.slabs_of(scores, 1)[number])
-            assert scalars[i, :2].tolist() == bs.places(32, plane)[number].tolist()
-            asked = task.asked[at].clone()
-            asked[X] *= -1 if turn else 1
-            got, wanted = scalars[i, 2:], requests.scaled(asked)
-            given = ~torch.isnan(got)
-            assert torch.equal(got[given], wanted[given])
-            with_tumour += bool((x0[i, 5:10].argmax(0) > 1).any())
-            mirrored += turn
-    assert with_tumour == 16 and 0 < mirrored < 32
-
-
-def test_labels_of_the_prior_alone_come_from_no_network(work):
-    """What a run draws untrained is what a network fresh from its class draws; after training it
-    draws something else."""
-    task = label_task(work)
+    data = label_training.LabelData(args, cache)
     model = requests.load_label_generator(work[0] / "runs/labels", torch.device("cpu"))
-    torch.nn.init.normal_(model.denoiser.net.conv_out.weight, std=0.1)
-    fresh = dataclasses.replace(model.denoiser, net=bs.UNet(**model.state["network"]).eval())
-    trained, alone, without = [
-        task.sample(denoiser, 1) for denoiser in (model.denoiser,
-                                                  judging.prior_alone(model.denoiser), fresh)]
-    assert torch.equal(alone, without) and not torch.equal(trained, alone)
+    for denoiser in (model.coarse, model.fine):
+        torch.nn.init.normal_(denoiser.net.conv_out.weight, std=0.1)
+    fresh = [bs.Denoiser(bs.UNet(**state["network"]).eval(), denoiser.prior, denoiser.alpha_bar,
+                         denoiser.device) for denoiser, state in (
+        (model.coarse, model.state),
+        (model.fine, runs.load_checkpoint(work[0] / "runs/labels/fine", "labels")))]
+    for function, last in ((requests.sample_blocks, None), (requests.sample_labels, 1)):
+        trained, alone, without = [
+            data.draw(function, args, 1, *networks, untrained=word)
+            for networks, word in (((model.coarse, last and model.fine), False),
+                                   ((model.coarse, last and model.fine), True),
+                                   ((fresh[0], last and fresh[1]), False))]
+        assert torch.equal(alone, without) and not torch.equal(trained, alone)
 
 
 def test_the_table_of_labels_shows_what_networks_decide():
@@ -684,8 +791,8 @@ def test_the_table_of_labels_shows_what_networks_decide():
 
 @pytest.mark.slow
 def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):
-    """A power cut in its third step, another in its fifth: then the weights of the run that went
-    through."""
+    """A power cut while the coarse network learns, another while the fine one does: then the
+    weights of the run that went through."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/phantoms").symlink_to(work[0] / "runs/phantoms")
@@ -706,7 +813,7 @@ def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):
 
     try:
         for module, name, when in ((requests, "open_entries", lambda args: next(calls) == 3),
-                                   (bs, "batch_rows", lambda args: args[4] == 5)):
+                                   (bs, "batch_rows", lambda args: args[4] == 1)):
             with monkeypatch.context() as patch, pytest.raises(PowerCut):
                 patch.setattr(module, name, cut(getattr(module, name), when))
                 train_ddpm.main(command)
@@ -714,11 +821,12 @@ def test_labels_resume_bit_for_bit(work, tmp_path, monkeypatch):
     finally:
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-    straight, resumed = [runs.load_checkpoint(folder / "runs/labels", "labels")
-                         for folder in (work[0], tmp_path)]
-    for weights in ("weights", "ema"):
-        assert all(torch.equal(straight[weights][name], resumed[weights][name])
-                   for name in straight[weights])
+    for part in ("coarse", "fine"):
+        straight, resumed = [runs.load_checkpoint(folder / "runs/labels" / part, "labels")
+                             for folder in (work[0], tmp_path)]
+        for weights in ("weights", "ema"):
+            assert all(torch.equal(straight[weights][name], resumed[weights][name])
+                       for name in straight[weights]), part
 
 
 def test_a_request_becomes_a_labelled_set(work):
@@ -741,25 +849,39 @@ def test_a_request_becomes_a_labelled_set(work):
 
 
 def test_published_weights_draw_the_same_labels(work, tmp_path):
-    """Without pickle."""
-    status, said = run_script(work[0], "brainsyn.py", "--publish", "runs/labels",
-                              tmp_path / "labels.npz")
-    assert status == 0 and said.count("sha256 ") == 1, said
-    run, published = [requests.load_label_generator(path, torch.device("cpu"))
-                      for path in (work[0] / "runs/labels", tmp_path / "labels.npz")]
+    """Both networks of a generator of labels, without pickle."""
+    (tmp_path / "weights").mkdir()
+    for part in ("coarse", "fine"):
+        status, said = run_script(work[0], "brainsyn.py", "--publish", f"runs/labels/{part}",
+                                  tmp_path / f"weights/{part}.npz")
+        assert status == 0 and said.count("sha256 ") == 1, said
+    run, published = [requests.load_label_generator(folder, torch.device("cpu"))
+                      for folder in (work[0] / "runs/labels", tmp_path / "weights")]
     wanted = requests.requested({"ET": (5.0, 5.0)}, 0, 1, 0)
     settings = {**bs.SAMPLING, "steps": 2}
     assert torch.equal(run.measured.nan_to_num(), published.measured.nan_to_num())
     assert len(run.measured) == 12
     assert torch.equal(*[requests.sample_labels(model, wanted, (0,), settings)
                          for model in (run, published)])
+    # one network, by its file
+    assert runs.publish(work[0] / "runs/labels/fine/checkpoint.pt", tmp_path / "a.npz")
+
+
+def test_networks_of_different_runs_are_refused(work, tmp_path):
+    """And what differs is named."""
+    shutil.copytree(work[0] / "runs/labels", tmp_path / "mixed")
+    path = tmp_path / "mixed/fine/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "fov": 240.0}, path)
+    with pytest.raises(bs.BadInput, match="mixed: both networks must be of one run .fov differs"):
+        requests.load_label_generator(tmp_path / "mixed", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("words, sentence", [
     (["--request", "et=12", "--labels", "runs/phantoms/A"],
      "only one of --request, --scan, --labels (or --edit)"),
     (["--request", "ventricles=12"],
-     "train both generators with --condition ventricles"),
+     "train both networks with --condition ventricles"),
     (["--request", "volume=12"], "--request volume=12: cannot be asked for"),
     (["--request", "et=12", "--label-checkpoint", "nowhere"], "nowhere"),
     (["--request", "et=12", "--label-checkpoint", "runs/ddpm"], "runs/ddpm")])
@@ -771,6 +893,7 @@ def test_requests_that_fail_say_why(work, words, sentence):
 
 
 @pytest.mark.parametrize("words, sentence", [
+    (["--resolution", 40], "--resolution: labels need a multiple of 16"),
     (["--label-maps", "nowhere"], "nowhere: holds no label map"),
     (["--label-maps", "maps", "--condition", "tissue"],
      "--label-maps needs --generate labels")])
@@ -779,6 +902,17 @@ def test_label_training_that_fails_says_why(work, words, sentence):
     status, said = run_script(work[0], "train_ddpm.py", "--generate", "labels", *TINY, *words,
                               "--out", "runs/failed")
     assert status == 2 and sentence in said and "Traceback" not in said, said
+
+
+def test_heads_that_do_not_fit_are_named(phantom_folder, tmp_path, capsys):
+    """Volumes are three quarters of the field of view high; no head is cut in silence."""
+    cases = nifti.find_cases(phantom_folder)[:3]
+    for fov, tall in ((192, False), (96, True)):
+        args = train_ddpm.parse_arguments(f"--generate labels --resolution 32 --fov {fov} "
+                                          "--relatives 2".split())
+        cache = slices.build_cache(cases, tmp_path, 32, args.fov, "tumour")
+        label_training.LabelData(args, cache)
+        assert ("heads (" in capsys.readouterr().out) == tall
 
 
 def test_label_maps_are_learned(work):
@@ -792,8 +926,8 @@ def test_label_maps_are_learned(work):
                               "--steps", 2)
     assert status == 0 and "label maps: 2 in outlines of" in said, said
     assert "0 show the tumour of a held-out case" in said, said
-    state = runs.load_checkpoint(folder / "runs/maps", "labels")
-    plain = runs.load_checkpoint(folder / "runs/labels", "labels")
+    state = runs.load_checkpoint(folder / "runs/maps/fine", "labels")
+    plain = runs.load_checkpoint(folder / "runs/labels/fine", "labels")
     assert state["patients"] == plain["patients"] + 2
     assert state["data"] == "patients" and plain["data"] == "phantoms"
     assert len(set(state["trained_on"]) - set(plain["trained_on"])) == 2
@@ -811,25 +945,30 @@ def test_label_maps_of_held_out_cases_are_left_out(phantom_folder, tmp_path, cap
     (tmp_path / "maps").mkdir()
     nib.save(nib.Nifti1Image(labels, affine), tmp_path / "maps/held-out.nii.gz")
     with pytest.raises(bs.BadInput, match="maps: no map is left"):
-        label_training.Labels(args, cache)
+        label_training.LabelData(args, cache)
     write_label_map(tmp_path / "maps/new.nii.gz", brats_map(), mm=(5, 5, 5))
-    data = label_training.Labels(args, cache)
+    data = label_training.LabelData(args, cache)
     assert data.cases == ["new"] and "1 show the tumour" in capsys.readouterr().out
 
 
 @pytest.mark.programs
 def test_label_benchmarks_run(work, lay_phantoms):
-    """Requests and shapes, hardly trained."""
+    """All four ways and the requests, hardly trained."""
     folder = lay_phantoms(work[0], 7, "runs/bench_labels")      # those that the labels learned from
+    status, said = run_script(folder, "tests/bench_labels.py", "ways", "--minutes", 0.01, "--words",
+                              "--phantoms 6 --resolution 16 --width 16 --batch 8 --relatives 12")
+    assert status == 0, said
+    for way in ("blocks", "alone", "neighbour", "along z"):
+        assert f"| {way} | " in said, said
     status, said = run_script(folder, "tests/bench_labels.py", "asked", "runs/labels", "--count", 3,
-                              "--calls", 2, "--guidance", 1, 2, "--only", "ET", "sphericity",
-                              "ventricles")
+                              "--calls", 2, "--guidance", 1, 2, "--candidates", 2, "--only", "ET",
+                              "sphericity", "ventricles")
     assert status == 0 and "| ET | 2 |" in said and "| sphericity | 1 |" in said, said
     assert "ventricles" not in said and (folder / "runs/bench_labels/asked.png").exists(), said
     status, said = run_script(folder, "tests/bench_labels.py", "shapes", "runs/labels", "--calls",
                               2, "--words", "--phantoms 7 --resolution 32")
     assert status == 0 and "3 heads each" in said and "| ED | " in said, said
-    assert "generated: shape distance" in said, said
+    assert "generated: shape distance" in said and "guessed from blocks" in said, said
     assert (folder / "runs/bench_labels/shapes.png").exists()
 
 

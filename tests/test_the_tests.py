@@ -120,9 +120,9 @@ WRONG = {
         ("x + d * noise(i)", "x"),
         ("noise(i)", "noise(i + 1)")],
     "guided_v": [
-        ("null[:, 1:] = math.nan", "null[:, 1:] = 0"),
-        ("null[:, 1:] = math.nan", "pass"),
-        ("null[:, 1:] = math.nan", "null[:] = math.nan"),
+        ("null[:, 2:] = math.nan", "null[:, 1:] = 0"),
+        ("null[:, 2:] = math.nan", "pass"),
+        ("null[:, 2:] = math.nan", "null[:] = math.nan"),
         ("v_cond.flatten(1).std(1).view(-1, 1, 1, 1) / v.flatten(1).std(1).view(-1, 1, 1, 1)",
          "v_cond.std() / v.std()"),
         ("(1 - scale) * v_null + scale * v_cond", "v_cond + scale * (v_cond - v_null)"),

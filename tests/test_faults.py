@@ -259,12 +259,17 @@ def test_every_entry_of_a_checkpoint_is_needed(straight, two, key):
 
 
 def test_a_network_that_is_no_longer_made_is_refused(tmp_path):
-    """A segmenter with a ResNet-50, of a former version."""
+    """A segmenter with a ResNet-50, a generator that knew nothing of neighbours: of former versions.
+    """
     state = dict.fromkeys(runs.HOLDS["segmenter"]) | {"kind": "segmenter",
                                                       "network": {"depth": 50}}
     runs.save_state(tmp_path / "best.pt", state)
     with pytest.raises(bs.BadInput, match="best.pt: ResNets other than 18 and 34 are gone"):
         runs.load_segmenter(tmp_path, torch.device("cpu"))
+    state = dict.fromkeys(runs.HOLDS["ddpm"]) | {"kind": "ddpm", "network": {"channels": 4}}
+    runs.save_state(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(bs.BadInput, match="checkpoint.pt: of a version that drew slices one by one"):
+        runs.load_generator(tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("part", ["weights", "ema", "optimizer", "exp_avg_sq", "momentum"])

@@ -65,6 +65,19 @@ def test_pictures_are_drawn(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_slices_of_any_plane_stand_upright():
+    """In a volume (feet to head, front to back, right to left): the top of the head is up; the face
+    is up in axial slices and to the left in sagittal ones."""
+    volume = torch.zeros(4, 1, 5, 6)
+    volume[3, 0, 0] = 1                         # top and front
+    axial, coronal, sagittal = [
+        pictures.upright(bs.turned(volume, plane)[at, 0], plane)
+        for plane, at in ((0, 3), (1, 0), (2, 2))]
+    assert axial.shape == (5, 6) and axial[0].all() and not axial[1:].any()
+    assert coronal.shape == (4, 6) and coronal[0].all() and not coronal[1:].any()
+    assert sagittal.shape == (4, 5) and sagittal.nonzero().tolist() == [[0, 0]]
+
+
 def test_overlays_leave_the_rest_of_the_picture_alone():
     """Colours only where labels are; elsewhere the grey value, -1 black and 1 white."""
     picture = pictures.overlay(np.array([[-1.0, 1.0, 0.0, 0.0]]), np.array([[0, 0, 1, 3]]))

@@ -28,7 +28,6 @@ from kit import (checks, devices, files, judging, label_training, options, phant
                  requests, runs, slices)
 
 STEPS, LABEL_STEPS = 1000, 3000                 # of a run with neither --steps nor --minutes
-HEADS = 4                                       # that are sampled at the end
 # Defaults of --generate labels. None: see PARTS.
 LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
                   "out": "runs/labels"}
@@ -165,9 +164,9 @@ class Images:
                 [cube[:, -1].long() for cube in cubes])
 
     def report(self, denoiser, run):
-        """End a run: samples.png, and the figures of up to HEADS whole heads, held out where the
+        """End a run: samples.png, and the figures of a few whole heads, held out where the
         split holds out any, beside those of the prior alone."""
-        numbers, real, classes = self.heads(self.part, HEADS)
+        numbers, real, classes = self.heads(self.part, judging.HEADS)
         settings = {**bs.SAMPLING, "guidance": self.args.guidance}
         sampled, prior = [[bs.sample_volume(model, head, (self.args.seed, "closing", i), settings)
                            for i, head in zip(numbers, classes)]

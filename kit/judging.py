@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import brainsyn as bs
 from kit import checks, files, nifti, requests, runs, slices, writing
 
+HEADS = 4                       # that a run of images draws at the end
 SLICES_A_CASE = 40              # that are compared
 DRAWS = 10                      # of equally many cases from each set
 # Modalities and the label that is brighter there than healthy brain.

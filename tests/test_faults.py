@@ -259,8 +259,7 @@ def test_every_entry_of_a_checkpoint_is_needed(straight, two, key):
 
 
 def test_a_network_that_is_no_longer_made_is_refused(tmp_path):
-    """A segmenter with a ResNet-50, a generator that knew nothing of neighbours: of former versions.
-    """
+    """Of former versions: a segmenter with a ResNet-50, a generator without neighbours."""
     state = dict.fromkeys(runs.HOLDS["segmenter"]) | {"kind": "segmenter",
                                                       "network": {"depth": 50}}
     runs.save_state(tmp_path / "best.pt", state)
@@ -268,7 +267,7 @@ def test_a_network_that_is_no_longer_made_is_refused(tmp_path):
         runs.load_segmenter(tmp_path, torch.device("cpu"))
     state = dict.fromkeys(runs.HOLDS["ddpm"]) | {"kind": "ddpm", "network": {"channels": 4}}
     runs.save_state(tmp_path / "checkpoint.pt", state)
-    with pytest.raises(bs.BadInput, match="checkpoint.pt: of a version that drew slices one by one"):
+    with pytest.raises(bs.BadInput, match="checkpoint.pt: of a version that drew slices"):
         runs.load_generator(tmp_path, torch.device("cpu"))
 
 

@@ -181,6 +181,7 @@ def test_a_run_reports_on_its_network_and_doubts_its_data(phantom_folder, tmp_pa
     denoiser = bs.Denoiser(bs.UNet(width=16, mults=(1,), around=1).eval(), images.prior,
                            bs.cosine_alpha_bar(2.0), torch.device("cpu"))
     kept = {}
+    monkeypatch.setattr(judging, "HEADS", 2)
     monkeypatch.setattr(train_ddpm.runs, "report",
                         lambda args, run, figures, lines: kept.update(figures, lines=lines))
     images.report(denoiser, SimpleNamespace(step=0, seconds=0))

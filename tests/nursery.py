@@ -23,7 +23,7 @@ from kit import judging, requests
 # calls, where a command does not say how many
 brainsyn.SAMPLING["steps"] = requests.SETTINGS["steps"] = 3
 judging.DRAWS, judging.HEADS = 2, 1
-judging.PATCHES = 20_000
+judging.PATCHES = 5_000
 os.fsync = lambda handle: None                  # no power is cut here: nobody waits for the disk
 torch.optim.SGD([torch.zeros(1)])               # the first optimiser imports half of PyTorch
 figure = matplotlib.figure.Figure()             # and the first picture half of matplotlib

@@ -120,7 +120,7 @@ def straight(tmp_path_factory, coarse_folder):
     return folder
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_end_at_the_same_bits(straight, tmp_path, kills):
     """SIGKILL at random times, in reading, stepping, saving, drawing: the run that at last comes
     through has the weights, averages and moments of the undisturbed one, and no litter."""

@@ -155,7 +155,8 @@ def test_the_bench_times_a_step(tmp_path):
     assert float(row[4]) > 0 and float(row[8]) > 0
 
 
-@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [False, True])
 def test_two_processes_give_the_weights_of_one(plain, torchrun):
     """The same global batch, half of it each: the same weights, EMA and losses up to the order of
     sums."""

@@ -120,14 +120,15 @@ def straight(tmp_path_factory, coarse_folder):
     return folder
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_end_at_the_same_bits(straight, tmp_path, kills):
-    """SIGKILL at random times, in reading, stepping, saving, drawing: the run that at last comes
-    through has the weights, averages and moments of the undisturbed one, and no litter."""
+@pytest.mark.slow
+def test_kills_end_at_the_same_bits(straight, tmp_path):
+    """Twenty times SIGKILL at random times, in reading, stepping, saving, drawing: the run that at
+    last comes through has the weights, averages and moments of the undisturbed one, and no
+    litter."""
     shutil.copytree(straight, tmp_path / "work", symlinks=True)
     shutil.rmtree(tmp_path / "work/runs/ddpm")
-    text = nursed(tmp_path / "work", "train_ddpm", kills, *SHORT)
-    assert f"killed {kills}" in text and text.count("resumed") >= kills // 2, text
+    text = nursed(tmp_path / "work", "train_ddpm", 20, *SHORT)
+    assert "killed 20" in text and text.count("resumed") >= 10, text
     assert same_state(learned(straight / "runs/ddpm"), learned(tmp_path / "work/runs/ddpm"))
     assert not [p for p in (tmp_path / "work/runs/ddpm").rglob(".*")]
     steps = [row["step"] for row in runs.read_log(tmp_path / "work/runs/ddpm/log.csv")]

@@ -43,6 +43,7 @@ def few(real_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_short_training_and_sampling_on_real_cases(few, tmp_path):
     """The researcher's two lines, shortened: a run completes, and a case is written whose tumour
     has about the volume of the label map it comes from."""

@@ -119,6 +119,7 @@ def test_ventricles_are_measured_where_they_are_a_class():
     assert math.isnan(without[-1]) and torch.allclose(got[:-1], without[:-1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ventricles_of_phantoms_are_found():
     """Their volume follows the exact one from head to head, and most of their voxels are the
     same."""

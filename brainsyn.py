@@ -152,6 +152,22 @@ def one_hot(classes, n_classes):
     return F.one_hot(classes, n_classes).movedim(-1, 1).float()
 
 
+def slabs_of(volume, around, alone=False):
+    """Slices of a volume (N, C, H, W) -> slabs (N, (2 around + 1) C, H, W): below each slice its
+    neighbours before it, above it those behind. The first and the last slice are neighbours of
+    themselves. alone: neighbours are not given."""
+    at = torch.arange(len(volume))
+    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)] * float(by == 0 or not alone)
+                      for by in range(-around, around + 1)], 1)
+
+
+def middle(slabs, channels):
+    """The slices in the middle of slabs: (B, (2 around + 1) channels, H, W) -> (B, channels, H,
+    W)."""
+    first = (slabs.shape[1] - channels) // 2
+    return slabs[:, first:first + channels]
+
+
 def generator(*key):
     """A random generator on the CPU that depends on `key` alone (seed, purpose, step ...).
 
@@ -368,22 +384,6 @@ def precondition(out, x_t, signal, sigma, mean, std):
 # an image from which precondition makes v_hat. Widths and group sizes are what ran fastest on CPUs
 # without loss of quality.
 # ================================================================================================
-
-def slabs_of(volume, around, alone=False):
-    """Slices of a volume (N, C, H, W) -> slabs (N, (2 around + 1) C, H, W): below each slice its
-    neighbours before it, above it those behind. The first and the last slice are neighbours of
-    themselves. alone: neighbours are not given."""
-    at = torch.arange(len(volume))
-    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)] * float(by == 0 or not alone)
-                      for by in range(-around, around + 1)], 1)
-
-
-def middle(slabs, channels):
-    """The slices in the middle of slabs: (B, (2 around + 1) channels, H, W) -> (B, channels, H,
-    W)."""
-    first = (slabs.shape[1] - channels) // 2
-    return slabs[:, first:first + channels]
-
 
 GROUP = 16      # channels in a normalisation group; smaller groups miss the fast CPU kernels
 

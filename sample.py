@@ -71,8 +71,8 @@ def parse_arguments(argv=None):
     sources = args.request is not None, args.scan, args.labels or args.edit or args.balance
     for wrong, message in (
             (finished and not Path(finished).is_dir(), f"{finished}: no such folder; make cases"),
-            (args.steps > (most := bs.MOST_STEPS[args.spacing]),
-             f"--steps {args.steps}: at most {most}"),
+            (args.steps > bs.MOST_STEPS[args.spacing],
+             f"--steps {args.steps}: at most {bs.MOST_STEPS[args.spacing]}"),
             (args.part and not args.labels, "--part needs --labels"),
             (args.range and not args.balance, "--range needs --balance"),
             (args.range and args.range[0] >= args.range[1], "--range: the smaller volume first"),

@@ -262,7 +262,7 @@ def audit(synthetic, related, real, training, condition, denoiser, settings, few
     synthetic, real: from audit_slices (images, classes, places), N synthetic and M real cases,
     one a patient; related bool (N, M): which real cases lent a synthetic case its label map or
     outline; training bool (M,): which real cases were trained on; denoiser: the generator;
-    settings: of sample_volume; few: part C samples so many cases of each kind.
+    settings: see SAMPLING; few: part C samples so many cases of each kind.
     """
     views = audit_views(*real[:2], condition)
     head = mean_head(*views)

@@ -268,8 +268,8 @@ def open_entries(count, seed, step):
 
 
 def head_scalars(wanted):
-    """Requests (B, E) -> scalars of the coarse network (B, 2 + E): 0 in the place
-    of the slice's place, which a head does not have, then the request."""
+    """Requests (B, E) -> scalars of the coarse network (B, 2 + E): two zeros, since a head has no
+    slice's place, then the request."""
     return F.pad(scaled(wanted), (2, 0))
 
 

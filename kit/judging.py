@@ -137,8 +137,7 @@ def grey_white_contrast(images, classes, condition):
 
 def judge_slices(real, sampled, classes, condition):
     """Figures of slices, each by itself: {name: value}. real, sampled (N, C, H, W) in [-1, 1] on
-    the
-    same label maps classes (N, H, W). NaN where there is nothing to measure."""
+    the same label maps classes (N, H, W). NaN where there is nothing to measure."""
     figures = {}
     for source, images in (("real", real), ("sampled", sampled)):
         for modality, label in BRIGHT:

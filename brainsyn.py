@@ -29,8 +29,8 @@ GLOSSARY (the same names everywhere)
     scalars     (B, S): further conditions, one number each; the first two are the slice's place
     place       (B, 2): position -1..1 of a slice across the field of view (feet to head, front to
                 back, right to left), and its plane: 0 axial, 1 coronal, 2 sagittal
-    slab        a slice between its neighbours, `around` of them on either side: (B, (2 around + 1)
-                C, H, W), see slabs_of. Neighbours that are all 0 are not given
+    slab        a slice, then its neighbours, `around` of them on either side, as further channels:
+                (B, (2 around + 1) C, H, W), see slabs_of
     x0          clean images (B, C, H, W) in [-1, 1]; air is exactly -1
     eps         standard normal noise, same shape as x0
     t           noise level, integer (B,): 0 = clean .. T = pure noise
@@ -58,9 +58,6 @@ SOURCES (comments below refer to them by the key in brackets)
               simple diffusion: End-to-end diffusion for high resolution images
     [CFG]     classifier-free guidance: Ho & Salimans 2022, arXiv 2207.12598
               Classifier-Free Diffusion Guidance
-    [RANGE]   guidance in a limited interval: Kynkaanniemi et al. 2024, arXiv 2404.07724
-              Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-              Diffusion Models
     [COSINE]  the cosine noise schedule: Nichol & Dhariwal 2021, arXiv 2102.09672
               Improved Denoising Diffusion Probabilistic Models
     [EDM]     preconditioning, loss in its units: Karras et al. 2022, arXiv 2206.00364
@@ -152,20 +149,12 @@ def one_hot(classes, n_classes):
     return F.one_hot(classes, n_classes).movedim(-1, 1).float()
 
 
-def slabs_of(volume, around, alone=False):
-    """Slices of a volume (N, C, H, W) -> slabs (N, (2 around + 1) C, H, W): below each slice its
-    neighbours before it, above it those behind. The first and the last slice are neighbours of
-    themselves. alone: neighbours are not given."""
+def slabs_of(volume, around):
+    """Slices of a volume (N, C, H, W) -> slabs (N, (2 around + 1) C, H, W): each slice, then its
+    neighbours, near ones first. The first and the last slice are neighbours of themselves."""
     at = torch.arange(len(volume))
-    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)] * float(by == 0 or not alone)
-                      for by in range(-around, around + 1)], 1)
-
-
-def middle(slabs, channels):
-    """The slices in the middle of slabs: (B, (2 around + 1) channels, H, W) -> (B, channels, H,
-    W)."""
-    first = (slabs.shape[1] - channels) // 2
-    return slabs[:, first:first + channels]
+    return torch.cat([volume[(at + by).clamp(0, len(volume) - 1)]
+                      for by in sorted(range(-around, around + 1), key=abs)], 1)
 
 
 def generator(*key):
@@ -338,15 +327,15 @@ def expected(prior, onehot, scalars):
         mean = 2 * onehot - 1
         return mean, (1 - mean ** 2).clamp(min=float(prior["shares"]) ** 2).sqrt()
     class_or_all = torch.cat([onehot, 1 - onehot.sum(1, keepdim=True)], 1)  # (B, K + 1, H, W)
-    found = [torch.einsum("bkhw,kc->bchw", class_or_all, table) for table in prior["classes"]]
+    found = torch.einsum("bkhw,nkc->nbchw", class_or_all, prior["classes"])  # n: mean, std
     if "atlas" in prior:
         row = 1 if onehot.shape[1] else 0       # of healthy brain
-        points = points_of(scalars[:, :2], *onehot.shape[2:])[None]         # (1, B, H, W, 3)
-        atlas = F.grid_sample(prior["atlas"].flatten(0, 1)[None], points, align_corners=False,
-                              padding_mode="border")[0].transpose(0, 1)     # (B, 2 C, H, W)
-        for i, here in enumerate(atlas.chunk(2, 1)):
-            usual = prior["classes"][i, row].view(1, -1, 1, 1)
-            found[i] = found[i] + class_or_all[:, row:row + 1] * (here - usual)
+        points = points_of(scalars[:, :2], *onehot.shape[2:])[:, None]      # (B, 1, H, W, 3)
+        atlas = prior["atlas"].flatten(0, 1).expand(len(points), -1, -1, -1, -1)
+        atlas = F.grid_sample(atlas, points, align_corners=False, padding_mode="border")
+        atlas = atlas.unflatten(1, (2, -1)).transpose(0, 1).squeeze(3)      # (2, B, C, H, W)
+        usual = prior["classes"][:, None, row, :, None, None]
+        found = found + class_or_all[:, row:row + 1] * (atlas - usual)
     return found[0], found[1]
 
 
@@ -373,7 +362,7 @@ def precondition(out, x_t, signal, sigma, mean, std):
     out: the network's output (B, C, H, W), maybe bfloat16; x_t: as large, or slabs; signal, sigma
     (B, 1, 1, 1); mean, std: from expected. Returns v_hat (B, C, H, W), float32.
     """
-    x_t = middle(x_t, out.shape[1])
+    x_t = x_t[:, :out.shape[1]]                 # of slabs the slices themselves
     guess = sigma * (signal * (1 - std ** 2) * x_t - mean) / ((std * signal) ** 2 + sigma ** 2)
     return guess + prior_error(signal, sigma, std) * out.float()
 
@@ -458,8 +447,8 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """x_t (B, channels, H, W), t (B,), onehot (B, classes, H, W), scalars (B, S) -> the output that
-    precondition turns into v_hat, (B, out_channels or channels, H, W) [UNET]. With `around` above 0
-    x_t are slabs: the network sees neighbours of the slice that it denoises, as noisy as it is.
+    precondition turns into v_hat, (B, channels, H, W) [UNET]. With `around` above 0 x_t are slabs:
+    the network sees neighbours of the slice that it denoises, as noisy as it is.
 
     input    x_t, onehot, and row and column of every pixel (in [-1, 1]), padded with zeros at the
              right and below until all levels divide; patch x patch pixels are folded into channels
@@ -477,11 +466,10 @@ class UNet(nn.Module):
              of its own
     """
 
-    def __init__(self, channels=4, classes=5, width=64, mults=(1, 2, 2), blocks=1, patch=4,
-                 fine=32, scalars=2, out_channels=None, around=0):
+    def __init__(self, channels=4, classes=5, width=48, mults=(1, 2, 2), blocks=1, patch=4,
+                 fine=32, scalars=2, around=0):
         super().__init__()
         self.channels, self.classes, self.around = channels, classes, around
-        self.out_channels = out_channels or channels
         self.patch, self.multiple = patch, patch * 2 ** (len(mults) - 1)
         self.emb = emb = 4 * width
         c_in = channels * (2 * around + 1) + classes + 2        # noisy slab, labels, row, column
@@ -516,7 +504,7 @@ class UNet(nn.Module):
         self.fine_in = nn.Conv2d(c_in, fine, 3, padding=1)
         self.fine = ResBlock(fine, fine, emb)
         self.norm_out = norm(fine)
-        self.conv_out = zero_init(nn.Conv2d(fine, self.out_channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(fine, channels, 3, padding=1))
 
     def hidden(self):
         """The weights that [MUON] is for: all with two axes or more, except those of the input, the
@@ -649,18 +637,15 @@ def optimizer_form(device):
 # ================================================================================================
 
 
-MOST_STEPS = {"t": T, "noise": 600}             # more would visit a level twice
+MOST_STEPS = 600                                # more would visit a level twice
 
 
-def timesteps(steps, spacing="noise"):
+def timesteps(steps):
     """Noise levels a sampler visits: int64 tensor (steps + 1,), from T down to 0, rounded to the
-    nearest; steps in 1..MOST_STEPS[spacing]. spacing: evenly in "t", or in "noise", sigma / (signal
-    + sigma) of the schedule without shift: t = T 2/pi atan(noise / (1 - noise)), which is denser at
-    both ends."""
-    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if spacing == "noise":
-        even = torch.atan2(even, 1 - even) * 2 / math.pi
-    return (even * T).round().long()
+    nearest; steps in 1..MOST_STEPS. They are spaced evenly in noise = sigma / (signal + sigma) of
+    the schedule without shift, t = T 2/pi atan(noise / (1 - noise)): denser at both ends."""
+    noise = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (T * 2 / math.pi * torch.atan2(noise, 1 - noise)).round().long()
 
 
 def ddpm_step(before, after):
@@ -806,13 +791,10 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     return v * (1 - rescale + rescale * spread)
 
 
-AXES = 0, 2, 3      # of a volume (D, C, H, W), across its axial, coronal and sagittal slices
-
-
 def turned(volume, plane):
     """A volume (D, C, H, W) as slices of a plane: (D, C, H, W) axial, (H, C, D, W) coronal,
     (W, C, H, D) sagittal; and back, since it is its own inverse."""
-    return volume.transpose(0, AXES[plane])
+    return volume.transpose(0, (0, 2, 3)[plane])
 
 
 def places(count, plane):
@@ -821,34 +803,29 @@ def places(count, plane):
     return torch.stack([position, torch.full_like(position, plane)], 1)
 
 
-# The usual settings. steps: network calls a slice; spacing: see timesteps; interval: guidance acts
-# while t / T lies in it [RANGE].
-SAMPLING = {"steps": 10, "sampler": "dpmpp", "spacing": "noise", "eta": 0.0, "guidance": 1.0,
-            "rescale": 0.7, "interval": (0.2, 0.8)}
+# The usual settings; steps: network calls a slice.
+SAMPLING = {"steps": 14, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0, "rescale": 0.7}
 
 
 def sample_guided(denoiser, onehot, scalars, key, settings=SAMPLING):
     """Sample pictures, or a volume, from their condition: onehot (N, K, H, W) -> float32
     (N, C, H, W) in [-1, 1] on the CPU.
 
-    scalars: a list of (N, S): one, of pictures that have nothing to do with each other; or three,
-    of the axial, coronal and sagittal slices of a volume, which N, H and W are the axes of. Then
-    every step asks another plane, in turn: what one plane draws, the next sees from the side, so
-    that they must agree. Slices of a volume are seen with their neighbours, pictures without.
+    scalars: a list of (N, S): one, of pictures (of neighbouring slices, if the network sees
+    neighbours); or three, of the axial, coronal and sagittal slices of a volume, which N, H and W
+    are the axes of. Then every step asks another plane, in turn: what one plane draws, the next
+    sees from the side, so that they must agree.
     key: what all noise follows from, see generator; settings: see SAMPLING. How many slices go into
     a network call changes the result by rounding only.
     """
-    visited = timesteps(settings["steps"], settings["spacing"])
+    visited, calls = timesteps(settings["steps"]), itertools.count()
     table = sampler_table(denoiser.alpha_bar[visited], settings["sampler"], settings["eta"])
-    (low, high), calls = settings["interval"], itertools.count()
     shape = len(onehot), denoiser.net.channels, *onehot.shape[2:]
 
     def predict_v(x, t):
         plane = next(calls) % len(scalars)
-        scale = settings["guidance"] if low <= int(t) / T <= high else 1.0
-        x, given = turned(x, plane), turned(onehot, plane)
-        x = slabs_of(x, denoiser.net.around, alone=len(scalars) == 1)
-        v = guided_v(denoiser, x, t.expand(len(x)), given, scalars[plane], scale,
+        x, given = slabs_of(turned(x, plane), denoiser.net.around), turned(onehot, plane)
+        v = guided_v(denoiser, x, t.expand(len(x)), given, scalars[plane], settings["guidance"],
                      settings["rescale"])
         return turned(v, plane)
 
@@ -856,12 +833,6 @@ def sample_guided(denoiser, onehot, scalars, key, settings=SAMPLING):
         return torch.randn(shape, generator=generator(*key, step))
 
     return sample(predict_v, noise("start"), visited, table, noise)
-
-
-def sample_slices(denoiser, classes, place, key, settings=SAMPLING):
-    """Sample slices from their label maps, each alone: classes int (N, H, W), place (N, 2); key,
-    settings: see sample_guided -> float32 (N, C, H, W)."""
-    return sample_guided(denoiser, one_hot(classes, denoiser.net.classes), [place], key, settings)
 
 
 def sample_volume(denoiser, classes, key, settings=SAMPLING):
@@ -881,13 +852,10 @@ def sample_volume(denoiser, classes, key, settings=SAMPLING):
 def endless(rows, key, start, count):
     """Entries start .. start + count - 1 of an endless sequence that runs through `rows` in a new
     random order every epoch, torch.randperm with generator(*key, epoch): int array (count,)."""
-    out, end = [], start + count
-    while start < end:
-        epoch, at = divmod(start, len(rows))
-        order = torch.randperm(len(rows), generator=generator(*key, epoch)).numpy()
-        out.append(rows[order[at:at + end - start]])
-        start += len(out[-1])
-    return np.concatenate(out) if out else np.array([], int)
+    n = max(1, len(rows))
+    orders = [torch.randperm(len(rows), generator=generator(*key, epoch)).numpy()
+              for epoch in range(start // n, (start + count) // n + 1)]
+    return rows[np.concatenate(orders)[start % n:][:count]]
 
 
 def batch_rows(tumour, other, fraction, seed, step, batch):
@@ -951,12 +919,13 @@ def orthogonal(matrices, steps=5):
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT, steps).mT
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    square, product = x @ x.mT, None                                        # (G, M, M)
-    identity = 3.4445 * torch.eye(len(square[0]), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
-        factor = identity + torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        product = factor if product is None else factor @ product
-        square = factor @ square @ factor
+    square = x @ x.mT                                                       # (G, M, M)
+    factor = product = identity = torch.eye(len(square[0]), dtype=x.dtype, device=x.device)
+    for step in range(steps):
+        square = factor @ square @ factor if step else square
+        factor = 3.4445 * identity + torch.baddbmm(square, square, square, beta=-4.7750,
+                                                   alpha=2.0315)
+        product = factor @ product if step else factor
     return product @ x
 
 

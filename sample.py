@@ -53,7 +53,6 @@ FLAGS = [
     ("--steps", options.count, bs.SAMPLING["steps"], "network calls a slice (twice if guided)"),
     ("--sampler", ("ddim", "ddpm", "dpmpp"), bs.SAMPLING["sampler"], "see bs.sampler_table"),
     ("--guidance", float, bs.SAMPLING["guidance"], "guidance scale, 1 for none"),
-    ("--spacing", ("t", "noise"), bs.SAMPLING["spacing"], "of the steps, see bs.timesteps"),
     ("--batch", options.count, 32, "slices a network call, for memory only"),
     # judging and auditing
     ("--judge", str, None, "folder of synthetic cases to judge by the test cases of --data"),
@@ -71,8 +70,7 @@ def parse_arguments(argv=None):
     sources = args.request is not None, args.scan, args.labels or args.edit or args.balance
     for wrong, message in (
             (finished and not Path(finished).is_dir(), f"{finished}: no such folder; make cases"),
-            (args.steps > bs.MOST_STEPS[args.spacing],
-             f"--steps {args.steps}: at most {bs.MOST_STEPS[args.spacing]}"),
+            (args.steps > bs.MOST_STEPS, f"--steps {args.steps}: at most {bs.MOST_STEPS}"),
             (args.part and not args.labels, "--part needs --labels"),
             (args.range and not args.balance, "--range needs --balance"),
             (args.range and args.range[0] >= args.range[1], "--range: the smaller volume first"),

@@ -14,8 +14,8 @@ Writes    runs/ddpm: checkpoint.pt, log.csv, curves.png, sample_*.png while it l
           for labels the same twice, in runs/labels/coarse (heads in blocks) and runs/labels/fine
           (their voxels)
 Resumes   run the same command again; a run bounded by --steps ends bit for bit where it would have
-Measured  two CPU cores, float32: skill 0.70, 0.72, 0.60, 0.29 at four noise levels, texture
-          distance of held-out heads drawn whole 0.042, 0.044, 0.039 along three axes
+Measured  two CPU cores, float32: skill 0.70, 0.72, 0.61, 0.30 at four noise levels, texture
+          distance of held-out heads drawn whole 0.042, 0.048, 0.041 along three axes
 """
 import argparse
 from pathlib import Path
@@ -43,7 +43,7 @@ FLAGS = [
     ("--relatives", options.count, 512, "for labels: heads, training cases and moved copies"),
     # model
     ("--generate", ["images", "labels"], "images", "scans, or label maps from requests"),
-    ("--width", options.count, 64, "channels of the first level; of coarse labels 48"),
+    ("--width", options.count, 48, "channels of the first level; of fine labels 64"),
     ("--mults", options.count, [1, 2, 2], "channels of each level / width", {"nargs": "+"}),
     ("--blocks", options.count, 1, "residual blocks a level"),
     ("--patch", options.count, 4, "p x p pixels folded into channels"),
@@ -51,7 +51,7 @@ FLAGS = [
     # optimisation
     ("--steps", options.count, STEPS, f"of labels {LABEL_STEPS}; no bound with --minutes"),
     ("--ema", options.fraction, 0.999, "decay of the averaged weights a step"),
-    ("--drop", options.fraction, 0.1, "fraction trained without labels, or without neighbours"),
+    ("--drop", options.fraction, 0.1, "fraction trained without labels, for guidance"),
     ("--shift", options.positive, 2.0, "factor on sqrt(snr); of labels 0.5 coarse, 0.4 fine"),
     # run
     ("--out", str, "runs/ddpm", "output folder; of labels runs/labels"),
@@ -118,18 +118,14 @@ class Images:
     def batch(self, step):
         """That batch, on the CPU: t (B,), x0 and eps (B, (2 around + 1) C, R, R), slabs, onehot
         (B, K, R, R), scalars (B, 2), signal and sigma (B, 1, 1, 1), mean and std of the prior
-        (B, C, R, R). Of some slabs the neighbours are not given: 0 in x0 and in eps."""
-        args, channels = self.args, len(self.modalities)
-        shape = (args.batch, (2 * args.around + 1) * channels, *self.cache.rows[0].shape[1:])
+        (B, C, R, R)."""
+        args, channels = self.args, (2 * self.args.around + 1) * len(self.modalities)
+        shape = args.batch, channels, *self.cache.rows[0].shape[1:]
         noise = bs.training_noise(args.seed, step, shape, args.drop)
         t, eps, keep, mirror = [part[self.slice] for part in noise]
         x0, classes, place = self.cache.batch(self.rows(step), mirror, args.around)
-        alone = torch.rand(args.batch, generator=bs.generator(args.seed, "alone", step)) < args.drop
-        alone = alone[self.slice].view(-1, 1, 1, 1)
-        x0, eps = [torch.where(alone, bs.slabs_of(bs.middle(part, channels), args.around, True),
-                               part) for part in (x0, eps)]
         onehot = bs.one_hot(classes, self.network["classes"]) * keep.view(-1, 1, 1, 1)
-        signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(self.args.shift), t)
+        signal, sigma = bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t)
         mean, std = bs.expected(self.prior, onehot, place)
         return t, x0, eps, onehot, place, signal, sigma, mean, std
 
@@ -142,16 +138,18 @@ class Images:
         pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
 
     def picture(self, denoiser, step):
-        """Draw three samples into sample_*.png, a slice of each plane, without neighbours: faster
-        than a head, and not as good."""
-        planes = self.cache.place[self.shown, 1].numpy()
-        rows = np.concatenate([pick_rows(self.cache, self.shown[planes == plane],
-                                         self.first_lesion, 3)[1:2] for plane in range(3)])
-        real, classes, place = self.cache.batch(rows)
-        settings = {**bs.SAMPLING, "guidance": self.args.guidance}
-        sampled = bs.sample_slices(denoiser, classes, place, (self.args.seed, "shown"), settings)
-        self.plot(real, classes, sampled, place[:, 1].tolist(), f"sample_{step:06d}.png",
-                  f"step {step}")
+        """Draw three samples into sample_*.png, a slice of each plane between its two neighbours:
+        faster than a head, and not as good."""
+        _, [real], [classes] = self.heads(self.part, 1)
+        settings, shown = {**bs.SAMPLING, "guidance": self.args.guidance}, []
+        for plane, (scan, seen) in enumerate(judging.planes_of(real, classes)):
+            at = pictures.fullest(seen >= self.first_lesion, seen > 0)
+            near = slice(max(0, at - 1), at + 2)
+            onehot = bs.one_hot(seen[near], self.network["classes"])
+            drawn = bs.sample_guided(denoiser, onehot, [bs.places(len(seen), plane)[near]],
+                                     (self.args.seed, "shown"), settings)
+            shown.append((scan[at], seen[at], drawn[at - near.start], plane))
+        self.plot(*zip(*shown), f"sample_{step:06d}.png", f"step {step}")
 
     def heads(self, part, count):
         """`count` heads of a part, "held-out" or "training": numbers of cases, scans float
@@ -245,7 +243,7 @@ def learn(args, device, kind, task, facts):
                            device, to_device=devices.to_device, to_host=devices.result_to_host)
 
     # Training in pseudo-code, repeated (keys as in brainsyn.py):
-    #         x0, onehot, scalars ~ slabs, label maps, places    some without labels, some alone
+    #         x0, onehot, scalars ~ slabs, label maps, places    some without labels
     #         t ~ uniform{1..T},  eps ~ N(0, I)
     #         x_t   = signal x0 + sigma eps                                   [DDPM eq. 4]
     #         v     = signal eps - sigma x0                                   [VPRED]
@@ -259,7 +257,7 @@ def learn(args, device, kind, task, facts):
         batch = devices.to_device(device, levels, *batch)
         t, x0, eps, onehot, scalars, signal, sigma, mean, std = batch
         x_t = bs.add_noise(x0, eps, signal, sigma)
-        v = bs.middle(bs.v_target(x0, eps, signal, sigma), mean.shape[1])
+        v = bs.v_target(x0, eps, signal, sigma)[:, :mean.shape[1]]      # of the slices themselves
         lr = bs.learning_rate(args.lr, run.progress(), run.step)
         for group in optimizer.param_groups:
             group["lr"] = lr

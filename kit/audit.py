@@ -33,18 +33,20 @@ real cases never trained on: {copies} too near to a training case (if 0, their f
 Missed are copies under heavy noise or blur, of a tumour alone, or of parts of a slice."""
 
 
+def audit_rows(classes):
+    """Which slices of a class map, array (D, H, W), lie at AUDIT_POSITIONS, -1 lowest and 1 highest
+    with brain: int array (P,)."""
+    low, high = np.where(classes.any((1, 2)))[0][[0, -1]]
+    return np.rint(low + (AUDIT_POSITIONS + 1) / 2 * (high - low)).astype(int)
+
+
 def audit_slices(prepared):
-    """The slices of cases at AUDIT_POSITIONS, -1 lowest and 1 highest with brain: images float
-    (N, P, C, R, R) in [-1, 1], classes int64 (N, P, R, R), places float (N, P, 2). prepared: what
-    prepare_case returns, N times."""
-    cases = []
-    for got in prepared:
-        low, high = np.where(got["classes"].any((1, 2)))[0][[0, -1]]
-        rows = np.rint(low + (AUDIT_POSITIONS + 1) / 2 * (high - low)).astype(int)
-        places = bs.places(len(got["classes"]), 0).numpy()
-        cases.append([got["images"][rows], got["classes"][rows], places[rows]])
-    images, classes, places = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*cases)]
-    return bs.to_images(images), classes.long(), places
+    """The slices of cases that are compared: images float (N, P, C, R, R) in [-1, 1], classes int64
+    (N, P, R, R). prepared: what prepare_case returns, N times."""
+    cases = [[got[name][audit_rows(got["classes"])] for name in ("images", "classes")]
+             for got in prepared]
+    images, classes = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*cases)]
+    return bs.to_images(images), classes.long()
 
 
 def audit_views(images, classes, condition):
@@ -215,17 +217,14 @@ def canary(kind, images, classes, other, seed):
     return [changed[kind], classes]
 
 
-def reproduction(denoiser, real, group, few, condition, head, settings):
-    """How alike a sample is to the scan its label map came from, case by case: real from
-    audit_slices; group int (M,): which of these cases, of which `few` are taken; head from
-    mean_head, settings: see SAMPLING -> array (few,) in [-1, 1], mean of similarity over slices,
-    which are drawn alone, without neighbours, while cases of a set are drawn whole. High for any
-    good generator; higher for training cases only if it remembers them."""
+def reproduction(redraw, real, group, few, condition, head):
+    """How alike a sample is to the scan its label map came from, case by case: redraw: see audit;
+    real from audit_slices; group int (M,): which of these cases, of which `few` are taken; head
+    from mean_head -> array (few,) in [-1, 1], mean of similarity over slices. High for any good
+    generator; higher for training cases only if it remembers them."""
     alike = []
-    for number, i in enumerate(group[slices.evenly(len(group), few)]):
-        scan, labels, place = [part[i] for part in real]
-        sampled = bs.sample_slices(denoiser, labels, place, (0, "audit", number), settings)
-        pair = [audit_views(x[None], labels[None], condition) for x in (sampled, scan)]
+    for i in group[slices.evenly(len(group), few)].tolist():
+        pair = [audit_views(x[None], real[1][i:i + 1], condition) for x in (redraw(i), real[0][i])]
         alike.append(similarity(*pair, head)[0, :, 0].mean().item())
     return np.float32(alike)
 
@@ -247,7 +246,7 @@ def plant_canaries(synthetic, real, training, usual, views, head, condition):
     return fractions
 
 
-def audit(synthetic, related, real, training, condition, denoiser, settings, few=12):
+def audit(synthetic, related, real, training, condition, redraw, few=12):
     """The whole audit -> (report, pairs: [(synthetic, slice, real)] to look at, nearest first, as
     indices; the first report["copies"] of them are named).
 
@@ -259,21 +258,22 @@ def audit(synthetic, related, real, training, condition, denoiser, settings, few
                   training cases or decoys
     none found  else
 
-    synthetic, real: from audit_slices (images, classes, places), N synthetic and M real cases,
-    one a patient; related bool (N, M): which real cases lent a synthetic case its label map or
-    outline; training bool (M,): which real cases were trained on; denoiser: the generator;
-    settings: see SAMPLING; few: part C samples so many cases of each kind.
+    synthetic, real: from audit_slices (images, classes), N synthetic and M real cases, one a
+    patient; related bool (N, M): which real cases lent a synthetic case its label map or outline;
+    training bool (M,): which real cases were trained on; redraw: function of the number of a real
+    case -> slices (P, C, R, R) that the generator draws from its label map, for part C, which asks
+    for `few` cases of each kind.
     """
-    views = audit_views(*real[:2], condition)
+    views = audit_views(*real, condition)
     head = mean_head(*views)
-    alike = similarity(audit_views(*synthetic[:2], condition), views, head)
+    alike = similarity(audit_views(*synthetic, condition), views, head)
     unrelated = alike.masked_fill(related[:, None], -1)
     usual = usual_nearness(unrelated, similarity(views, views, head), training)
     score, best, pair = find_copies(unrelated, training, usual)
     share, share_p = nearer_share(unrelated, training)
     planted = plant_canaries(synthetic, real, training, usual, views, head, condition)
     members, decoys = torch.where(training)[0], torch.where(~training)[0]
-    samples = [reproduction(denoiser, real, group, few, condition, head, settings)
+    samples = [reproduction(redraw, real, group, few, condition, head)
                for group in (members, decoys)]
     auc, p = membership(*samples)
     # a synthetic case and the training case that lent its label map: as alike as decoys are to
@@ -333,10 +333,15 @@ def audit_folder(args, denoiser, state, settings):
     grid = state["resolution"], state["fov"], state["condition"]
     synthetic = audit_slices(slices.prepare_case(case, *grid) for case in cases)
     pool = audit_slices(slices.prepare_case(case, *grid) for case in real)
-    # coarse anatomy is there after ten calls
-    settings = {**settings, "steps": min(settings["steps"], 10)}
+
+    def redraw(i):
+        classes = slices.prepare_case(real[i], *grid)["classes"]
+        drawn = bs.sample_volume(denoiser, torch.from_numpy(classes).long(), (0, "audit", i),
+                                 settings)
+        return drawn[audit_rows(classes)]
+
     report, pairs = audit(synthetic, related, pool, torch.tensor(training), state["condition"],
-                          denoiser, settings)
+                          redraw)
     scores = report["scores"]
     rows = [{"synthetic": cases[i].case, "slice": AUDIT_POSITIONS[p], "training": real[j].case,
              "score": scores[i], "named": scores[i] > LIMIT} for i, p, j in pairs]

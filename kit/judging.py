@@ -38,11 +38,10 @@ class ZeroNet(torch.nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.channels, self.classes, self.out_channels = net.channels, net.classes, net.out_channels
-        self.around = net.around
+        self.channels, self.classes, self.around = net.channels, net.classes, net.around
 
     def forward(self, x_t, t, onehot, scalars):
-        return x_t.new_zeros(len(x_t), self.out_channels, *x_t.shape[2:])
+        return x_t.new_zeros(len(x_t), self.channels, *x_t.shape[2:])
 
 
 def prior_alone(denoiser):
@@ -56,7 +55,7 @@ def skill(denoiser, x0, classes, place, key):
     is the prior alone, 1 is perfect. x0 (N, C, H, W), or slabs, classes (N, H, W), place (N, 2);
     key: of generator. NaN without brain."""
     found, onehot = [], bs.one_hot(classes, denoiser.net.classes)
-    clean = bs.middle(x0, denoiser.net.channels)
+    channels = denoiser.net.channels
     for level in SKILL_AT:
         t = torch.full((len(x0),), level)
         signal, sigma = bs.signal_sigma(denoiser.alpha_bar, t)
@@ -64,9 +63,9 @@ def skill(denoiser, x0, classes, place, key):
                            sigma)
         errors = []
         for model in (denoiser, prior_alone(denoiser)):
-            x0_hat, _ = bs.split_v(bs.middle(x_t, denoiser.net.channels),
-                                   model(x_t, t, onehot, place), signal, sigma)
-            errors.append(((x0_hat - clean) ** 2).movedim(1, -1)[classes > 0].mean().item())
+            x0_hat, _ = bs.split_v(x_t[:, :channels], model(x_t, t, onehot, place), signal, sigma)
+            error = (x0_hat - x0[:, :channels]) ** 2
+            errors.append(error.movedim(1, -1)[classes > 0].mean().item())
         found.append(1 - errors[0] / errors[1])
     return found
 
@@ -168,8 +167,7 @@ def doubts(figures):
 def planes_of(images, classes):
     """A volume (D, C, H, W) and its class map (D, H, W) as axial, coronal and sagittal slices:
     three pairs."""
-    return [(bs.turned(images, plane), classes.transpose(0, max(axis - 1, 0)))
-            for plane, axis in enumerate(bs.AXES)]
+    return [(bs.turned(images, plane), classes.transpose(0, plane)) for plane in range(3)]
 
 
 def banding(images, classes, condition):

@@ -40,7 +40,7 @@ CANDIDATES = 16                         # heads in blocks that are sampled for o
 # At most this many label maps are sampled for one that is kept. Sampling ends at a distance below
 # NEAR per entry asked for, plus NEAR: about 10 or 14 mL for 12, 4 mm of place, no lesion too many.
 DRAFTS, NEAR = 4, 0.002
-SETTINGS = {**bs.SAMPLING, "steps": 20, "spacing": "t"}     # of both networks, as was measured
+SETTINGS = {**bs.SAMPLING, "steps": 20}         # of both networks
 
 
 def entries():

@@ -427,7 +427,7 @@ class Cache:
 
     def __init__(self, blocks, cases, meta):
         self.cubes = [block["cube"].numpy() for block in blocks]
-        self.at = [(cube.swapaxes(0, bs.AXES[plane]), i) for cube, block in zip(self.cubes, blocks)
+        self.at = [(bs.turned(block["cube"], plane).numpy(), i) for block in blocks
                    for plane, shown in enumerate(block["shown"]) for i in shown.tolist()]
         self.rows = [view[i] for view, i in self.at]
         self.place = torch.cat([bs.places(meta["resolution"], plane)[shown] for block in blocks
@@ -465,13 +465,13 @@ class Cache:
         slabs = []
         for row, turn in zip(rows, sagittal.tolist()):
             view, i = self.at[row]
-            near = (i + np.arange(-around, around + 1)).clip(0, len(view) - 1)
-            slabs.append(view[near[::-1] if turn else near])
+            near = i + np.array(sorted(range(-around, around + 1), key=abs)) * (-1 if turn else 1)
+            slabs.append(view[near.clip(0, len(view) - 1)])
         shape = -1, 2 * around + 1, *self.rows[0].shape
         slabs = torch.from_numpy(np.array(slabs, np.uint8).reshape(shape))
         columns = (mirror & ~sagittal).view(-1, 1, 1, 1, 1)
         slabs = torch.where(columns, slabs.flip(-1), slabs)
-        return bs.to_images(slabs[:, :, :-1]).flatten(1, 2), slabs[:, around, -1].long(), place
+        return bs.to_images(slabs[:, :, :-1]).flatten(1, 2), slabs[:, 0, -1].long(), place
 
     def batches(self, rows, size=128):
         """These rows in turn, as batches of `size` or fewer."""

@@ -130,8 +130,7 @@ class Slabs:
     def sample_part(self, denoiser, scalars, below, key):
         """Slabs of one head, as many as scalars (N, S) -> scores (N, BLOCK K, R, R)."""
         visited = bs.timesteps(bs.SAMPLING["steps"])
-        table = bs.sampler_table(denoiser.alpha_bar[visited], bs.SAMPLING["sampler"],
-                                 bs.SAMPLING["eta"])
+        table = bs.sampler_table(denoiser.alpha_bar[visited], bs.SAMPLING["sampler"])
 
         def noise(step):
             return torch.randn(len(scalars), *self.shape, generator=bs.generator(*key, step))

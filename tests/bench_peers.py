@@ -200,7 +200,7 @@ def segmentation_models():
 # name: (function that makes it, what it is called with, whether tuned). "ours" gets (x_t, t,
 # onehot, scalars), "concat" gets (channels joined, t), "scan" gets pictures alone.
 CANDIDATES = {"ours": (bs.UNet, "ours", True), "ours, with Muon": (bs.UNet, "ours", True),
-              "plain, same architecture": (lambda: PlainUNet(64, (1, 2, 2), 1, 4, 32), "place",
+              "plain, same architecture": (lambda: PlainUNet(48, (1, 2, 2), 1, 4, 32), "place",
                                            True), "ours, patch 2": (lambda: bs.UNet(patch=2),
                                                                     "ours", True),
               "ours, nothing folded": (lambda: bs.UNet(width=32, mults=(1, 2, 4), blocks=2,

@@ -92,8 +92,9 @@ def look(denoiser, cache, args, condition="tumour", settings=None, picture=None)
     change in that."""
     x0, classes, place = some_slices(cache, "test", args.held, condition)
     figures = x0_errors(denoiser, x0, classes, place)
-    settings = {**bs.SAMPLING, "sampler": "ddim", "steps": 20, "spacing": "t", **(settings or {})}
-    made = bs.sample_slices(denoiser, classes, place, (0, "quality"), settings)
+    settings = {**bs.SAMPLING, "sampler": "ddim", "steps": 20, **(settings or {})}
+    made = bs.sample_guided(denoiser, bs.one_hot(classes, denoiser.net.classes), [place],
+                            (0, "quality"), settings)
     segmenter = runs.load_segmenter(Path(args.out) / "seg", torch.device("cpu"))
     labels = bs.tumour_labels(classes, condition)
     real, ours = [segmenter.features(images) for images in (x0, made)]
@@ -221,7 +222,8 @@ class AskedTwice(bs.UNet):
     takes the answer of the step before."""
 
     def __init__(self, channels=4, **words):
-        super().__init__(channels=2 * channels, out_channels=channels, **words)
+        super().__init__(channels=2 * channels, **words)
+        self.conv_out = bs.zero_init(nn.Conv2d(self.conv_out.in_channels, channels, 3, padding=1))
         self.channels, self.calls = channels, 0
 
     def forward(self, x_t, t, onehot, scalars):

@@ -1,6 +1,6 @@
 """Ways to draw whole volumes with one trained generator, in figures and in a picture.
 
-    python tests/bench_volumes.py runs/ddpm                 four ways, at 10 and at 20 calls a slice
+    python tests/bench_volumes.py runs/ddpm                 three ways, at 10 and 20 calls a slice
     python tests/bench_volumes.py runs/ddpm --curve         in turn: calls, samplers, spacings
     python tests/bench_volumes.py runs/real --data DIR
 
@@ -9,8 +9,7 @@ used, along z, y, x; texture distance of axial, coronal and sagittal slices; fin
 volume. Without --curve it writes volumes.png beside the checkpoint: the first head in three planes,
 a row each way.
 
-alone     axial slices that do not see their neighbours
-axial     axial slices that do
+axial     axial slices (of a run with --around 0: each by itself)
 in turn   one plane a step, as sample_volume does it
 mean      in every step the mean of what all three planes say: three times the calls
 """
@@ -27,7 +26,12 @@ import brainsyn as bs
 import train_ddpm
 from kit import checks, devices, files, judging, pictures, runs, slices
 
-WAYS = "alone", "axial", "in turn", "mean"
+WAYS = "axial", "in turn", "mean"
+
+
+def in_t(steps):
+    """In place of bs.timesteps: levels spaced evenly in t."""
+    return (torch.linspace(1, 0, steps + 1, dtype=torch.float64) * bs.T).round().long()
 
 
 def draw(denoiser, classes, way, settings, key):
@@ -38,7 +42,7 @@ def draw(denoiser, classes, way, settings, key):
 
     def ask(x, t, plane):
         x, given = bs.turned(x, plane), bs.turned(onehot, plane)
-        slabs = bs.slabs_of(x, denoiser.net.around, way == "alone")
+        slabs = bs.slabs_of(x, denoiser.net.around)
         return bs.turned(denoiser(slabs, t.expand(len(x)), given, bs.places(len(x), plane)), plane)
 
     def predict_v(x, t):
@@ -50,7 +54,7 @@ def draw(denoiser, classes, way, settings, key):
         return torch.randn(shape, generator=bs.generator(*key, step))
 
     shape = len(classes), denoiser.net.channels, *classes.shape[1:]
-    visited = bs.timesteps(settings["steps"], settings["spacing"])
+    visited = bs.timesteps(settings["steps"])
     table = bs.sampler_table(denoiser.alpha_bar[visited], settings["sampler"])
     return bs.sample(predict_v, noise("start"), visited, table, noise)
 
@@ -69,7 +73,7 @@ def row(denoiser, real, classes, condition, way, **changes):
     values = {"banding": ("zyx", 2), "folds": ("zyx", 2), "texture": (judging.PLANES, 3)}
     cells = [" ".join(f"{found[f'{name}_{part}']:.{digits}f}" for part in parts)
              for name, (parts, digits) in values.items()]
-    words = way, settings["steps"], settings["sampler"], settings["spacing"]
+    words = way, settings["steps"], settings["sampler"], "t" if bs.timesteps is in_t else "noise"
     print(f"| {' | '.join(map(str, (*words, *cells)))} | {fine:.2f} | {seconds:.1f} |", flush=True)
     return drawn[0]
 
@@ -95,11 +99,10 @@ def main():
           "sagittal | fine detail | s a volume |\n" + "|---" * 9 + "|")
     volumes, condition = {"real": real[0]}, state["condition"]
     if flags.curve:
-        for spacing in ("noise", "t"):
+        for bs.timesteps in (bs.timesteps, in_t):
             for sampler in ("dpmpp", "ddim", "ddpm"):
                 for calls in (4, 6, 8, 10, 14, 20):
-                    row(denoiser, real, classes, condition, "in turn", steps=calls,
-                        sampler=sampler, spacing=spacing)
+                    row(denoiser, real, classes, condition, "in turn", steps=calls, sampler=sampler)
         return
     for calls in flags.calls:
         for way in WAYS:

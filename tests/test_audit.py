@@ -13,8 +13,10 @@ TUMOUR = "tumour"
 @pytest.fixture(scope="module")
 def pool(many_phantoms):
     """Slices of 44 phantoms, as the audit compares them: (images, classes, places)."""
-    return audit.audit_slices([slices.prepare_case(case, 32, 192.0, TUMOUR)
-                               for case in nifti.find_cases(many_phantoms)])
+    cases = [slices.prepare_case(case, 32, 192.0, TUMOUR)
+             for case in nifti.find_cases(many_phantoms)]
+    places = [bs.places(32, 0)[audit.audit_rows(got["classes"])] for got in cases]
+    return *audit.audit_slices(cases), torch.stack(places)
 
 
 @pytest.fixture(scope="module")
@@ -257,19 +259,20 @@ def untrained():
                        torch.device("cpu"))
 
 
-SETTINGS = {**bs.SAMPLING, "steps": 10}
+def redrawn(denoiser, pool, seed):
+    """What audit calls redraw, of these cases and a generator of slices."""
+    return lambda i: bs.sample_guided(denoiser, bs.one_hot(pool[1][i], 5), [pool[2][i]],
+                                      (seed, int(i)), {**bs.SAMPLING, "steps": 10})
 
 
 def audited(pool, training, masks, denoiser, few=12):
     """The audit of a set sampled from the label maps of these cases of the pool."""
-    images = [bs.sample_slices(denoiser, pool[1][i], pool[2][i], (5, int(i)), SETTINGS)
-              for i in masks]
-    synthetic = [torch.stack(images), *take(pool, masks)[1:]]
+    synthetic = torch.stack([redrawn(denoiser, pool, 5)(i) for i in masks]), pool[1][masks]
     related = torch.zeros(len(masks), 44, dtype=torch.bool)
     related[torch.arange(len(masks)), masks] = True
     known = torch.zeros(44, dtype=torch.bool)
     known[training] = True
-    return audit.audit(synthetic, related, pool, known, TUMOUR, denoiser, SETTINGS, few)
+    return audit.audit(synthetic, related, pool[:2], known, TUMOUR, redrawn(denoiser, pool, 0), few)
 
 
 @pytest.mark.slow
@@ -295,14 +298,14 @@ def test_a_case_that_repeats_the_scan_of_its_label_map_is_named(pool):
     """Parts A and B leave that pair out, part C does not: its similarity is compared with that of
     decoys to samples from their label maps."""
     training, decoys, made = deal(3, (12, 12, 8))
-    synthetic = take(pool, made)
+    synthetic = take(pool[:2], made)
     for part, source in zip(synthetic, pool):
         part[5] = source[training[2]]
     related = torch.zeros(8, 24, dtype=torch.bool)
     related[5, 2] = True
     real = take(pool, torch.cat([training, decoys]))
-    report, pairs = audit.audit(synthetic, related, real, torch.arange(24) < 12, TUMOUR,
-                                untrained(), SETTINGS, 6)
+    report, pairs = audit.audit(synthetic, related, real[:2], torch.arange(24) < 12, TUMOUR,
+                                redrawn(untrained(), real, 0), 6)
     assert report["copies"] == 1 and report["verdict"] == "leak"
     assert pairs[0][0] == 5 and pairs[0][2] == 2
 

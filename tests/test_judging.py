@@ -44,7 +44,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, denoiser, x0, known, share):
         super().__init__()
-        self.channels, self.classes, self.out_channels, self.around = 4, 5, 4, 0
+        self.channels, self.classes, self.around = 4, 5, 0
         self.denoiser, self.x0, self.known, self.share = denoiser, x0, known, share
 
     def forward(self, x_t, t, onehot, scalars):
@@ -90,7 +90,7 @@ def test_the_prior_alone_draws_what_an_untrained_network_draws(held_out, untrain
     torch.nn.init.normal_(trained.conv_out.weight, std=0.1)
     trained = bs.Denoiser(trained, untrained.prior, untrained.alpha_bar, untrained.device)
     drawn, alone, learned = [
-        bs.sample_slices(model, classes, torch.zeros(3, 2), (0, 0))
+        bs.sample_guided(model, bs.one_hot(classes, 5), [torch.zeros(3, 2)], (0, 0))
         for model in (untrained, judging.prior_alone(trained), trained)]
     assert torch.equal(drawn, alone) and not torch.equal(alone, learned)
 

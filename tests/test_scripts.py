@@ -134,26 +134,12 @@ def test_the_loss_has_the_same_say_at_every_noise_level(cache):
     t, x0, eps, _, _, signal, sigma, mean, std = task.batch(0)
     x_t, v = bs.add_noise(x0, eps, signal, sigma), bs.v_target(x0, eps, signal, sigma)
     guess = bs.precondition(torch.zeros_like(mean), x_t, signal, sigma, mean, std)
-    error = guess - bs.middle(v, 4)
+    error = guess - v[:, :4]
     spread = []
     for losses in (error / bs.prior_error(signal, sigma, std), error):
         quarters = [(losses[(t - 1) * 4 // bs.T == q] ** 2).mean().item() for q in range(4)]
         spread.append(max(quarters) / min(quarters))
     assert spread[0] < 3 and spread[1] > 5, spread
-
-
-def test_one_slab_in_ten_is_a_slice_alone(cache):
-    """Its neighbours are 0, without image and without noise; all others are as the cache has
-    them."""
-    task = train_ddpm.Images(train_ddpm.parse_arguments(["--batch", "64"]), cache)
-    alone = 0
-    for step in range(4):
-        _, x0, eps, *_ = task.batch(step)
-        lone = ~(x0 + eps)[:, :4].flatten(1).any(1)
-        alone += int(lone.sum())
-        assert not (x0[lone, 8:].any() or eps[lone, 8:].any()) and eps[~lone].abs().min() > 0
-        assert eps[:, 4:8].abs().min() > 0 and (x0[~lone].std((2, 3)) > 0).any(1).all()
-    assert 12 <= alone <= 40
 
 
 @pytest.fixture(scope="module")

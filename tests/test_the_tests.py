@@ -94,7 +94,7 @@ WRONG = {
         (".round().long()", ".long()"),
         ("steps + 1", "steps"),
         ("1, 0, steps", "0, 1, steps"),
-        ("atan2(even, 1 - even)", "atan2(1 - even, even)")],
+        ("atan2(noise, 1 - noise)", "atan2(1 - noise, noise)")],
     "ddpm_step": [
         ("math.sqrt(ratio) * (1 - after)", "ratio * (1 - after)"),
         ("math.sqrt(after) * (1 - ratio)", "math.sqrt(after) * ratio"),
@@ -209,8 +209,7 @@ RIGHT = {
         return out.scatter_(1, classes.unsqueeze(1), 1.0)""",
     "timesteps": """
         share = [1 - i / steps for i in range(steps + 1)]
-        if spacing == "noise":
-            share = [math.atan2(x, 1 - x) / math.pi * 2 for x in share]
+        share = [math.atan2(x, 1 - x) / math.pi * 2 for x in share]
         return torch.tensor([round(T * x) for x in share])""",
     "ddpm_step": """
         return ddim_step(before, after, 1.0)""",

@@ -270,11 +270,10 @@ def measure_prior(batches, condition, size=32):
         layer = ((place[:, 0] + 1) / 2 * n).long().clamp(0, n - 1)
         for k in range(len(names) + 1):
             here = (classes == k if k < len(names) else classes >= 0).unsqueeze(1).float()
-            parts = [here.expand_as(x0), x0 * here, x0 ** 2 * here]
-            total[:, k] += torch.stack([part.sum((0, 2, 3)) for part in parts])
+            parts = torch.stack([here.expand_as(x0), x0 * here, x0 ** 2 * here])
+            total[:, k] += parts.sum((1, 3, 4))
             if k == 1 and has_brain:
-                sums.index_add_(1, layer, torch.stack([F.adaptive_avg_pool2d(part, n)
-                                                      for part in parts]))
+                sums.index_add_(1, layer, F.adaptive_avg_pool3d(parts, (None, n, n)))
     count, mean = total[0], torch.where(total[0] > 1, total[1] / total[0].clamp(min=1), 0.0)
     variance = (total[2] / count.clamp(min=1) - mean ** 2).clamp(min=1e-4)
     std = torch.where(count > 1, variance.sqrt(), 0.5)
@@ -304,10 +303,9 @@ def make_atlas(sums, class_mean, class_std):
 def points_of(place, height, width):
     """Where in the field of view every pixel of slices lies: place (B, 2) -> (B, H, W, 3), x to the
     left, y to the back and z up, each -1..1."""
-    row, column = torch.meshgrid(*[(torch.arange(n) * 2 + 1) / n - 1 for n in (height, width)],
-                                 indexing="ij")
-    across = place[:, :1, None].expand(-1, height, width)                       # (B, H, W)
-    axes = torch.stack([across, row.expand_as(across), column.expand_as(across)], -1)
+    row, column = [(torch.arange(n) * 2 + 1) / n - 1 for n in (height, width)]
+    axes = torch.broadcast_tensors(place[:, :1, None], row[:, None], column)    # each (B, H, W)
+    axes = torch.stack(axes, -1)
     order = torch.tensor([[2, 1, 0], [2, 0, 1], [0, 1, 2]])[place[:, 1].long()]
     return axes.gather(-1, order[:, None, None].expand_as(axes))
 
@@ -330,12 +328,10 @@ def expected(prior, onehot, scalars):
     found = torch.einsum("bkhw,nkc->nbchw", class_or_all, prior["classes"])  # n: mean, std
     if "atlas" in prior:
         row = 1 if onehot.shape[1] else 0       # of healthy brain
-        points = points_of(scalars[:, :2], *onehot.shape[2:])[:, None]      # (B, 1, H, W, 3)
-        atlas = prior["atlas"].flatten(0, 1).expand(len(points), -1, -1, -1, -1)
-        atlas = F.grid_sample(atlas, points, align_corners=False, padding_mode="border")
-        atlas = atlas.unflatten(1, (2, -1)).transpose(0, 1).squeeze(3)      # (2, B, C, H, W)
+        points = points_of(scalars[:, :2], *onehot.shape[2:]).expand(2, -1, -1, -1, -1)
+        atlas = F.grid_sample(prior["atlas"], points, align_corners=False, padding_mode="border")
         usual = prior["classes"][:, None, row, :, None, None]
-        found = found + class_or_all[:, row:row + 1] * (atlas - usual)
+        found = found + class_or_all[:, row:row + 1] * (atlas.transpose(1, 2) - usual)
     return found[0], found[1]
 
 
@@ -481,10 +477,8 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c = width                                               # channels at this point
         for i, w in enumerate(widths):
-            level = nn.ModuleDict({"blocks": nn.ModuleList()})
-            for _ in range(blocks):
-                level["blocks"].append(ResBlock(c, w, emb))
-                c = w
+            stack = nn.ModuleList(ResBlock(w if j else c, w, emb) for j in range(blocks))
+            level, c = nn.ModuleDict({"blocks": stack}), w
             if i + 1 < len(widths):
                 level["shrink"] = nn.Conv2d(w, w, 3, stride=2, padding=1)
             self.down.append(level)
@@ -637,13 +631,14 @@ def optimizer_form(device):
 # ================================================================================================
 
 
-MOST_STEPS = 600                                # more would visit a level twice
+MOST_STEPS = 672                                # more would visit a level twice
 
 
 def timesteps(steps):
     """Noise levels a sampler visits: int64 tensor (steps + 1,), from T down to 0, rounded to the
-    nearest; steps in 1..MOST_STEPS. They are spaced evenly in noise = sigma / (signal + sigma) of
-    the schedule without shift, t = T 2/pi atan(noise / (1 - noise)): denser at both ends."""
+    nearest; steps in 1..MOST_STEPS. t = T 2/pi atan(noise / (1 - noise)), where noise falls evenly
+    from 1 to 0: denser at both ends than even steps of t. (Under shift 1 noise is sigma / (signal +
+    sigma).)"""
     noise = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (T * 2 / math.pi * torch.atan2(noise, 1 - noise)).round().long()
 
@@ -783,8 +778,7 @@ def guided_v(denoiser, x_t, t, onehot, scalars, scale=1.0, rescale=0.7):
     v_cond = denoiser(x_t, t, onehot, scalars)
     if scale == 1.0:
         return v_cond
-    null_scalars = torch.full_like(scalars, torch.nan)
-    null_scalars[:, :2] = scalars[:, :2]
+    null_scalars = torch.cat([scalars[:, :2], torch.full_like(scalars[:, 2:], torch.nan)], 1)
     v_null = denoiser(x_t, t, torch.zeros_like(onehot), null_scalars)
     v = v_null + scale * (v_cond - v_null)
     spread = v_cond.std((1, 2, 3), keepdim=True) / v.std((1, 2, 3), keepdim=True)
@@ -811,10 +805,10 @@ def sample_guided(denoiser, onehot, scalars, key, settings=SAMPLING):
     """Sample pictures, or a volume, from their condition: onehot (N, K, H, W) -> float32
     (N, C, H, W) in [-1, 1] on the CPU.
 
-    scalars: a list of (N, S): one, of pictures (of neighbouring slices, if the network sees
-    neighbours); or three, of the axial, coronal and sagittal slices of a volume, which N, H and W
-    are the axes of. Then every step asks another plane, in turn: what one plane draws, the next
-    sees from the side, so that they must agree.
+    scalars: a list with one entry, (N, S), for pictures, which must be neighbours if the network
+    sees any; with three, (N, S), (H, S) and (W, S), for the axial, coronal and sagittal slices of a
+    volume. Then every step asks another plane, in turn: what one plane draws, the next sees from
+    the side, so that they must agree.
     key: what all noise follows from, see generator; settings: see SAMPLING. How many slices go into
     a network call changes the result by rounding only.
     """
@@ -923,8 +917,7 @@ def orthogonal(matrices, steps=5):
     factor = product = identity = torch.eye(len(square[0]), dtype=x.dtype, device=x.device)
     for step in range(steps):
         square = factor @ square @ factor if step else square
-        factor = 3.4445 * identity + torch.baddbmm(square, square, square, beta=-4.7750,
-                                                   alpha=2.0315)
+        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
         product = factor @ product if step else factor
     return product @ x
 

@@ -30,7 +30,7 @@ from kit import (checks, devices, files, judging, label_training, options, phant
 STEPS, LABEL_STEPS = 1000, 3000                 # of a run with neither --steps nor --minutes
 # Defaults of --generate labels. None: see PARTS.
 LABEL_DEFAULTS = {"steps": LABEL_STEPS, "sample_every": 1000, "shift": None, "width": None,
-                  "out": "runs/labels"}
+                  "around": 0, "out": "runs/labels"}
 # The two networks of --generate labels: their fractions of a run's steps or minutes (a fine step
 # takes two to three times as long), and the defaults of --shift and --width.
 PARTS = {"coarse": {"steps": 0.8, "minutes": 0.6, "shift": 0.5, "width": 48},
@@ -70,6 +70,8 @@ def parse_arguments(argv=None):
         raise bs.BadInput(f"--resolution: labels need a multiple of {4 * requests.BLOCK} pixels")
     if args.condition == "tissue" and not {"t1", "t2", "flair"} <= set(bs.MODALITIES):
         raise bs.BadInput("--condition tissue: finding tissue takes t1, t2 and flair")
+    if labels and args.around:
+        raise bs.BadInput("--around is for --generate images")
     if args.label_maps and (not labels or args.condition != "tumour"):
         raise bs.BadInput("--label-maps needs --generate labels and the condition tumour")
     return args
@@ -138,13 +140,13 @@ class Images:
         pictures.plot_rows(f"{self.args.out}/{name}", shown, titles, self.args.condition, headline)
 
     def picture(self, denoiser, step):
-        """Draw three samples into sample_*.png, a slice of each plane between its two neighbours:
+        """Draw three samples into sample_*.png, a slice of each plane between its neighbours:
         faster than a head, and not as good."""
         _, [real], [classes] = self.heads(self.part, 1)
         settings, shown = {**bs.SAMPLING, "guidance": self.args.guidance}, []
         for plane, (scan, seen) in enumerate(judging.planes_of(real, classes)):
             at = pictures.fullest(seen >= self.first_lesion, seen > 0)
-            near = slice(max(0, at - 1), at + 2)
+            near = slice(max(0, at - self.args.around), at + self.args.around + 1)
             onehot = bs.one_hot(seen[near], self.network["classes"])
             drawn = bs.sample_guided(denoiser, onehot, [bs.places(len(seen), plane)[near]],
                                      (self.args.seed, "shown"), settings)
@@ -183,7 +185,8 @@ class Images:
         figures["skill"] = judging.skill(denoiser, scans, maps, place, (self.args.seed, "skill"))
         print(f"--- {len(real)} heads of {self.part} cases, sampled from their label maps")
         lines = judging.head_table(figures) + judging.doubts(figures)
-        runs.report(self.args, run, {"heads": f"{len(real)} {self.part}", **figures}, lines)
+        figures["heads"] = f"{len(real)} {self.part}"
+        runs.report(self.args, run, settings, figures, lines)
 
 
 def train(args, device):

@@ -84,7 +84,8 @@ class LabelData:
         pictures.plot_planes(Path(args.out) / "samples.png", list(zip(real, sampled))[:6],
                              [self.shown_are, "SYNTHETIC"], args.condition)
         print(f"--- {len(real)} heads with the characteristics of {self.shown_are} cases")
-        runs.report(args, run, {"heads": f"{len(sampled)} {self.shown_are}", **figures}, lines)
+        figures["heads"] = f"{len(sampled)} {self.shown_are}"
+        runs.report(args, run, requests.SETTINGS, figures, lines)
 
 
 def compare(names, asked, got, source=""):

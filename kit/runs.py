@@ -141,7 +141,7 @@ def trained_network(kind, state, weights, device):
     if state["network"].get("depth", 18) not in bs.STAGES:      # of a former version
         raise bs.BadInput(f"{state['file']}: ResNets other than 18 and 34 are gone; train again")
     if kind is bs.UNet and "around" not in state["network"]:
-        raise bs.BadInput(f"{state['file']}: of a version that drew slices one by one; train again")
+        raise bs.BadInput(f"{state['file']}: of a former version; train again")
     require_names(state)
     net = kind(**state["network"])
     net.load_state_dict(state[weights])
@@ -361,16 +361,16 @@ def curve(log, column):
     return [row["step"] for row in rows], [row[column] for row in rows]
 
 
-def report(args, run, figures, lines):
-    """End a generator's run: write curves.png and closing.json (figures, a dict, and how long the
-    run was), print lines of text and the paths."""
+def report(args, run, settings, figures, lines):
+    """End a generator's run: write curves.png and closing.json (figures, a dict, how long the run
+    was, and how many calls the sampler of these settings took), print lines of text and paths."""
     out = Path(args.out)
     log = read_log(out / "log.csv")
     curves = {label: curve(log, name) for name, label in QUARTERS.items()}
     pictures.plot_lines(out / "curves.png",
                         [("squared error of v in units of the prior's", "log", curves)])
     closing = {"steps": run.step, "minutes": round(run.seconds / 60, 2),
-               "sampler_calls": bs.SAMPLING["steps"]}
+               "sampler_calls": settings["steps"]}
     files.write_json(out / "closing.json", closing | figures)
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in closing.items()))
     print("\n".join(lines))

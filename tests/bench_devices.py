@@ -42,8 +42,8 @@ def monai_network():
     """MONAI's U-Net with as many channels a level and the same conditions, given as further input
     channels."""
     from monai.networks.nets import DiffusionModelUNet
-    net = DiffusionModelUNet(2, 9, 4, num_res_blocks=(1, 1, 1), channels=(64, 128, 128),
-                             num_head_channels=64, attention_levels=(False, False, True),
+    net = DiffusionModelUNet(2, 9, 4, num_res_blocks=(1, 1, 1), channels=(48, 96, 96),
+                             num_head_channels=96, attention_levels=(False, False, True),
                              norm_num_groups=16)
     return net, lambda net, x_t, t, onehot, scalars: net(torch.cat([x_t, onehot], 1), t)
 

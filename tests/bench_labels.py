@@ -93,7 +93,7 @@ class Slabs:
         mean = sum(bs.one_hot(head.long(), self.k).mean(0) for head in data.heads) / len(data.heads)
         x = 2 * mean.repeat(requests.BLOCK, 1, 1) - 1       # the mean slice, for every slab
         self.prior = {"classes": torch.stack([x.mean((1, 2)), torch.ones(len(x))])[:, None],
-                      "atlas": torch.stack([x, (1 - x ** 2).clamp(min=0.04).sqrt()])[:, None]}
+                      "atlas": torch.stack([x, (1 - x ** 2).clamp(min=0.04).sqrt()])[:, :, None]}
 
     def case_names(self, step):
         """Nobody asks."""
@@ -107,7 +107,7 @@ class Slabs:
 
     def expected(self, x, scalars):
         """The prior's mean and std for slabs x."""
-        return bs.expected(self.prior, x[:, :0], scalars[:, 0] * 0)
+        return bs.expected(self.prior, x[:, :0], scalars[:, :2] * 0)
 
     def batch(self, step):
         """The batch of a training step, on the CPU."""
@@ -129,8 +129,8 @@ class Slabs:
 
     def sample_part(self, denoiser, scalars, below, key):
         """Slabs of one head, as many as scalars (N, S) -> scores (N, BLOCK K, R, R)."""
-        visited = bs.timesteps(bs.SAMPLING["steps"])
-        table = bs.sampler_table(denoiser.alpha_bar[visited], bs.SAMPLING["sampler"])
+        visited = bs.timesteps(requests.SETTINGS["steps"])
+        table = bs.sampler_table(denoiser.alpha_bar[visited], requests.SETTINGS["sampler"])
 
         def noise(step):
             return torch.randn(len(scalars), *self.shape, generator=bs.generator(*key, step))

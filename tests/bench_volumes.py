@@ -83,6 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="of a run of train_ddpm.py")
     parser.add_argument("--data", help="folder of BraTS cases; phantoms without it")
+    parser.add_argument("--split", help="FILE.json that the run was trained with")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--calls", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--curve", action="store_true")
@@ -90,10 +91,12 @@ def main():
     runs.use_names_of(flags.folder, None)
     denoiser, state = runs.load_generator(flags.folder, devices.pick_device("auto"))
     args = argparse.Namespace(**{**state["args"], "out": flags.folder, "data": flags.data,
-                                 "split": None, "skip_bad": True})
+                                 "split": flags.split, "skip_bad": True})
     cases, split = checks.find_data(args)
     cache = slices.build_cache(cases, Path(flags.folder).parent / "cache", state["resolution"],
                                state["fov"], state["condition"], split)
+    if set(cache.hashes("val", "test")) & set(state["trained_on"]):
+        raise bs.BadInput(f"{flags.folder} was trained on cases held out here; give its --split")
     _, real, classes = train_ddpm.Images(args, cache).heads("held-out", flags.heads)
     print("| way | calls | sampler | spacing | banding z y x | folds z y x | texture axial coronal "
           "sagittal | fine detail | s a volume |\n" + "|---" * 9 + "|")

@@ -319,6 +319,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_note(tmp_path, monkeypatch, caps
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", refuse)
     files.write_csv(tmp_path / "log.csv", [{"step": 1, **dict.fromkeys(runs.QUARTERS, 0.5)}])
     runs.report(SimpleNamespace(out=str(tmp_path)), SimpleNamespace(step=1, seconds=1.0),
+                bs.SAMPLING,
                 {"fine_power_ratio": 0.9}, ["fine detail 0.9"])
     pictures.plot_rows(tmp_path / "samples.png", [[torch.zeros(4, 4)]], [""], "tumour")
     text = capsys.readouterr().out

@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items() if pa
 # Lines of code: not blank, no comment, no docstring.
 BOOK_CODE, BOOK_LINES, BOOK_WORDS = 650, 1300, 10_000
 KIT_CODE, SCRIPT_LINES = 400, 300
-ALL_CODE = 4612
+ALL_CODE = 4608
 COLUMNS = 100
 PRONOUNS = set("""its who one both made ill theirs mine own it them they he she everyone nobody
                   somebody such ours whose""".split())

@@ -76,6 +76,13 @@ def test_the_readme_is_one_page():
     assert len(lines) <= 200 and len(README.encode()) <= 12_000 and max(map(len, lines)) <= 400
 
 
+def test_links_of_the_pages_lead_somewhere():
+    """Pictures and other pages, from the folder of the page."""
+    for page in (ROOT / "README.md", *(ROOT / "notebooks").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
+
+
 def test_all_flags_of_the_pages_exist():
     """Every `python ...` line of the README and of the pages beside the notebooks names a script
     and flags that it has."""

@@ -183,7 +183,8 @@ def test_a_run_reports_on_its_network_and_doubts_its_data(phantom_folder, tmp_pa
     kept = {}
     monkeypatch.setattr(judging, "HEADS", 2)
     monkeypatch.setattr(train_ddpm.runs, "report",
-                        lambda args, run, figures, lines: kept.update(figures, lines=lines))
+                        lambda args, run, settings, figures, lines: kept.update(
+                            figures, lines=lines))
     images.report(denoiser, SimpleNamespace(step=0, seconds=0))
     assert kept["skill"] == [0.0] * 4 and kept["heads"].endswith("held-out")
     for name in ("texture_axial", "banding_z", "folds_x", "fine_power_ratio"):

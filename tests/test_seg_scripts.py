@@ -428,7 +428,7 @@ def test_an_audit_names_a_planted_copy_and_marks_the_set(made, tmp_path, monkeyp
     assert victim.case not in json.dumps(marked)
     sheet = (syn / "DATASHEET.md").read_text()
     assert "**leak**" in sheet and victim.case not in sheet
-    assert "network calls: 3; sampler: dpmpp;\nguidance: 1.0." in sheet, sheet
+    assert "network calls: 2; sampler: dpmpp;\nguidance: 1.0." in sheet, sheet
     assert [writing.sidecar_hash(case) for case in nifti.find_cases(syn)] == digests
 
 

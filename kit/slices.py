@@ -462,11 +462,11 @@ class Cache:
         mirror = torch.zeros(len(rows), dtype=torch.bool) if mirror is None else mirror
         sagittal = mirror & (place[:, 1] == 2)
         place[sagittal, 0] *= -1
-        slabs = []
+        slabs, n = [], self.meta["resolution"]
+        near = bs.slabs_of(torch.arange(n).view(-1, 1, 1, 1), around).flatten(1).numpy()
         for row, turn in zip(rows, sagittal.tolist()):
             view, i = self.at[row]
-            near = i + np.array(sorted(range(-around, around + 1), key=abs)) * (-1 if turn else 1)
-            slabs.append(view[near.clip(0, len(view) - 1)])
+            slabs.append(view[n - 1 - near[n - 1 - i] if turn else near[i]])
         shape = -1, 2 * around + 1, *self.rows[0].shape
         slabs = torch.from_numpy(np.array(slabs, np.uint8).reshape(shape))
         columns = (mirror & ~sagittal).view(-1, 1, 1, 1, 1)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from kit import nifti, slices
 from nursery import run_script
 
 
@@ -91,6 +92,13 @@ def test_ways_to_draw_volumes_are_compared(tmp_path, lay_phantoms):
     assert [row[0] for row in rows] == ["| axial", "| in turn", "| mean"], text
     assert all(len(row[4].split()) == len(row[6].split()) == 3 for row in rows), text
     assert (folder / "runs/ddpm/volumes.png").exists()
+    split = slices.split_patients(nifti.find_cases(folder / "runs/phantoms/A"))
+    names = {part: [case.patient for case in split[part]] for part in split}
+    names["train"], names["test"] = names["test"], names["train"]
+    (folder / "other.json").write_text(json.dumps(names))
+    status, text = run_script(folder, "tests/bench_volumes.py", "runs/ddpm", "--split",
+                              "other.json")
+    assert status == 2 and "runs/ddpm was trained on cases held out here" in text, text
 
 
 @pytest.mark.programs

@@ -897,7 +897,8 @@ def test_requests_that_fail_say_why(work, words, sentence):
     (["--resolution", 40], "--resolution: labels need a multiple of 16"),
     (["--label-maps", "nowhere"], "nowhere: holds no label map"),
     (["--label-maps", "maps", "--condition", "tissue"],
-     "--label-maps needs --generate labels")])
+     "--label-maps needs --generate labels"),
+    (["--around", "2"], "--around is for --generate images")])
 def test_label_training_that_fails_says_why(work, words, sentence):
     """One sentence."""
     status, said = run_script(work[0], "train_ddpm.py", "--generate", "labels", *TINY, *words,

@@ -168,7 +168,7 @@ def test_uneven_ancestral_steps_have_the_right_posterior():
 
 
 @pytest.mark.a3("timesteps")
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 600])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, bs.MOST_STEPS])
 def test_every_walk_starts_at_T_and_ends_at_zero(steps):
     """Starting at t < T starts from an image; "leading" spacing with a cosine schedule is known
     bad."""

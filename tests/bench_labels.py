@@ -105,7 +105,7 @@ class Slabs:
         return torch.cat([position.repeat(len(wanted))[:, None],
                           requests.scaled(wanted).repeat_interleave(self.slabs, 0)], 1)
 
-    def expected(self, x, scalars):
+    def expected(self, x):
         """The prior's mean and std for slabs x."""
         return bs.expected(self.prior, x[:, :0], torch.zeros(len(x), 2))
 
@@ -125,7 +125,7 @@ class Slabs:
         onehot = below.flatten(0, 1) if self.way == "neighbour" else x0[:, :0]
         t, scalars = t.repeat_interleave(self.slabs), self.scalars(asked)
         return (t, x0, eps.flatten(0, 1), onehot, scalars,
-                *bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t), *self.expected(x0, scalars))
+                *bs.signal_sigma(bs.cosine_alpha_bar(args.shift), t), *self.expected(x0))
 
     def sample_part(self, denoiser, scalars, below, key):
         """Slabs of one head, as many as scalars (N, S) -> scores (N, BLOCK K, R, R)."""
@@ -141,7 +141,7 @@ class Slabs:
             with torch.no_grad(), bs.fast_math(denoiser.device):
                 out = denoiser.net(x, t, onehot, scalars)
             return bs.precondition(out, x, *bs.signal_sigma(denoiser.alpha_bar, t),
-                                   *self.expected(x, scalars))
+                                   *self.expected(x))
 
         return bs.sample(predict_v, noise("start"), visited, table, noise)
 

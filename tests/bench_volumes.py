@@ -1,6 +1,6 @@
 """Ways to draw whole volumes with one trained generator, in figures and in a picture.
 
-    python tests/bench_volumes.py runs/ddpm                 three ways, at 10 and 20 calls a slice
+    python tests/bench_volumes.py runs/ddpm                 three ways, as many calls as usual
     python tests/bench_volumes.py runs/ddpm --curve         in turn: calls, samplers, spacings
     python tests/bench_volumes.py runs/real --data DIR
 
@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--data", help="folder of BraTS cases; phantoms without it")
     parser.add_argument("--split", help="FILE.json that the run was trained with")
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--calls", type=int, nargs="+", default=[10, 20])
+    parser.add_argument("--calls", type=int, nargs="+", default=[bs.SAMPLING["steps"]])
     parser.add_argument("--curve", action="store_true")
     flags = parser.parse_args()
     runs.use_names_of(flags.folder, None)
@@ -102,7 +102,8 @@ def main():
           "sagittal | fine detail | s a volume |\n" + "|---" * 9 + "|")
     volumes, condition = {"real": real[0]}, state["condition"]
     if flags.curve:
-        for bs.timesteps in (bs.timesteps, in_t):
+        for spacing in (bs.timesteps, in_t):
+            bs.timesteps = spacing              # what sample_volume asks
             for sampler in ("dpmpp", "ddim", "ddpm"):
                 for calls in (4, 6, 8, 10, 14, 20):
                     row(denoiser, real, classes, condition, "in turn", steps=calls, sampler=sampler)
